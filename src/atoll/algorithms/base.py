@@ -1,0 +1,73 @@
+"""The algorithm record: a federated method as pure functions on one tile of clients."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor
+
+from atoll.cohort import Cohort
+from atoll.local import Plan
+from atoll.model import Model
+from atoll.sampling import Sampler
+from atoll.spec import Spec
+from atoll.vectors import Aggregate, Personal, Update
+
+Memory = dict[str, Tensor]
+"""A client's own named tensors; rows [C, ...] when they belong to a tile."""
+
+
+class Message(NamedTuple):
+    """The least a server sends: the shared parameters [D] clients start from. Other messages add fields."""
+
+    vector: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Algorithm:
+    """A federated method. Functions are pure; `vector [D]` holds the parameters shared with the server.
+
+    Attributes:
+        spec: name and arguments.
+        init: (vector [D]) -> the server's state.
+        broadcast: (state) -> message, a record whose first field is `vector [D]`.
+        local: (message, memory rows, cohort) -> (Update, memory rows).
+        step: (state, Aggregate) -> state.
+        client_init: (vector [D]) -> a client's memory at its first visit.
+        model: (state) -> the global model's shared parameters [D].
+        personal: (message, memory rows, cohort) -> the models the clients would use; None: the global model with
+            each client's private parameters and buffers.
+        private: (Model) -> names of the parameters that never leave a client; the framework keeps them there.
+        buffers: "local" when floating buffers stay with the client whatever the model's rule says.
+        pooled: the clients' examples are put together first (the centralised baseline; never in a deployment).
+        sampler: the order of clients the method prescribes, if it does.
+        asynchronous: whether updates may be applied to a newer state than they were computed from.
+        sums: (D) -> length of the updates' summed part.
+        plans: the local training it will do, for checks before any work.
+    """
+
+    spec: Spec
+    init: Callable[[Tensor], Any]
+    broadcast: Callable[[Any], Any]
+    local: Callable[[Any, Memory, Cohort], tuple[Update, Memory]]
+    step: Callable[[Any, Aggregate], Any]
+    client_init: Callable[[Tensor], Memory] | None = None
+    model: Callable[[Any], Tensor] = lambda state: state.vector
+    personal: Callable[[Any, Memory, Cohort], Personal] | None = None
+    private: Callable[[Model], frozenset[str]] | None = None
+    buffers: Literal["local"] | None = None
+    pooled: bool = False
+    sampler: Sampler | None = None
+    asynchronous: bool = False
+    sums: Callable[[int], int] = lambda size: 0
+    plans: tuple[Plan, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The method's name."""
+        return str(self.spec["name"])
+
+    @property
+    def personalised(self) -> bool:
+        """Whether clients end with models of their own."""
+        return self.personal is not None or self.private is not None or self.buffers == "local"

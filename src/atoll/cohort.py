@@ -1,0 +1,132 @@
+"""What an algorithm sees of the clients it works on: a tile of rows and the work that can be done on them."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from atoll.local import Plan
+from atoll.model import Batch, Model
+from atoll.vectors import Layout, Selection, Trained, Update
+
+
+class Cohort(ABC):
+    """A tile of C clients in one round; engines supply the work, algorithms call it.
+
+    Attributes:
+        clients: their names.
+        round: the round, from 0.
+        population: clients there are in all.
+        examples: training examples of each, [C, 1], in the model's dtype.
+        weights: weight of each in the average by the aggregator's rule, [C, 1], float64.
+        model: the model.
+        selection: which parameters are shared with the server.
+        buffers: floating buffers each client starts from, [C, B].
+        own: rows [C, P] that hold each client's private parameters, or None when nothing is private.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        selection: Selection,
+        *,
+        clients: Sequence[str],
+        round: int,
+        population: int,
+        examples: Tensor,
+        weights: Tensor,
+        buffers: Tensor,
+        own: Tensor | None,
+    ) -> None:
+        self.model = model
+        self.selection = selection
+        self.clients = tuple(clients)
+        self.round = round
+        self.population = population
+        self.examples = examples
+        self.weights = weights
+        self.buffers = buffers
+        self.own = own
+
+    @property
+    def layout(self) -> Layout:
+        """Layout of the parameters that are shared with the server, of size D."""
+        return self.selection.layout
+
+    def rows(self, vector: Tensor) -> Tensor:
+        """The received shared vector [D] as one model per client [C, P], each with its own private parameters."""
+        if self.own is None:
+            return vector.expand(len(self.clients), -1)
+        return self.selection.put(vector, self.own.clone())
+
+    def shared(self, rows: Tensor) -> Tensor:
+        """The part [C, D] of rows [C, P] that may leave the clients."""
+        return self.selection.take(rows)
+
+    def update(
+        self, trained: Trained, start: Tensor, *, sums: Tensor | None = None, weight: Tensor | None = None
+    ) -> Update:
+        """The usual update: what training changed in the shared parameters, weighted by the aggregator's rule.
+
+        Args:
+            trained: result of `sgd`.
+            start: rows [C, P] that training began from.
+            sums: summed part [C, S], none by default.
+            weight: [C, 1] instead of the aggregator's weights.
+        """
+        return Update(
+            mean=self.shared(trained.rows - start),
+            layout=self.layout,
+            sums=start.new_empty(len(self.clients), 0) if sums is None else sums,
+            weight=self.weights if weight is None else weight,
+            metrics=torch.cat((trained.loss, trained.examples), dim=1),
+            trained=trained,
+        )
+
+    @abstractmethod
+    def sgd(
+        self,
+        rows: Tensor,
+        plan: Plan,
+        *,
+        anchor: Tensor | None = None,
+        pull: float = 0.0,
+        shift: Tensor | None = None,
+        train: Tensor | None = None,
+        buffers: Tensor | None = None,
+        purpose: str = "train",
+    ) -> Trained:
+        """Train every row on its client's examples: `y <- y - rate * (gradient + pull * (y - anchor) + shift)`.
+
+        Args:
+            rows: start, [C, P]; not changed.
+            plan: how to train. Momentum, weight decay and Adam act on the corrected gradient.
+            anchor: rows [C, P] or a vector [P] the pull is towards; needed when pull is not 0.
+            pull: strength of the pull (FedProx's mu, Ditto's lambda).
+            shift: rows [C, P] or a vector [P] added to every gradient (SCAFFOLD's c - c_i).
+            train: boolean mask [P] of the parameters that change; default all.
+            buffers: floating buffers to start from, [C, B]; default those the clients received or keep.
+            purpose: names the keyed randomness, for algorithms that train more than once in a round.
+        """
+
+    @abstractmethod
+    def gradient(self, rows: Tensor, batch: Batch | None = None) -> Tensor:
+        """Gradient [C, P] of the mean loss at rows [C, P], in training mode, buffers left alone.
+
+        Args:
+            rows: where, [C, P].
+            batch: fields [C, n, ...], n examples for each client; default all training examples of each client.
+        """
+
+    @abstractmethod
+    def loss(self, rows: Tensor) -> Tensor:
+        """Mean loss [C, 1] of each row on its client's training examples, in eval mode."""
+
+    @abstractmethod
+    def predict(self, rows: Tensor) -> list[Tensor]:
+        """Outputs [n_i, ...] of each row on its client's training examples, in eval mode."""
+
+    @abstractmethod
+    def features(self, rows: Tensor) -> list[Tensor]:
+        """Features [n_i, ...] (output of the submodule the model names) on its client's training examples."""

@@ -1,0 +1,138 @@
+"""Checks of a model against data before any work, and what they find out about the model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from atoll import random
+from atoll.engines.dropout import KeyedDropout
+from atoll.errors import DataError, InvalidArgument
+from atoll.local import Plan
+from atoll.model import Batch, Model, apply_to_x
+
+if TYPE_CHECKING:
+    from atoll.data import FederatedDataset
+
+
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """What engines must know of a model.
+
+    Attributes:
+        dropout: uses dropout that can be keyed.
+        draws: takes random numbers from torch's own generator in training (inside recurrent or attention kernels).
+        pairs: cannot train on a batch of one example (BatchNorm).
+        sample: a few examples for trials.
+    """
+
+    dropout: bool
+    draws: bool
+    pairs: bool
+    sample: Batch
+
+
+def accept(model: Model, data: "FederatedDataset", plans: Sequence[Plan]) -> Traits:
+    """Refuse a model that cannot be trained on this data, and find out its traits.
+
+    Raises:
+        InvalidArgument: the model fails on the data, returns the wrong shape, or ignores its parameters.
+        DataError: labels outside the classes; batches of one example for a model that needs two.
+    """
+    fields = data.train.fields
+    if "y" not in fields:
+        raise DataError(f"the data has fields {', '.join(fields)}, but no target: name the target field 'y'.")
+    if model.forward_function is apply_to_x and "x" not in fields:
+        raise DataError(
+            f"the data has fields {', '.join(fields)}, but no 'x': name the input field 'x', or give the model "
+            "forward=callable(module, batch)."
+        )
+    count = min(4, len(data.train))
+    sample = {n: t[:count] for n, t in fields.items()}
+    vector, buffers = model.init(), model.init_buffers()
+    parameters = model.layout.view(vector)
+    output = _try(model, parameters, buffers, sample, train=False)
+    model.settle(output, sample["y"])
+    model.loss.check(output, sample["y"])
+    for metric in model.metrics(output):
+        metric.check(output, sample["y"])
+    _check_targets(model, output, data)
+
+    noise = torch.randn(model.size, generator=random.generator(0, "acceptance"), dtype=model.dtype)
+    moved = _try(model, model.layout.view(vector + 0.1 * noise), buffers, sample, train=False)
+    if torch.equal(moved, output):
+        raise InvalidArgument(
+            "the model's output does not change with its parameters: its layers do not read the parameters they are "
+            "given (as Keras layers do under functional_call), or the trainable ones are not used."
+        )
+
+    before = torch.default_generator.get_state()
+    mode = KeyedDropout(0, "acceptance", 0, np.zeros(1, np.uint64), np.zeros(1, np.int64))
+    pairs = False
+    try:
+        with mode:
+            doubled = {n: torch.cat((t[:1], t[:1], t[1:])) for n, t in sample.items()}
+            _try(model, parameters, buffers, doubled, train=True)
+        draws = not torch.equal(before, torch.default_generator.get_state())
+        try:
+            _call(model, parameters, buffers, {n: t[:1] for n, t in sample.items()}, train=True)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            pairs = True
+    finally:
+        torch.default_generator.set_state(before)
+    if pairs:
+        for plan in plans:
+            _check_pairs(plan, data)
+    return Traits(mode.calls > 0, draws, pairs, sample)
+
+
+def _call(model: Model, parameters: dict[str, Tensor], buffers: Tensor, batch: Batch, *, train: bool) -> Tensor:
+    held = model.buffer_layout.view(buffers.clone()) | model.counters()
+    with torch.no_grad():
+        return model.call(parameters, held, batch, train=train)
+
+
+def _try(model: Model, parameters: dict[str, Tensor], buffers: Tensor, batch: Batch, *, train: bool) -> Tensor:
+    shapes = ", ".join(f"{n} {tuple(t.shape)} {t.dtype}" for n, t in batch.items())
+    try:
+        output = _call(model, parameters, buffers, batch, train=train)
+    except Exception as error:
+        raise InvalidArgument(
+            f"the model failed on a batch of {shapes}: {error}. Its input size must fit the data, and floating "
+            f"features must have the model's dtype {model.dtype}."
+        ) from error
+    if not isinstance(output, Tensor) or output.ndim == 0 or len(output) != len(next(iter(batch.values()))):
+        found = f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+        raise InvalidArgument(
+            f"the model returned {found} for a batch of {shapes}: it must return a tensor whose first axis is the "
+            "example."
+        )
+    return output
+
+
+def _check_targets(model: Model, output: Tensor, data: "FederatedDataset") -> None:
+    splits = [s.fields["y"] for s in (data.train, data.validation, data.test) if s is not None]
+    if data.holdout is not None:
+        splits.append(data.holdout["y"])
+    for targets in splits:
+        if len(targets):
+            model.loss.check(output[:1].expand(len(targets), *output.shape[1:]), targets)
+
+
+def _check_pairs(plan: Plan, data: "FederatedDataset") -> None:
+    sizes = data.train.sizes
+    lonely = sizes == 1 if plan.batch_size is None else (sizes % plan.batch_size == 1) | (sizes == 1)
+    if plan.batch_size == 1:
+        lonely = torch.ones_like(lonely)
+    found = torch.nonzero(lonely)[:, 0].tolist()
+    if found:
+        names = ", ".join(str(data.clients[i]) for i in found[:5])
+        raise DataError(
+            f"batch_size={plan.batch_size} leaves {len(found)} client(s) ({names}) with a batch of one example, on which "
+            "BatchNorm cannot train: choose another batch_size, or replace BatchNorm by GroupNorm or LayerNorm."
+        )

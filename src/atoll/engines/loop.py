@@ -1,0 +1,164 @@
+"""The specification: one client after the other, one batch after the other, nothing clever.
+
+Every other engine is tested against this one.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from atoll import random
+from atoll.cohort import Cohort
+from atoll.engines.base import Engine, Tile, orders
+from atoll.engines.dropout import KeyedDropout, SeededDraws
+from atoll.local import Plan
+from atoll.memory import ClientMemory
+from atoll.model import Batch
+from atoll.vectors import Trained
+
+if TYPE_CHECKING:
+    from atoll.data import FederatedDataset
+    from atoll.process import Process, Task
+
+
+class Loop(Engine):
+    """Runs one client at a time with plain autograd."""
+
+    name = "loop"
+
+    def tiles(
+        self, process: "Process", task: "Task", data: "FederatedDataset", memory: ClientMemory
+    ) -> Iterator[Tile]:
+        for client in task.clients:
+            remembered = process.remembered(task, [client], memory)
+            buffers, own = process.start(task, remembered, 1)
+            train = data.train.client(data.index(client))
+            examples = torch.full((1, 1), float(len(train["y"])), dtype=process.model.dtype)
+            weights = process.aggregator.weigh(examples, [client])
+            cohort = _Client(
+                process.model,
+                process.selection,
+                clients=[client],
+                round=task.round,
+                population=task.population,
+                examples=examples,
+                weights=weights,
+                buffers=buffers,
+                own=own,
+            )
+            cohort.attach(train, task.seed, self)
+            yield cohort, remembered
+
+    def describe(self) -> dict[str, Any]:
+        return {"engine": self.name, "strategy": "one client at a time", "reason": "chosen by hand"}
+
+
+class _Client(Cohort):
+    """A cohort of one."""
+
+    def attach(self, train: Batch, seed: int, engine: Loop) -> None:
+        self._train, self._seed, self._traits = train, seed, engine.traits
+        self._key = random.client_keys(self.clients)
+
+    def sgd(
+        self,
+        rows: Tensor,
+        plan: Plan,
+        *,
+        anchor: Tensor | None = None,
+        pull: float = 0.0,
+        shift: Tensor | None = None,
+        train: Tensor | None = None,
+        buffers: Tensor | None = None,
+        purpose: str = "train",
+    ) -> Trained:
+        y = rows[0].detach().clone()
+        held = (self.buffers if buffers is None else buffers)[0].detach().clone()
+        counters = self.model.counters()
+        sizes = np.array([len(self._train["y"])])
+        n, total = int(sizes[0]), int(plan.total_steps(sizes)[0])
+        size = n if plan.batch_size is None else plan.batch_size
+        velocity, first, second = torch.zeros_like(y), torch.zeros_like(y), torch.zeros_like(y)
+        step, number, rates, loss_sum, seen = 0, 0, 0.0, 0.0, 0
+        while step < total:
+            order = torch.from_numpy(
+                np.ascontiguousarray(
+                    orders(plan, self._seed, purpose, self.round, number, self._key, sizes)[0]
+                )
+            )
+            for begin in range(0, n, size):
+                if step == total:
+                    break
+                batch = {name: t[order[begin : begin + size]] for name, t in self._train.items()}
+                gradient, loss = self._gradient(y, held, counters, batch, purpose, step)
+                if pull:
+                    assert anchor is not None
+                    gradient = gradient + pull * (y - (anchor if anchor.ndim == 1 else anchor[0]))
+                if shift is not None:
+                    gradient = gradient + (shift if shift.ndim == 1 else shift[0])
+                rate = float(plan.rate(self.round, np.array([step]))[0])
+                if plan.optimizer == "sgd":
+                    if plan.weight_decay:
+                        gradient = gradient + plan.weight_decay * y
+                    if plan.momentum:
+                        velocity = plan.momentum * velocity + gradient
+                        gradient = velocity
+                    change = -rate * gradient
+                else:
+                    change = torch.zeros_like(y)
+                    if plan.optimizer == "adam":
+                        gradient = gradient + plan.weight_decay * y
+                    else:
+                        change = change - rate * plan.weight_decay * y
+                    beta1, beta2 = plan.betas
+                    first = beta1 * first + (1 - beta1) * gradient
+                    second = beta2 * second + (1 - beta2) * gradient**2
+                    corrected = first / (1 - beta1 ** (step + 1))
+                    spread = (second / (1 - beta2 ** (step + 1))).sqrt() + plan.eps
+                    change = change - rate * corrected / spread
+                y = y + (change if train is None else torch.where(train, change, 0.0))
+                loss_sum += float(loss) * len(batch["y"])
+                seen += len(batch["y"])
+                rates += rate
+                step += 1
+            number += 1
+        one = y.new_ones(1, 1)
+        wide = torch.ones(1, 1, dtype=torch.float64)
+        return Trained(y[None], held[None], one * total, one * rates, wide * loss_sum, wide * seen)
+
+    def gradient(self, rows: Tensor, batch: Batch | None = None) -> Tensor:
+        given = self._train if batch is None else {n: t[0] for n, t in batch.items()}
+        held, counters = self.buffers[0].detach().clone(), self.model.counters()
+        return self._gradient(rows[0].detach(), held, counters, given, "gradient", 0)[0][None]
+
+    def loss(self, rows: Tensor) -> Tensor:
+        return self.model.loss.mean(self.predict(rows)[0], self._train["y"]).reshape(1, 1)
+
+    def predict(self, rows: Tensor) -> list[Tensor]:
+        held = self.model.buffer_layout.view(self.buffers[0])
+        with torch.no_grad():
+            return [self.model.call(self.model.layout.view(rows[0]), held, self._train, train=False)]
+
+    def features(self, rows: Tensor) -> list[Tensor]:
+        held = self.model.buffer_layout.view(self.buffers[0])
+        with torch.no_grad():
+            return [self.model.features(self.model.layout.view(rows[0]), held, self._train)]
+
+    def _gradient(
+        self, y: Tensor, held: Tensor, counters: dict[str, Tensor], batch: Batch, purpose: str, step: int
+    ) -> tuple[Tensor, Tensor]:
+        """Gradient [P] and loss at y; buffers are updated in place."""
+        with torch.enable_grad():
+            leaf = y.clone().requires_grad_()
+            buffers = self.model.buffer_layout.view(held) | counters
+            with (
+                KeyedDropout(self._seed, purpose, self.round, self._key, np.array([step])),
+                SeededDraws(self._seed, purpose, self.round, int(self._key[0]), step),
+            ):
+                output = self.model.call(self.model.layout.view(leaf), buffers, batch, train=True)
+            loss = self.model.loss.mean(output, batch["y"])
+            (gradient,) = torch.autograd.grad(loss, leaf)
+        return gradient, loss.detach()

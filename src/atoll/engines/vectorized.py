@@ -1,0 +1,489 @@
+"""The fast path: a tile of clients is the rows of one matrix, trained by one forward and one backward per step.
+
+The gradient of the *sum* of the clients' mean losses with respect to the rows is the matrix of per-client gradients.
+Leaves of the graph are views of the rows' storage, one for each parameter. A batch is never padded: at every step, rows
+are grouped by their true batch size, and clients that are done leave the group.
+
+Models for which rows do not pay run one client at a time through the same code, without the batching transform. The
+rule, in this order:
+
+1. large models (more than `LARGE` parameters), recurrent layers and, on a CPU, convolutions: one client at a time;
+2. models that draw random numbers inside torch's kernels: one client at a time;
+3. models whose batched forward fails or differs from the plain one on a trial: one client at a time, with the reason;
+4. all others: rows.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from atoll import random
+from atoll.cohort import Cohort
+from atoll.engines.base import Engine, Tile, orders
+from atoll.engines.dropout import KeyedDropout, SeededDraws
+from atoll.errors import invalid
+from atoll.local import Plan
+from atoll.memory import ClientMemory
+from atoll.model import Batch, Model
+from atoll.vectors import Trained
+
+if TYPE_CHECKING:
+    from atoll.data import FederatedDataset, Split
+    from atoll.process import Process, Task
+
+LARGE = 2_000_000
+TILE_BYTES = 4 * 2**20
+TILE_ROWS = 128
+
+Strategy = Literal["rows", "single"]
+
+
+class Vectorized(Engine):
+    """Runs tiles of clients as rows.
+
+    Args:
+        strategy: "rows", "single" (one client at a time), or "auto" to choose by the model.
+        tile: clients in a tile; default by the model's size.
+    """
+
+    name = "vectorized"
+
+    def __init__(self, strategy: Literal["auto", "rows", "single"] = "auto", *, tile: int | None = None) -> None:
+        super().__init__()
+        if strategy not in ("auto", "rows", "single"):
+            raise invalid("strategy", strategy, '"auto", "rows" or "single"')
+        if tile is not None and (isinstance(tile, bool) or not isinstance(tile, int) or tile < 1):
+            raise invalid("tile", tile, "a number of clients of at least 1")
+        self._asked = strategy
+        self._tile = tile
+        self._strategy: Strategy = "rows"
+        self._reason = ""
+        self._width = 1
+
+    def describe(self) -> dict[str, Any]:
+        how = "rows of one matrix" if self._strategy == "rows" else "one client at a time"
+        return {"engine": self.name, "strategy": how, "tile": self._width, "reason": self._reason}
+
+    @property
+    def strategy(self) -> Strategy:
+        """Which path runs."""
+        return self._strategy
+
+    def tiles(
+        self, process: "Process", task: "Task", data: "FederatedDataset", memory: ClientMemory
+    ) -> Iterator[Tile]:
+        sizes, places = data.train.sizes, torch.tensor([data.index(c) for c in task.clients], dtype=torch.int64)
+        # Largest first: clients that are done leave a tile from its end.
+        order = torch.argsort(sizes[places], descending=True, stable=True)
+        for begin in range(0, len(order), self._width):
+            chosen = order[begin : begin + self._width]
+            clients = [task.clients[i] for i in chosen.tolist()]
+            remembered = process.remembered(task, clients, memory)
+            buffers, own = process.start(task, remembered, len(clients))
+            examples = sizes[places[chosen]].to(process.model.dtype)[:, None]
+            cohort = _Rows(
+                process.model,
+                process.selection,
+                clients=clients,
+                round=task.round,
+                population=task.population,
+                examples=examples,
+                weights=process.aggregator.weigh(examples, clients),
+                buffers=buffers,
+                own=own,
+            )
+            cohort.attach(data.train, places[chosen].numpy(), task.seed, self)
+            yield cohort, remembered
+
+    def _choose(self, process: "Process", data: "FederatedDataset") -> None:
+        model = process.model
+        self._strategy, self._reason = "rows", "the model's layers run as rows"
+        reason = _single(model, self.traits.draws)
+        if self._asked != "auto":
+            self._strategy, self._reason = self._asked, "chosen by hand"
+            if self._asked == "rows" and self.traits.draws:
+                raise invalid("strategy", "rows", '"single" or "auto" for this model', f"Reason: {reason}.")
+        elif reason is None:
+            reason = _trial(model, self.traits.sample)
+        if self._asked == "auto" and reason is not None:
+            self._strategy, self._reason = "single", reason
+        row_bytes = model.size * model.init(None).element_size()
+        self._width = max(1, min(TILE_ROWS, TILE_BYTES // row_bytes))
+        if self._tile is not None:
+            self._width = self._tile
+        if self._strategy == "single":
+            self._width = 1
+
+
+def _single(model: Model, draws: bool) -> str | None:
+    """Why this model runs one client at a time, or None."""
+    if model.size > LARGE:
+        return f"{model.size:,} parameters are more than {LARGE:,}"
+    for name, part in model.modules():
+        if isinstance(part, nn.RNNBase | nn.RNNCellBase):
+            return f"the recurrent layer {name or type(part).__name__!r} has no batched kernel"
+        if isinstance(part, nn.modules.conv._ConvNd):  # pyright: ignore[reportPrivateUsage]
+            return f"the convolution {name or type(part).__name__!r} is faster one client at a time on a CPU"
+    if draws:
+        return "the model draws random numbers inside torch's kernels (dropout in attention or recurrent layers)"
+    return None
+
+
+def _trial(model: Model, sample: Batch) -> str | None:
+    """Why a batched forward cannot be used for this model, or None: tried on two rows that differ."""
+    noise = torch.randn(model.size, generator=random.generator(0, "trial"), dtype=model.dtype)
+    rows = torch.stack((model.init(), model.init() + 0.1 * noise))
+    batch = {n: torch.stack((t, t)) for n, t in sample.items()}
+    clients, steps = np.arange(2, dtype=np.uint64), np.zeros(2, np.int64)
+    try:
+        held = _Buffers(model, model.init_buffers().expand(2, -1).clone())
+        with torch.no_grad():
+            together = _forward_rows(model, model.layout.view(rows), held, batch, _Draw(0, "trial", 0, clients, steps))
+            for i in range(2):
+                alone = _Buffers(model, model.init_buffers().expand(1, -1).clone())
+                draw = _Draw(0, "trial", 0, clients[i : i + 1], steps[:1])
+                output = _forward_single(model, model.layout.view(rows[i : i + 1]), alone, {
+                    n: t[i : i + 1] for n, t in batch.items()
+                }, draw, seeded=False)  # fmt: skip
+                if not torch.allclose(together[i], output[0], rtol=1e-3, atol=1e-5):
+                    return "its batched forward differs from the plain one"
+    except Exception as error:
+        lines = str(error).strip().splitlines()
+        return f"its batched forward fails ({type(error).__name__}: {lines[0] if lines else ''})"
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Draw:
+    """Which keyed randomness the rows of one step use."""
+
+    seed: int
+    purpose: str
+    round: int
+    clients: NDArray[np.uint64]
+    steps: NDArray[np.int64]
+
+
+class _Buffers:
+    """Floating and integer buffers of a tile's rows, updated in place by forwards."""
+
+    def __init__(self, model: Model, floating: Tensor) -> None:
+        self.floating = floating
+        self._views = model.buffer_layout.view(floating)
+        counts = len(floating)
+        self._counters = {n: t.expand(counts, *t.shape).clone() for n, t in model.counters().items()}
+
+    def take(self, rows: "slice | Tensor") -> dict[str, Tensor]:
+        """Buffers of some rows: views for a slice, copies for a list."""
+        return {n: t[rows] for source in (self._views, self._counters) for n, t in source.items()}
+
+    def put(self, rows: Tensor, values: Mapping[str, Tensor]) -> None:
+        """Write copies back."""
+        for source in (self._views, self._counters):
+            for name, tensor in source.items():
+                tensor[rows] = values[name]
+
+
+def _forward_rows(
+    model: Model, leaves: Mapping[str, Tensor], held: "_Buffers | Mapping[str, Tensor]", batch: Batch, draw: _Draw
+) -> Tensor:
+    """Outputs [k, b, ...] of k rows on their own batches [k, b, ...], as one batched forward."""
+    buffers = held.take(slice(None)) if isinstance(held, _Buffers) else held
+    mode = KeyedDropout(draw.seed, draw.purpose, draw.round, draw.clients, draw.steps)
+
+    def one(p: Mapping[str, Tensor], b: Mapping[str, Tensor], x: Batch, row: Tensor) -> Tensor:
+        mode.row = row
+        with mode:
+            return model.call(p, b, x, train=True)
+
+    number = torch.arange(len(draw.clients))
+    return torch.vmap(one, randomness="error")(dict(leaves), dict(buffers), dict(batch), number)
+
+
+def _forward_single(
+    model: Model,
+    leaves: Mapping[str, Tensor],
+    held: "_Buffers | Mapping[str, Tensor]",
+    batch: Batch,
+    draw: _Draw,
+    *,
+    seeded: bool,
+) -> Tensor:
+    """Output [1, b, ...] of a single row, without the batching transform."""
+    buffers = held.take(slice(None)) if isinstance(held, _Buffers) else held
+    parameters = {n: t[0] for n, t in leaves.items()}
+    own, inputs = {n: t[0] for n, t in buffers.items()}, {n: t[0] for n, t in batch.items()}
+    with KeyedDropout(draw.seed, draw.purpose, draw.round, draw.clients, draw.steps):
+        if not seeded:
+            return model.call(parameters, own, inputs, train=True)[None]
+        with SeededDraws(draw.seed, draw.purpose, draw.round, int(draw.clients[0]), int(draw.steps[0])):
+            return model.call(parameters, own, inputs, train=True)[None]
+
+
+class _Rows(Cohort):
+    """A tile of clients whose models are rows of one matrix."""
+
+    def attach(self, train: "Split", places: NDArray[np.int64], seed: int, engine: Vectorized) -> None:
+        self._train, self._seed, self._engine = train, seed, engine
+        self._keys = random.client_keys(self.clients)
+        offsets = train.offsets.numpy()
+        self._begin = offsets[places]
+        self._sizes = offsets[places + 1] - self._begin
+
+    # --- training -----------------------------------------------------------------------------------------------------
+
+    def sgd(
+        self,
+        rows: Tensor,
+        plan: Plan,
+        *,
+        anchor: Tensor | None = None,
+        pull: float = 0.0,
+        shift: Tensor | None = None,
+        train: Tensor | None = None,
+        buffers: Tensor | None = None,
+        purpose: str = "train",
+    ) -> Trained:
+        model, count = self.model, len(self.clients)
+        y = rows.detach().clone(memory_format=torch.contiguous_format)
+        held = _Buffers(model, (self.buffers if buffers is None else buffers).detach().clone())
+        rule = _Rule(plan, y, anchor, pull, shift, train)
+        trained = None if train is None else frozenset(n for n, _, a, b in model.layout if bool(train[a:b].any()))
+        totals = plan.total_steps(self._sizes)
+        loss_sum, seen = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
+        rates = np.zeros(count)
+        number, index = -1, torch.empty(0, 0, dtype=torch.int64)
+        for group in schedule(plan.batch_size, self._sizes, totals):
+            if group.number != number:
+                number = group.number
+                order = orders(plan, self._seed, purpose, self.round, number, self._keys, self._sizes)
+                index = torch.from_numpy(np.ascontiguousarray(order + self._begin[:, None]))
+            members = group.members
+            if group.begin is not None:
+                taken = index[members, group.begin : group.begin + group.size]
+            else:
+                taken = index[members].gather(1, torch.from_numpy(group.begins)[:, None] + torch.arange(group.size))
+            batch = {n: t[taken] for n, t in self._train.fields.items()}
+            part, own = y[members], held.take(members)
+            draw = _Draw(self._seed, purpose, self.round, self._keys[group.rows], group.steps)
+            losses, gradients = self._gradients(part, own, batch, draw, trained)
+            step_rates = plan.rate(self.round, group.steps)
+            rule.step(part, members, gradients, step_rates, group.steps)
+            if isinstance(members, Tensor):
+                y[members] = part
+                held.put(members, own)
+            loss_sum[members] += losses.double() * group.size
+            seen[members] += group.size
+            rates[group.rows] += step_rates
+        return Trained(
+            y,
+            held.floating,
+            torch.from_numpy(totals).to(y)[:, None],
+            torch.from_numpy(rates).to(y)[:, None],
+            loss_sum[:, None],
+            seen[:, None],
+        )
+
+    def gradient(self, rows: Tensor, batch: Batch | None = None) -> Tensor:
+        model, steps = self.model, np.zeros(len(self.clients), np.int64)
+        if batch is not None:
+            held = _Buffers(model, self.buffers.detach().clone()).take(slice(None))
+            draw = _Draw(self._seed, "gradient", self.round, self._keys, steps)
+            parts = self._gradients(rows.detach(), held, batch, draw, None)[1]
+            return torch.cat([g.reshape(len(g), -1) for g in parts.values()], dim=1)
+        out = torch.empty(rows.shape, dtype=rows.dtype)
+        for size in np.unique(self._sizes):
+            members = np.flatnonzero(self._sizes == size)
+            taken = torch.from_numpy(self._begin[members][:, None] + np.arange(size))
+            own = _Buffers(model, self.buffers[torch.from_numpy(members)].detach().clone()).take(slice(None))
+            draw = _Draw(self._seed, "gradient", self.round, self._keys[members], steps[members])
+            inputs = {n: t[taken] for n, t in self._train.fields.items()}
+            parts = self._gradients(rows[torch.from_numpy(members)].detach(), own, inputs, draw, None)[1]
+            out[torch.from_numpy(members)] = torch.cat([g.reshape(len(g), -1) for g in parts.values()], dim=1)
+        return out
+
+    def _gradients(
+        self, part: Tensor, buffers: Mapping[str, Tensor], batch: Batch, draw: _Draw, trained: frozenset[str] | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean loss [k] of each row's batch and the gradient of each parameter [k, ...]; one per layout entry."""
+        model, loss = self.model, self.model.loss
+        with torch.enable_grad():
+            views = model.layout.view(part)
+            leaves = {
+                n: t.detach().requires_grad_(trained is None or n in trained) for n, t in views.items()
+            }
+            if self._engine.strategy == "rows":
+                output = _forward_rows(model, leaves, buffers, batch, draw)
+            else:
+                output = _forward_single(model, leaves, buffers, batch, draw, seeded=self._engine.traits.draws)
+            if loss.returns == "per_example":
+                flat = loss.per_example(output.flatten(0, 1), batch["y"].flatten(0, 1))
+                losses = flat.view(len(part), -1).mean(dim=1)
+            elif self._engine.strategy == "rows":
+                losses = torch.vmap(loss.mean)(output, batch["y"])
+            else:
+                losses = loss.mean(output[0], batch["y"][0])[None]
+            wanted = {n: t for n, t in leaves.items() if t.requires_grad}
+            found = torch.autograd.grad(losses.sum(), list(wanted.values()), allow_unused=True)
+        gradients = dict(zip(wanted, found, strict=True))
+        return losses.detach(), {
+            n: torch.zeros_like(t) if gradients.get(n) is None else gradients[n] for n, t in leaves.items()
+        }  # pyright: ignore[reportReturnType]
+
+    # --- looking ------------------------------------------------------------------------------------------------------
+
+    def loss(self, rows: Tensor) -> Tensor:
+        outputs = self.predict(rows)
+        values = [
+            self.model.loss.mean(output, self._train.fields["y"][begin : begin + size])
+            for output, begin, size in zip(outputs, self._begin, self._sizes, strict=True)
+        ]
+        return torch.stack(values)[:, None]
+
+    def predict(self, rows: Tensor) -> list[Tensor]:
+        return self._look(rows, features=False)
+
+    def features(self, rows: Tensor) -> list[Tensor]:
+        return self._look(rows, features=True)
+
+    def _look(self, rows: Tensor, *, features: bool) -> list[Tensor]:
+        model, outputs = self.model, list[Tensor]()
+        with torch.no_grad():
+            for row, held, begin, size in zip(rows, self.buffers, self._begin, self._sizes, strict=True):
+                batch = {n: t[begin : begin + size] for n, t in self._train.fields.items()}
+                views, own = model.layout.view(row), model.buffer_layout.view(held)
+                outputs.append(
+                    model.features(views, own, batch) if features else model.call(views, own, batch, train=False)
+                )
+        return outputs
+
+
+class _Rule:
+    """The local step on rows: `y <- y - rate * (gradient + pull * (y - anchor) + shift)` under the plan's optimiser."""
+
+    def __init__(
+        self, plan: Plan, y: Tensor, anchor: Tensor | None, pull: float, shift: Tensor | None, train: Tensor | None
+    ) -> None:
+        if pull and anchor is None:
+            raise invalid("anchor", None, "given when pull is not 0")
+        self._plan, self._pull = plan, pull
+        self._anchor = None if anchor is None else anchor.expand(y.shape)
+        self._shift = None if shift is None else shift.expand(y.shape)
+        self._mask = train
+        state = plan.optimizer != "sgd"
+        self._first = torch.zeros_like(y) if state or plan.momentum else None
+        self._second = torch.zeros_like(y) if state else None
+        self._direct = plan.plain and not pull and shift is None and train is None
+
+    def step(
+        self,
+        part: Tensor,
+        members: "slice | Tensor",
+        gradients: Mapping[str, Tensor],
+        rates: NDArray[np.float64],
+        steps: NDArray[np.int64],
+    ) -> None:
+        """Move the rows `part` of a group in place."""
+        plan, count = self._plan, len(part)
+        constant = bool((rates == rates[0]).all())
+        rate = float(rates[0]) if constant else torch.from_numpy(rates).to(part)[:, None]
+        gradient = torch.cat([g.reshape(count, -1) for g in gradients.values()], dim=1)
+        if not self._direct:
+            if self._pull:
+                assert self._anchor is not None
+                gradient = gradient + self._pull * (part - self._anchor[members])
+            if self._shift is not None:
+                gradient = gradient + self._shift[members]
+        change = -rate * gradient if plan.plain else self._adapted(part, members, gradient, rate, steps)
+        if self._mask is not None:
+            change = torch.where(self._mask, change, 0.0)
+        part += change
+
+    def _adapted(
+        self, part: Tensor, members: "slice | Tensor", gradient: Tensor, rate: "float | Tensor", steps: NDArray[np.int64]
+    ) -> Tensor:
+        plan = self._plan
+        if plan.optimizer in ("sgd", "adam") and plan.weight_decay:
+            gradient = gradient + plan.weight_decay * part
+        if plan.optimizer == "sgd":
+            if self._first is not None:
+                gradient = plan.momentum * self._first[members] + gradient
+                self._first[members] = gradient
+            return -rate * gradient
+        assert self._first is not None and self._second is not None
+        beta1, beta2 = plan.betas
+        first = beta1 * self._first[members] + (1 - beta1) * gradient
+        second = beta2 * self._second[members] + (1 - beta2) * gradient * gradient
+        self._first[members], self._second[members] = first, second
+        taken = torch.from_numpy(steps + 1).to(part)[:, None]
+        change = -rate * (first / (1 - beta1**taken)) / ((second / (1 - beta2**taken)).sqrt() + plan.eps)
+        if plan.optimizer == "adamw" and plan.weight_decay:
+            change = change - rate * plan.weight_decay * part
+        return change
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Rows that take a step together: the same number of examples each.
+
+    Attributes:
+        number: of the pass over the data.
+        rows: which rows, ascending, int64 [k].
+        members: the same as a slice where they follow each other (their tensors are views), else as a tensor.
+        begin: where their batch begins in the pass, when it is the same for all.
+        begins: where it begins for each, int64 [k].
+        size: examples in the batch.
+        steps: local step number of each, int64 [k].
+    """
+
+    number: int
+    rows: NDArray[np.int64]
+    members: "slice | Tensor"
+    begin: int | None
+    begins: NDArray[np.int64]
+    size: int
+    steps: NDArray[np.int64]
+
+
+def schedule(batch_size: int | None, sizes: NDArray[np.int64], totals: NDArray[np.int64]) -> Iterator[Group]:
+    """Every client's batches in its own order, grouped over clients by true batch size.
+
+    Clients do not depend on each other, so in each pass all full batches come first, while the rows that have one
+    left shrink, and the short last batches follow, grouped by length.
+
+    Args:
+        batch_size: of the plan; None: all examples.
+        sizes: examples of each client, [C].
+        totals: local steps of each client, [C].
+    """
+    everyone, done, number = np.arange(len(sizes)), np.zeros_like(sizes), 0
+    full = np.zeros_like(sizes) if batch_size is None else sizes // batch_size
+    rest = sizes if batch_size is None else sizes % batch_size
+    while bool((done < totals).any()):
+        left = totals - done
+        turns = np.minimum(full, left)
+        for j in range(int(turns.max(initial=0))):
+            rows = everyone[turns > j]
+            assert batch_size is not None
+            yield _group(number, rows, np.full(len(rows), j * batch_size), batch_size, done[rows] + j)
+        short = (rest > 0) & (left > full)
+        for size in np.unique(rest[short]):
+            rows = everyone[short & (rest == size)]
+            begins = full[rows] * (batch_size or 0)
+            yield _group(number, rows, begins, int(size), done[rows] + full[rows])
+        done = done + turns + short
+        number += 1
+
+
+def _group(
+    number: int, rows: NDArray[np.int64], begins: NDArray[np.int64], size: int, steps: NDArray[np.int64]
+) -> Group:
+    first, last = int(rows[0]), int(rows[-1])
+    members = slice(first, last + 1) if last - first + 1 == len(rows) else torch.from_numpy(rows)
+    begin = int(begins[0]) if bool((begins == begins[0]).all()) else None
+    return Group(number, rows, members, begin, begins, size, steps)

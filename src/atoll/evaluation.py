@@ -1,0 +1,204 @@
+"""Evaluation: sums of losses and metrics for every client, and what is made of them.
+
+Only sums are computed per client (loss, examples, and each metric's own); values, their spread over clients and the
+values over all examples follow from the sums, the same in simulation and deployment.
+"""
+
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from atoll import metrics as metric_functions
+from atoll.errors import DataError, invalid
+from atoll.model import Batch, Model
+
+if TYPE_CHECKING:
+    from atoll.data import FederatedDataset, Split
+    from atoll.process import Process, State
+
+CHUNK = 8192
+"""Examples that go through a model at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Metrics of a model, or of one model per client, on the clients' examples.
+
+    Attributes:
+        names: "loss" and the model's metrics.
+        clients: whose examples; a single "" for examples that are nobody's.
+        examples: of each client, [C].
+        values: of each client and metric, [C, M], nan where undefined.
+        overall: over all examples together, [M].
+        better: +1 where higher is better, -1 where lower is, for each metric.
+        notes: why a value is undefined, one line each.
+    """
+
+    names: tuple[str, ...]
+    clients: tuple[str, ...]
+    examples: Tensor
+    values: Tensor
+    overall: Tensor
+    better: tuple[int, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Each metric over all examples together."""
+        return dict(zip(self.names, self.overall.tolist(), strict=True))
+
+    @property
+    def spread(self) -> dict[str, dict[str, float]]:
+        """Each metric over clients: mean, weighted mean, worst decile, standard deviation."""
+        return {
+            name: metric_functions.spread(self.values[:, i], self.examples, higher_is_better=self.better[i] > 0)
+            for i, name in enumerate(self.names)
+        }
+
+    def client(self, name: str) -> dict[str, float]:
+        """One client's metrics."""
+        return dict(zip(self.names, self.values[self.clients.index(name)].tolist(), strict=True))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Metrics over all examples, per client, and their spread."""
+        return {
+            "metrics": self.metrics,
+            "clients": {c: self.client(c) for c in self.clients},
+            "spread": self.spread,
+            "notes": list(self.notes),
+        }
+
+
+def evaluate_vector(
+    model: Model,
+    vector: Tensor,
+    buffers: Tensor,
+    split: "Split",
+    clients: Sequence[str],
+) -> Evaluation:
+    """Evaluate one model on every client's examples.
+
+    Args:
+        model: the model.
+        vector: its parameters, [P].
+        buffers: its floating buffers, [B].
+        split: the clients' examples.
+        clients: names of the split's clients, in order.
+    """
+    views, held = model.layout.view(vector), model.buffer_layout.view(buffers)
+    owner = torch.repeat_interleave(torch.arange(len(clients)), split.sizes)
+    total: Tensor | None = None
+    metrics: tuple[Any, ...] = ()
+    per_example = model.loss.returns == "per_example"
+    count = len(split)
+    # A loss that gives a mean can only be asked client by client.
+    bounds = list(range(0, count, CHUNK)) + [count] if per_example else split.offsets.tolist()
+    for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
+        if begin == end:
+            continue
+        batch = {n: t[begin:end] for n, t in split.fields.items()}
+        first = int(owner[begin])
+        sums, metrics = _sums(model, views, held, batch, owner[begin:end] - first, int(owner[end - 1]) - first + 1)
+        if total is None:
+            total = torch.zeros(len(clients), sums.shape[1], dtype=torch.float64)
+        total[first : first + len(sums)] += sums
+    if total is None:
+        raise DataError("there is nothing to evaluate: no client has an example in this split.")
+    return _finish(model, metrics, total, clients)
+
+
+def evaluate_clients(
+    process: "Process", state: "State", data: "FederatedDataset", *, split: str = "test", personal: bool = False
+) -> Evaluation:
+    """Evaluate the global model, or each client's personal model, on a split of the clients' examples."""
+    part = choose(data, split)
+    if not personal:
+        process.engine.prepare(process, data)
+        return evaluate_vector(process.model, process.vector(state), state.buffers, part, data.clients)
+    model = process.model
+    total: Tensor | None = None
+    metrics: tuple[Any, ...] = ()
+    process.engine.prepare(process, data)
+    task = process.open(state, tuple(data.clients), len(data.clients), kind="evaluate")
+    for cohort, remembered in process.engine.tiles(process, task, data, state.memory):
+        found = process.personal_rows(task, cohort, remembered)
+        assert found.buffers is not None
+        for i, client in enumerate(cohort.clients):
+            place = data.index(client)
+            batch = part.client(place)
+            if not len(batch["y"]):
+                continue
+            views, held = model.layout.view(found.rows[i]), model.buffer_layout.view(found.buffers[i])
+            owner = torch.zeros(len(batch["y"]), dtype=torch.int64)
+            sums, metrics = _sums(model, views, held, batch, owner, 1)
+            if total is None:
+                total = torch.zeros(len(data.clients), sums.shape[1], dtype=torch.float64)
+            total[place] = sums[0]
+    if total is None:
+        raise DataError("there is nothing to evaluate: no client has an example in this split.")
+    return _finish(model, metrics, total, data.clients)
+
+
+def evaluate_holdout(model: Model, vector: Tensor, buffers: Tensor, holdout: Batch) -> Evaluation:
+    """Evaluate one model on examples that are no client's."""
+    from atoll.data import Split
+
+    split = Split(dict(holdout), torch.tensor([0, len(holdout["y"])]))
+    return evaluate_vector(model, vector, buffers, split, ("",))
+
+
+def choose(data: "FederatedDataset", split: str) -> "Split":
+    """The split of a dataset by name.
+
+    Raises:
+        DataError: the dataset has no such split.
+    """
+    if split not in ("train", "validation", "test"):
+        raise invalid("split", split, '"train", "validation" or "test"')
+    part: Split | None = getattr(data, split)
+    if part is None:
+        raise DataError(f"the data has no {split} examples: cut some with data.split({split}=0.2), or name another split.")
+    return part
+
+
+def _sums(
+    model: Model, views: Batch, held: Batch, batch: Batch, owner: Tensor, clients: int
+) -> tuple[Tensor, tuple[Any, ...]]:
+    """Sums [clients, 2 + ...] of loss, examples and metrics."""
+    target = batch["y"]
+    with torch.no_grad():
+        output = model.call(views, held, batch, train=False)
+        model.settle(output, target)
+        sums = torch.zeros(clients, 2, dtype=torch.float64)
+        if model.loss.returns == "per_example":
+            sums[:, 0].index_add_(0, owner, model.loss.per_example(output, target).double())
+        else:
+            sums[:, 0] = model.loss.mean(output, target).double() * len(target)
+        sums[:, 1] = torch.bincount(owner, minlength=clients).double()
+        metrics = model.metrics(output)
+        if metrics:
+            sums = torch.cat((sums, metric_functions.evaluate_sums(metrics, output, target, owner, clients)), dim=1)
+    return sums, metrics
+
+
+def _finish(model: Model, metrics: tuple[Any, ...], total: Tensor, clients: Sequence[str]) -> Evaluation:
+    names = ("loss", *(m.name for m in metrics))
+    both = torch.cat((total, total.sum(dim=0, keepdim=True)))
+    columns = [both[:, 0] / both[:, 1]]
+    parts = metric_functions.split_sums(metrics, both[:, 2:])
+    columns += [m.finish(part) for m, part in zip(metrics, parts, strict=True)]
+    values = torch.stack(columns, dim=1)
+    notes: list[str] = []
+    for metric, part, column in zip(metrics, parts, columns[1:], strict=True):
+        missing = [i for i in torch.nonzero(column[:-1].isnan())[:, 0].tolist() if total[i, 1] > 0]
+        if missing:
+            where = ", ".join(str(clients[i]) for i in missing[:3]) + (" ..." if len(missing) > 3 else "")
+            notes.append(f"{metric.name} is undefined at {len(missing)} client(s) ({where}): {metric.undefined(part[missing[0]])}")
+    better = (-1, *(1 if m.higher_is_better else -1 for m in metrics))
+    return Evaluation(names, tuple(clients), total[:, 1], values[:-1], values[-1], better, tuple(notes))
+
+

@@ -1,0 +1,155 @@
+"""What a client does with its data: the plan of local training."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from atoll.errors import invalid
+from atoll.spec import Spec, record
+
+Schedule = Callable[[int, Any], Any]
+"""(round, step or array of steps) -> multiplier of the learning rate."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Local training, as data: engines read it, algorithms adjust it with `dataclasses.replace`.
+
+    Attributes:
+        lr: learning rate.
+        epochs: passes over the client's examples, or None when `steps` is given.
+        steps: minibatch steps, or None when `epochs` is given.
+        batch_size: examples per step, or None for all of them.
+        shuffle: a new keyed order for each pass; otherwise the order of the data.
+        optimizer: "sgd", "adam" or "adamw", with the update rules of `torch.optim`; state starts anew each round.
+        momentum: of sgd (heavy ball).
+        weight_decay: L2 term added to the gradient (sgd, adam), decoupled for adamw.
+        betas: of adam and adamw.
+        eps: of adam and adamw.
+        schedule: (round, step) -> multiplier of lr.
+    """
+
+    lr: float
+    epochs: int | None
+    steps: int | None
+    batch_size: int | None
+    shuffle: bool
+    optimizer: Literal["sgd", "adam", "adamw"]
+    momentum: float
+    weight_decay: float
+    betas: tuple[float, float]
+    eps: float
+    schedule: Schedule | None
+
+    @property
+    def plain(self) -> bool:
+        """Whether a step is exactly `y - rate * gradient`."""
+        return self.optimizer == "sgd" and self.momentum == 0.0 and self.weight_decay == 0.0
+
+    def rate(self, round: int, step: "NDArray[np.int64]") -> "NDArray[np.float64]":
+        """Learning rates of local steps (an array of step numbers, from 0) in a round."""
+        if self.schedule is None:
+            return np.full(step.shape, self.lr)
+        return self.lr * np.broadcast_to(np.asarray(self.schedule(round, step), dtype=np.float64), step.shape)
+
+    def total_steps(self, examples: "NDArray[np.int64]") -> "NDArray[np.int64]":
+        """Local steps of clients with these numbers of examples."""
+        if self.steps is not None:
+            return np.full(examples.shape, self.steps, dtype=np.int64)
+        return (self.epochs or 0) * self.steps_per_pass(examples)
+
+    def steps_per_pass(self, examples: "NDArray[np.int64]") -> "NDArray[np.int64]":
+        """Batches in one pass, the short last one included."""
+        if self.batch_size is None:
+            return np.ones_like(examples)
+        return -(-examples // self.batch_size)
+
+    @property
+    def spec(self) -> Spec:
+        """The plan by name and arguments."""
+        return record(
+            "local_sgd",
+            lr=self.lr,
+            epochs=self.epochs,
+            steps=self.steps,
+            batch_size=self.batch_size,
+            shuffle=self.shuffle,
+            optimizer=self.optimizer,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            betas=self.betas,
+            eps=self.eps,
+            schedule=self.schedule,
+        )
+
+
+def local_sgd(
+    lr: float,
+    *,
+    epochs: int | None = None,
+    steps: int | None = None,
+    batch_size: int | None = 32,
+    shuffle: bool = True,
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd",
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    schedule: Schedule | None = None,
+) -> Plan:
+    """Minibatch training on a client's own examples.
+
+    Args:
+        lr: learning rate, above 0.
+        epochs: passes over the data (1 when neither is given); 0 leaves the model as received.
+        steps: minibatch steps instead of epochs; passes are repeated as often as needed.
+        batch_size: examples per step; the last batch of a pass may be shorter. None: all examples at once.
+        shuffle: draw a new order for every pass.
+        optimizer: "sgd", "adam" or "adamw"; its state starts anew in every round.
+        momentum: of sgd, in [0, 1).
+        weight_decay: at least 0.
+        betas: of adam and adamw, each in [0, 1).
+        eps: of adam and adamw, above 0.
+        schedule: (round, step) -> multiplier of lr, for instance from `atoll.rate`; step may be an array.
+
+    Returns:
+        The plan, for any algorithm.
+
+    Raises:
+        InvalidArgument: an argument outside its range, or both epochs and steps.
+    """
+    if not _number(lr) or not 0 < lr < float("inf"):
+        raise invalid("lr", lr, "a finite number above 0")
+    if epochs is not None and steps is not None:
+        raise invalid("steps", steps, "left out when epochs is given", "Give epochs= or steps=, not both.")
+    if epochs is None and steps is None:
+        epochs = 1
+    for name, value, least in (("epochs", epochs, 0), ("steps", steps, 0), ("batch_size", batch_size, 1)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            raise invalid(name, value, f"an integer of at least {least}")
+    if optimizer not in ("sgd", "adam", "adamw"):
+        raise invalid("optimizer", optimizer, '"sgd", "adam" or "adamw"')
+    if not _number(momentum) or not 0 <= momentum < 1:
+        raise invalid("momentum", momentum, "in [0, 1)")
+    if momentum and optimizer != "sgd":
+        raise invalid("momentum", momentum, f"0 with optimizer={optimizer!r}", "Use betas= for adam and adamw.")
+    if not _number(weight_decay) or not 0 <= weight_decay < float("inf"):
+        raise invalid("weight_decay", weight_decay, "a finite number of at least 0")
+    if len(betas) != 2 or not all(_number(b) and 0 <= b < 1 for b in betas):
+        raise invalid("betas", betas, "two numbers in [0, 1)")
+    if not _number(eps) or not 0 < eps < float("inf"):
+        raise invalid("eps", eps, "a finite number above 0")
+    if schedule is not None and not callable(schedule):
+        raise invalid("schedule", schedule, "callable(round, step) -> multiplier")
+    beta1, beta2 = (float(b) for b in betas)
+    return Plan(
+        float(lr), epochs, steps, batch_size, shuffle, optimizer, float(momentum), float(weight_decay),
+        (beta1, beta2), float(eps), schedule,
+    )  # fmt: skip
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == value

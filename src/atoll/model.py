@@ -1,0 +1,259 @@
+"""A torch module as pure functions of one flat vector of its trainable parameters."""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call  # pyright: ignore[reportUnknownVariableType]
+from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
+from torch.nn.parameter import UninitializedParameter
+
+from atoll import losses, metrics as metric_registry
+from atoll.errors import InvalidArgument, invalid
+from atoll.random import key
+from atoll.spec import Spec, canonical, digest, record, source_hash
+from atoll.vectors import Layout
+
+Batch = Mapping[str, Tensor]
+"""Named tensors whose first axis is the example."""
+
+Forward = Callable[[nn.Module, Batch], Tensor]
+"""How a module is applied to a batch."""
+
+NORMALISATION = (_BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm, nn.RMSNorm)  # pyright: ignore[reportPrivateUsage]
+
+
+def apply_to_x(module: nn.Module, batch: Batch) -> Tensor:
+    """The default forward: the module called with the field `x`."""
+    return module(batch["x"])
+
+
+class _Caller(nn.Module):
+    """Holds the user's module so that `functional_call` can run any forward function on it."""
+
+    def __init__(self, module: nn.Module, forward: Forward) -> None:
+        super().__init__()
+        self.module = module
+        self.apply_module = forward
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self.apply_module(self.module, batch)
+
+
+class Model:
+    """A torch module, its loss and its metrics, seen as functions of one flat vector.
+
+    Args:
+        module: any module whose parameters are floating point. Parameters with `requires_grad=False` are constants.
+            The module is copied; submodules that are in eval mode while the module is in train mode stay in eval mode.
+        loss: a name (`atoll.losses.names()`), or callable(output, target) -> per-example losses [n] or their mean.
+        metrics: names (`atoll.metrics.names()`) or metric objects.
+        buffers: what happens to floating buffers such as BatchNorm statistics: "mean" averages them like parameters,
+            "local" leaves them with the client, "frozen" never changes them (BatchNorm then normalises by them).
+            Integer buffers always start from the module's values and never leave a client.
+        forward: callable(module, batch) -> output, for modules that take more than the field `x`.
+        features: name of the submodule whose output `features` returns.
+
+    Raises:
+        InvalidArgument: no trainable parameters, mixed or non-floating dtypes, unknown loss or metric.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        loss: str | Callable[[Tensor, Tensor], Tensor],
+        metrics: Sequence[str | Any] = (),
+        *,
+        buffers: Literal["mean", "local", "frozen"] = "mean",
+        forward: Forward | None = None,
+        features: str | None = None,
+    ) -> None:
+        if not isinstance(module, nn.Module):
+            raise invalid("module", type(module).__name__, "a torch.nn.Module")
+        if buffers not in ("mean", "local", "frozen"):
+            raise invalid("buffers", buffers, '"mean", "local" or "frozen"')
+        for name, tensor in module.named_parameters():
+            if isinstance(tensor, UninitializedParameter):
+                raise InvalidArgument(f"parameter {name!r} has no shape yet: run the lazy module once on a batch first.")
+        if isinstance(metrics, str):
+            raise invalid("metrics", metrics, "a sequence of names", f"Write metrics=({metrics!r},).")
+        self.loss = losses.get(loss)
+        self._metrics = tuple(metrics)
+        self.buffer_rule = buffers
+        self.forward_function = forward or apply_to_x
+        self.features_name = features
+
+        trainable = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        if not trainable:
+            raise InvalidArgument(
+                "the module has no trainable parameters: pass one with parameters whose requires_grad is True."
+            )
+        dtypes = {p.dtype for p in trainable.values()}
+        if len(dtypes) > 1 or not next(iter(dtypes)).is_floating_point:
+            raise InvalidArgument(
+                f"trainable parameters have dtypes {sorted(map(str, dtypes))}: they must share one floating dtype; "
+                "convert the module with module.float() or module.double()."
+            )
+        self.dtype = dtypes.pop()
+        self.layout = Layout.of(trainable)
+
+        constants = {n: p.detach() for n, p in module.named_parameters() if not p.requires_grad}
+        persistent = frozenset(module.state_dict(keep_vars=True))
+        floating = {
+            n: b for n, b in module.named_buffers() if b.is_floating_point() and n in persistent and buffers != "frozen"
+        }
+        self.buffer_layout = Layout.of(floating)
+        self._counters = {
+            n: b.detach().clone() for n, b in module.named_buffers() if not b.is_floating_point() and n in persistent
+        }
+        self._vector = self.layout.flatten(trainable).clone()
+        self._buffers = self.buffer_layout.flatten(floating).to(self.dtype).clone()
+        self._frozen_hash = digest(*constants.values()) if constants else None
+
+        # The training and the evaluating copy share every tensor; only their mode flags differ.
+        training = copy.deepcopy(module)
+        if not module.training:
+            training.train()
+        if buffers == "frozen":
+            for part in training.modules():
+                if isinstance(part, _BatchNorm):
+                    part.eval()
+        evaluating = copy.deepcopy(training, {id(t): t for t in (*training.parameters(), *training.buffers())}).eval()
+        if features is not None and features not in dict(evaluating.named_modules()):
+            names = [n for n, _ in evaluating.named_modules() if n]
+            raise invalid("features", features, f"the name of a submodule: {', '.join(names)}")
+        self._training = _Caller(training, self.forward_function)
+        self._evaluating = _Caller(evaluating, self.forward_function)
+
+    # --- values -------------------------------------------------------------------------------------------------------
+
+    @property
+    def size(self) -> int:
+        """Number of trainable parameters P."""
+        return self.layout.size
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the metrics."""
+        return tuple(m if isinstance(m, str) else str(m.name) for m in self._metrics)
+
+    def metrics(self, output: Tensor) -> tuple[Any, ...]:
+        """The metric objects, sized for this kind of output [n, ...]."""
+        outputs = output.shape[1] if output.ndim > 1 else 1
+        return tuple(metric_registry.get(m, outputs=outputs) for m in self._metrics)
+
+    def init(self, seed: int | None = None) -> Tensor:
+        """A start vector [P]: the module's own values, or values drawn anew by its layers from a seed.
+
+        Args:
+            seed: None for the module's own values (pretrained weights stay what they are).
+
+        Raises:
+            InvalidArgument: a layer holds trainable parameters but has no `reset_parameters` to draw them by.
+        """
+        if seed is None:
+            return self._vector.clone()
+        module = self.module(self._vector)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(key(seed, "init") & 0x7FFFFFFFFFFFFFFF)
+            for name, part in module.named_modules():
+                reset = getattr(part, "reset_parameters", None) or getattr(part, "_reset_parameters", None)
+                if callable(reset):
+                    reset()
+                elif any(p.requires_grad for p in part.parameters(recurse=False)):
+                    raise InvalidArgument(
+                        f"{name or 'the module'} ({type(part).__name__}) holds parameters but has no reset_parameters(): "
+                        "add one, or use seed=None to start from the module's own values."
+                    )
+        values = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        return self.layout.flatten(values).clone()
+
+    def init_buffers(self) -> Tensor:
+        """The module's own floating buffers as one vector [B]."""
+        return self._buffers.clone()
+
+    def module(self, vector: Tensor, buffers: Tensor | None = None) -> nn.Module:
+        """A copy of the module that holds these parameters [P] and buffers [B], in eval mode."""
+        out = copy.deepcopy(self._evaluating.module)
+        values = self.layout.view(vector.detach().to("cpu"))
+        with torch.no_grad():
+            for name, parameter in out.named_parameters():
+                if name in values:
+                    parameter.copy_(values[name])
+            if buffers is not None:
+                held = self.buffer_layout.view(buffers.detach().to("cpu"))
+                for name, buffer in out.named_buffers():
+                    if name in held:
+                        buffer.copy_(held[name])
+        return out
+
+    def norm_names(self) -> frozenset[str]:
+        """Names of trainable parameters that belong to normalisation layers."""
+        found: set[str] = set()
+        for name, part in self._training.module.named_modules():
+            if isinstance(part, NORMALISATION):
+                found.update(f"{name}.{p}" if name else p for p, _ in part.named_parameters(recurse=False))
+        return frozenset(found) & frozenset(self.layout.names)
+
+    def modules(self) -> list[tuple[str, nn.Module]]:
+        """Named submodules of the training copy, for rules that look at kinds of layers."""
+        return list(self._training.module.named_modules())
+
+    # --- functions ----------------------------------------------------------------------------------------------------
+
+    def counters(self) -> dict[str, Tensor]:
+        """Fresh copies of the integer buffers."""
+        return {n: b.clone() for n, b in self._counters.items()}
+
+    def call(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Batch, *, train: bool) -> Tensor:
+        """Output [n, ...] for a batch; in training, `buffers` (floating and integer) are updated in place."""
+        caller = self._training if train else self._evaluating
+        state = {f"module.{n}": t for source in (parameters, buffers) for n, t in source.items()}
+        return cast(Tensor, functional_call(caller, state, (batch,)))
+
+    def settle(self, output: Tensor, target: Tensor) -> None:
+        """Find out, on a first batch, whether a callable loss returns per-example losses or their mean."""
+        self.loss = self.loss.tried(output, target)
+
+    def features(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        """Output of the submodule named by `features=`, in eval mode: [n, ...]."""
+        if self.features_name is None:
+            raise InvalidArgument('this model names no features: build it with Model(..., features="name.of.submodule").')
+        seen: list[Tensor] = []
+        part = self._evaluating.module.get_submodule(self.features_name)
+        handle = part.register_forward_hook(lambda _m, _i, out: seen.append(out))
+        try:
+            self.call(parameters, buffers, batch, train=False)
+        finally:
+            handle.remove()
+        return seen[-1]
+
+    def to(self, device: torch.device) -> None:
+        """Move the constants (frozen parameters, buffers) to a device."""
+        self._training.to(device)
+        self._evaluating.to(device)
+        self._counters = {n: b.to(device) for n, b in self._counters.items()}
+
+    @property
+    def spec(self) -> Spec:
+        """What the model is: structure, loss, metrics, rules; not the values of its trainable parameters."""
+        module = self._evaluating.module
+        return record(
+            "Model",
+            module=repr(module),
+            source=source_hash(type(module)) if not type(module).__module__.startswith("torch.") else None,
+            parameters=[[n, list(s)] for n, s, _, _ in self.layout],
+            dtype=str(self.dtype),
+            frozen=self._frozen_hash,
+            loss=self.loss,
+            metrics=[m if isinstance(m, str) else canonical(m) for m in self._metrics],
+            buffers=self.buffer_rule,
+            forward=self.forward_function,
+        )
+
+    def __repr__(self) -> str:
+        kind = type(self._evaluating.module).__name__
+        return f"Model({kind}, {self.size:,} parameters, loss={self.loss.name})"
+

@@ -1,0 +1,83 @@
+"""Specs: what a part of an experiment is, as plain JSON, so that runs can be resumed, compared and approved by it."""
+
+import hashlib
+import inspect
+import json
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any, cast
+
+import torch
+
+Spec = dict[str, Any]
+"""A JSON object with a `name` and the arguments the part was built with."""
+
+
+def record(name: str, /, **arguments: object) -> Spec:
+    """The spec of something built by calling `name` with these arguments."""
+    return {"name": name, **{k: canonical(v) for k, v in arguments.items()}}
+
+
+def canonical(value: object) -> Any:
+    """A JSON form of an argument: parts by their own spec, callables by source hash, tensors by content hash."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(k): canonical(v) for k, v in cast(Mapping[object, object], value).items()}
+    if isinstance(value, list | tuple):
+        return [canonical(v) for v in cast(tuple[object, ...], value)]
+    if isinstance(value, set | frozenset):
+        return sorted(canonical(v) for v in cast(frozenset[object], value))
+    if isinstance(value, torch.Tensor):
+        return {"tensor": list(value.shape), "dtype": str(value.dtype), "blake2b": digest(value)}
+    own = getattr(value, "spec", None)
+    if isinstance(own, dict):
+        return cast(Spec, own)
+    if is_dataclass(value) and not isinstance(value, type):
+        return record(type(value).__qualname__, **{f.name: getattr(value, f.name) for f in fields(value)})
+    if callable(value):
+        return {"callable": getattr(value, "__qualname__", type(value).__qualname__), "source": source_hash(value)}
+    return {"object": type(value).__qualname__}
+
+
+def source_hash(code: object) -> str | None:
+    """BLAKE2b of a callable's or class's source text, with the values its closure holds; None where there is no source."""
+    target = code if inspect.isroutine(code) or inspect.isclass(code) else type(code)
+    try:
+        text = inspect.getsource(target)
+    except (OSError, TypeError):
+        return None
+    closure = getattr(code, "__closure__", None) or ()
+    held = [canonical(cell.cell_contents) for cell in closure]
+    return hashlib.blake2b((text + json.dumps(held, sort_keys=True)).encode(), digest_size=16).hexdigest()
+
+
+def digest(*tensors: torch.Tensor) -> str:
+    """BLAKE2b of the contents of tensors, in order."""
+    state = hashlib.blake2b(digest_size=16)
+    for tensor in tensors:
+        flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+        state.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        if flat.numel():
+            state.update(memoryview(flat.view(torch.uint8).numpy()))
+    return state.hexdigest()
+
+
+def identity(spec: Spec) -> str:
+    """BLAKE2b of a spec's canonical JSON."""
+    return hashlib.blake2b(json.dumps(spec, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def differences(left: Any, right: Any, path: str = "") -> list[str]:
+    """Where two specs differ, one line for each place: `algorithm.plan.lr: 0.1 != 0.2`."""
+    if isinstance(left, dict) and isinstance(right, dict):
+        a, b = cast(Spec, left), cast(Spec, right)
+        lines: list[str] = []
+        for name in dict.fromkeys([*a, *b]):
+            where = f"{path}.{name}" if path else name
+            if name not in a or name not in b:
+                lines.append(f"{where}: only in the {'new' if name in b else 'old'} one")
+            else:
+                lines.extend(differences(a[name], b[name], where))
+        return lines
+    return [] if left == right else [f"{path}: {left!r} != {right!r}"]

@@ -1,0 +1,36 @@
+"""L2 clipping of everything that leaves a client.
+
+    row <- row min(1, c / |row|_2)
+
+over the averaged part, averaged buffers and sums together, so that one client moves the sum by at most c.
+McMahan, Ramage, Talwar & Zhang 2018, "Learning differentially private recurrent language models" (flat clipping).
+"""
+
+import torch
+from torch import Tensor
+
+from atoll.errors import invalid
+from atoll.spec import record
+from atoll.transforms.base import Keys, Transform
+
+
+def clip_norm(norm: float) -> Transform:
+    """Scale every client's row down to an L2 norm of at most `norm`; shorter rows are left alone.
+
+    Args:
+        norm: the bound c, above 0, in units of the update.
+    """
+    if isinstance(norm, bool) or not 0 < norm < float("inf"):
+        raise invalid("norm", norm, "a finite number above 0")
+
+    def encode(rows: Tensor, memory: dict[str, Tensor], shared: None, keys: Keys) -> tuple[Tensor, dict[str, Tensor]]:
+        lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)
+        factor = (norm / lengths.clamp(min=norm)).to(rows.dtype)
+        return rows * factor, memory
+
+    return Transform(
+        record("clip_norm", norm=norm),
+        encode,
+        unbiased=False,
+        bound=lambda before: norm if before is None else min(before, norm),
+    )

@@ -1,0 +1,61 @@
+"""Stochastic uniform quantisation to b bits with real bit packing.
+
+With s = max |row| and 2^b - 1 equal steps over [-s, s], every value is rounded to one of its two neighbours with the
+probabilities that make it unbiased. Alistarh, Grubic, Li, Tomioka & Vojnovic 2017, "QSGD", with the maximum norm.
+Error of one value: at most 2 s / (2^b - 1), variance at most a quarter of its square. Bytes: L b / 8, and 4 for s.
+"""
+
+import torch
+from torch import Tensor
+
+from atoll.errors import invalid
+from atoll.spec import record
+from atoll.transforms.base import Codes, Keys, Transform
+
+
+def quantize(bits: int) -> Transform:
+    """Send each value in `bits` bits, unbiased, with one scale for each client.
+
+    Args:
+        bits: 1 to 16.
+    """
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 16:
+        raise invalid("bits", bits, "an integer from 1 to 16")
+    levels = 2**bits - 1
+
+    def encode(rows: Tensor, memory: dict[str, Tensor], shared: None, keys: Keys) -> tuple[Codes, dict[str, Tensor]]:
+        peak = torch.linalg.vector_norm(rows, ord=torch.inf, dim=1, keepdim=True) if rows.shape[1] else rows.new_zeros(
+            len(rows), 1
+        )
+        # The scale travels as float32 and must not fall below the largest value.
+        scale = peak.float()
+        scale = torch.where(scale.to(peak.dtype) < peak, torch.nextafter(scale, scale.new_tensor(torch.inf)), scale)
+        unit = torch.where(scale > 0, scale, 1.0).to(rows.dtype)
+        position = (rows / unit + 1) * (levels / 2)
+        draw = keys.uniform("round", rows.shape[1]).to(rows.device)
+        codes = torch.floor(position + draw).clamp(0, levels).to(torch.int64)
+        return {"codes": pack(codes, bits), "scale": scale}, memory
+
+    def decode(codes: Codes, shared: None, length: int) -> Tensor:
+        position = unpack(codes["codes"], bits, length).to(torch.float64)
+        return (position * (2 / levels) - 1) * codes["scale"].double()
+
+    return Transform(
+        record("quantize", bits=bits), encode, decode_each=decode, gives="codes", sums=False, bound=lambda before: None
+    )
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Pack integers in [0, 2**bits) of each row [C, n] into bytes [C, ceil(n bits / 8)], lowest bit first."""
+    shifts = torch.arange(bits, device=codes.device)
+    stream = ((codes[:, :, None] >> shifts) & 1).reshape(len(codes), -1)
+    padded = torch.nn.functional.pad(stream, (0, -stream.shape[1] % 8)).reshape(len(codes), -1, 8)
+    return (padded << torch.arange(8, device=codes.device)).sum(dim=2).to(torch.uint8)
+
+
+def unpack(packed: Tensor, bits: int, length: int) -> Tensor:
+    """Undo `pack`: int64 [C, length]."""
+    eight = torch.arange(8, device=packed.device)
+    stream = ((packed.to(torch.int64)[:, :, None] >> eight) & 1).reshape(len(packed), -1)[:, : length * bits]
+    shifts = torch.arange(bits, device=packed.device)
+    return (stream.reshape(len(packed), length, bits) << shifts).sum(dim=2)
