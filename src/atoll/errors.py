@@ -29,6 +29,12 @@ class NonFiniteError(AtollError, ArithmeticError):
     result: Any = None
 
 
+class Interrupted(KeyboardInterrupt):
+    """A run was stopped by Ctrl-C after a whole round; `result` holds it so far."""
+
+    result: Any = None
+
+
 def invalid(argument: str, value: object, allowed: str, remedy: str = "") -> InvalidArgument:
     """Build the error for a refused argument: its name, its value, what is allowed and the remedy."""
     text = f"{argument}={_short(value)} is not allowed: {argument} must be {allowed}."

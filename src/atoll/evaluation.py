@@ -4,9 +4,9 @@ Only sums are computed per client (loss, examples, and each metric's own); value
 values over all examples follow from the sums, the same in simulation and deployment.
 """
 
-
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +18,6 @@ from atoll.model import Batch, Model
 
 if TYPE_CHECKING:
     from atoll.data import FederatedDataset, Split
-    from atoll.process import Process, State
 
 CHUNK = 8192
 """Examples that go through a model at once."""
@@ -73,6 +72,24 @@ class Evaluation:
         }
 
 
+def evaluate(
+    model: Model, vector: Tensor, data: "FederatedDataset", *, split: str = "test", buffers: Tensor | None = None
+) -> Evaluation:
+    """Evaluate a model on every client's examples.
+
+    Args:
+        model: the model.
+        vector: its parameters, [P], for instance `result.vector`.
+        data: clients and their examples.
+        split: "train", "validation" or "test".
+        buffers: floating buffers [B]; default the module's own.
+    """
+    if vector.shape != (model.size,):
+        raise invalid("vector", tuple(vector.shape), f"the {model.size} parameters of the model")
+    part = choose(data, split)
+    return evaluate_vector(model, vector, model.init_buffers() if buffers is None else buffers, part, data.clients)
+
+
 def evaluate_vector(
     model: Model,
     vector: Tensor,
@@ -93,54 +110,27 @@ def evaluate_vector(
     owner = torch.repeat_interleave(torch.arange(len(clients)), split.sizes)
     total: Tensor | None = None
     metrics: tuple[Any, ...] = ()
-    per_example = model.loss.returns == "per_example"
     count = len(split)
+    if not count:
+        raise DataError("there is nothing to evaluate: no client has an example in this split.")
+    if model.loss.returns is None:
+        first_few = {n: t[:4] for n, t in split.fields.items()}
+        with torch.no_grad():
+            model.settle(model.call(views, held, first_few, train=False), first_few["y"])
+    per_example = model.loss.returns == "per_example"
     # A loss that gives a mean can only be asked client by client.
-    bounds = list(range(0, count, CHUNK)) + [count] if per_example else split.offsets.tolist()
-    for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
+    bounds = [*range(0, count, CHUNK), count] if per_example else split.offsets.tolist()
+    for begin, end in pairwise(bounds):
         if begin == end:
             continue
         batch = {n: t[begin:end] for n, t in split.fields.items()}
         first = int(owner[begin])
-        sums, metrics = _sums(model, views, held, batch, owner[begin:end] - first, int(owner[end - 1]) - first + 1)
+        sums, metrics = batch_sums(model, views, held, batch, owner[begin:end] - first, int(owner[end - 1]) - first + 1)
         if total is None:
             total = torch.zeros(len(clients), sums.shape[1], dtype=torch.float64)
         total[first : first + len(sums)] += sums
-    if total is None:
-        raise DataError("there is nothing to evaluate: no client has an example in this split.")
-    return _finish(model, metrics, total, clients)
-
-
-def evaluate_clients(
-    process: "Process", state: "State", data: "FederatedDataset", *, split: str = "test", personal: bool = False
-) -> Evaluation:
-    """Evaluate the global model, or each client's personal model, on a split of the clients' examples."""
-    part = choose(data, split)
-    if not personal:
-        process.engine.prepare(process, data)
-        return evaluate_vector(process.model, process.vector(state), state.buffers, part, data.clients)
-    model = process.model
-    total: Tensor | None = None
-    metrics: tuple[Any, ...] = ()
-    process.engine.prepare(process, data)
-    task = process.open(state, tuple(data.clients), len(data.clients), kind="evaluate")
-    for cohort, remembered in process.engine.tiles(process, task, data, state.memory):
-        found = process.personal_rows(task, cohort, remembered)
-        assert found.buffers is not None
-        for i, client in enumerate(cohort.clients):
-            place = data.index(client)
-            batch = part.client(place)
-            if not len(batch["y"]):
-                continue
-            views, held = model.layout.view(found.rows[i]), model.buffer_layout.view(found.buffers[i])
-            owner = torch.zeros(len(batch["y"]), dtype=torch.int64)
-            sums, metrics = _sums(model, views, held, batch, owner, 1)
-            if total is None:
-                total = torch.zeros(len(data.clients), sums.shape[1], dtype=torch.float64)
-            total[place] = sums[0]
-    if total is None:
-        raise DataError("there is nothing to evaluate: no client has an example in this split.")
-    return _finish(model, metrics, total, data.clients)
+    assert total is not None
+    return summarise(metrics, total, clients)
 
 
 def evaluate_holdout(model: Model, vector: Tensor, buffers: Tensor, holdout: Batch) -> Evaluation:
@@ -161,18 +151,19 @@ def choose(data: "FederatedDataset", split: str) -> "Split":
         raise invalid("split", split, '"train", "validation" or "test"')
     part: Split | None = getattr(data, split)
     if part is None:
-        raise DataError(f"the data has no {split} examples: cut some with data.split({split}=0.2), or name another split.")
+        raise DataError(
+            f"the data has no {split} examples: cut some with data.split({split}=0.2), or name another split."
+        )
     return part
 
 
-def _sums(
+def batch_sums(
     model: Model, views: Batch, held: Batch, batch: Batch, owner: Tensor, clients: int
 ) -> tuple[Tensor, tuple[Any, ...]]:
-    """Sums [clients, 2 + ...] of loss, examples and metrics."""
+    """Sums [clients, 2 + ...] of loss, examples and metrics over a batch whose examples belong to `owner [n]`."""
     target = batch["y"]
     with torch.no_grad():
         output = model.call(views, held, batch, train=False)
-        model.settle(output, target)
         sums = torch.zeros(clients, 2, dtype=torch.float64)
         if model.loss.returns == "per_example":
             sums[:, 0].index_add_(0, owner, model.loss.per_example(output, target).double())
@@ -185,7 +176,8 @@ def _sums(
     return sums, metrics
 
 
-def _finish(model: Model, metrics: tuple[Any, ...], total: Tensor, clients: Sequence[str]) -> Evaluation:
+def summarise(metrics: tuple[Any, ...], total: Tensor, clients: Sequence[str]) -> Evaluation:
+    """What follows from the sums `total [clients, 2 + ...]` of all clients."""
     names = ("loss", *(m.name for m in metrics))
     both = torch.cat((total, total.sum(dim=0, keepdim=True)))
     columns = [both[:, 0] / both[:, 1]]
@@ -197,8 +189,7 @@ def _finish(model: Model, metrics: tuple[Any, ...], total: Tensor, clients: Sequ
         missing = [i for i in torch.nonzero(column[:-1].isnan())[:, 0].tolist() if total[i, 1] > 0]
         if missing:
             where = ", ".join(str(clients[i]) for i in missing[:3]) + (" ..." if len(missing) > 3 else "")
-            notes.append(f"{metric.name} is undefined at {len(missing)} client(s) ({where}): {metric.undefined(part[missing[0]])}")
+            reason = metric.undefined(part[missing[0]])
+            notes.append(f"{metric.name} is undefined at {len(missing)} client(s) ({where}): {reason}")
     better = (-1, *(1 if m.higher_is_better else -1 for m in metrics))
     return Evaluation(names, tuple(clients), total[:, 1], values[:-1], values[-1], better, tuple(notes))
-
-

@@ -5,8 +5,10 @@ computed is *staged* until its update is known to be accepted, then committed, e
 in place: a new value takes a free slot, so that the slots a checkpoint refers to stay as they were when it was written.
 """
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +16,9 @@ from torch import Tensor
 
 from atoll.errors import RunError
 from atoll.vectors import Layout
+
+PINS = 2
+"""Checkpoints whose rows are kept."""
 
 _DTYPES = {torch.float16: np.float16, torch.float32: np.float32, torch.float64: np.float64}
 
@@ -37,9 +42,11 @@ class ClientMemory:
         self._path = path
         self._index: dict[str, int] = dict(index or {})
         self._staged: dict[str, int] = {}
-        self._pinned: set[int] = set(self._index.values())
+        self._pins: deque[frozenset[int]] = deque([frozenset(self._index.values())], maxlen=PINS)
+        self._pinned: frozenset[int] = self._pins[0]
         self._capacity = 0
         self._table = torch.empty(0, layout.size, dtype=dtype)
+        self._mapped: np.memmap[Any, Any] | None = None
         used = max(self._pinned, default=-1) + 1
         if path is not None and path.exists() and used and layout.size:
             row = layout.size * torch.empty(0, dtype=dtype).element_size()
@@ -100,16 +107,16 @@ class ClientMemory:
 
     def flush(self) -> None:
         """Write mapped rows to disk, before a checkpoint that refers to them."""
-        if isinstance(self._mapped, np.memmap):
+        if self._mapped is not None:
             self._mapped.flush()
 
     def pin(self) -> None:
-        """Keep the present slots untouched: a durable checkpoint refers to them. Frees those of the one before."""
-        before, self._pinned = self._pinned, set(self._index.values())
+        """Keep the present slots untouched: a durable checkpoint refers to them. Frees those of the oldest one."""
+        before = self._pinned
+        self._pins.append(frozenset(self._index.values()))
+        self._pinned = frozenset().union(*self._pins)
         in_use = self._pinned | set(self._staged.values())
         self._free.extend(sorted(before - in_use, reverse=True))
-
-    _mapped: "np.ndarray | None" = None
 
     def _take(self) -> int:
         if not self._free:

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call  # pyright: ignore[reportUnknownVariableType]
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
+from torch.nn.modules.instancenorm import _InstanceNorm  # pyright: ignore[reportPrivateUsage]
 from torch.nn.parameter import UninitializedParameter
 
-from atoll import losses, metrics as metric_registry
+from atoll import losses
+from atoll import metrics as metric_registry
 from atoll.errors import InvalidArgument, invalid
 from atoll.random import key
 from atoll.spec import Spec, canonical, digest, record, source_hash
@@ -22,7 +24,7 @@ Batch = Mapping[str, Tensor]
 Forward = Callable[[nn.Module, Batch], Tensor]
 """How a module is applied to a batch."""
 
-NORMALISATION = (_BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm, nn.RMSNorm)  # pyright: ignore[reportPrivateUsage]
+NORMALISATION = (_BatchNorm, _InstanceNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 def apply_to_x(module: nn.Module, batch: Batch) -> Tensor:
@@ -76,7 +78,9 @@ class Model:
             raise invalid("buffers", buffers, '"mean", "local" or "frozen"')
         for name, tensor in module.named_parameters():
             if isinstance(tensor, UninitializedParameter):
-                raise InvalidArgument(f"parameter {name!r} has no shape yet: run the lazy module once on a batch first.")
+                raise InvalidArgument(
+                    f"parameter {name!r} has no shape yet: run the lazy module once on a batch first."
+                )
         if isinstance(metrics, str):
             raise invalid("metrics", metrics, "a sequence of names", f"Write metrics=({metrics!r},).")
         self.loss = losses.get(loss)
@@ -164,8 +168,8 @@ class Model:
                     reset()
                 elif any(p.requires_grad for p in part.parameters(recurse=False)):
                     raise InvalidArgument(
-                        f"{name or 'the module'} ({type(part).__name__}) holds parameters but has no reset_parameters(): "
-                        "add one, or use seed=None to start from the module's own values."
+                        f"{name or 'the module'} ({type(part).__name__}) holds parameters but has no "
+                        "reset_parameters(): add one, or use seed=None to start from the module's own values."
                     )
         values = {n: p for n, p in module.named_parameters() if p.requires_grad}
         return self.layout.flatten(values).clone()
@@ -207,7 +211,9 @@ class Model:
         """Fresh copies of the integer buffers."""
         return {n: b.clone() for n, b in self._counters.items()}
 
-    def call(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Batch, *, train: bool) -> Tensor:
+    def call(
+        self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Batch, *, train: bool
+    ) -> Tensor:
         """Output [n, ...] for a batch; in training, `buffers` (floating and integer) are updated in place."""
         caller = self._training if train else self._evaluating
         state = {f"module.{n}": t for source in (parameters, buffers) for n, t in source.items()}
@@ -220,10 +226,12 @@ class Model:
     def features(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Batch) -> Tensor:
         """Output of the submodule named by `features=`, in eval mode: [n, ...]."""
         if self.features_name is None:
-            raise InvalidArgument('this model names no features: build it with Model(..., features="name.of.submodule").')
+            raise InvalidArgument(
+                'this model names no features: build it with Model(..., features="name.of.submodule").'
+            )
         seen: list[Tensor] = []
         part = self._evaluating.module.get_submodule(self.features_name)
-        handle = part.register_forward_hook(lambda _m, _i, out: seen.append(out))
+        handle = part.register_forward_hook(lambda _module, _inputs, out: seen.append(cast(Tensor, out)))
         try:
             self.call(parameters, buffers, batch, train=False)
         finally:
@@ -256,4 +264,3 @@ class Model:
     def __repr__(self) -> str:
         kind = type(self._evaluating.module).__name__
         return f"Model({kind}, {self.size:,} parameters, loss={self.loss.name})"
-

@@ -88,9 +88,7 @@ def philox(counter: NDArray[np.uint64], key0: int, key1: int) -> NDArray[np.uint
     return np.stack((c0, c1, c2, c3))
 
 
-def words(
-    purpose: int, index: int | NDArray[np.uint64], clients: NDArray[np.uint64], count: int
-) -> NDArray[np.uint64]:
+def words(purpose: int, index: int | NDArray[np.uint64], clients: NDArray[np.uint64], count: int) -> NDArray[np.uint64]:
     """Independent 64-bit words for each client.
 
     Args:
@@ -115,9 +113,7 @@ def words(
     return paired.reshape(len(clients), 2 * blocks)[:, :count]
 
 
-def permutations(
-    purpose: int, round: int, clients: NDArray[np.uint64], sizes: NDArray[np.int64]
-) -> NDArray[np.int64]:
+def permutations(purpose: int, round: int, clients: NDArray[np.uint64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:
     """A random order of 0..n-1 for each client, by sorting keyed 64-bit words.
 
     Args:
@@ -136,9 +132,7 @@ def permutations(
     return np.argsort(drawn, axis=1, kind="stable")
 
 
-def uniforms(
-    purpose: int, index: int | NDArray[np.uint64], clients: NDArray[np.uint64], count: int
-) -> torch.Tensor:
+def uniforms(purpose: int, index: int | NDArray[np.uint64], clients: NDArray[np.uint64], count: int) -> torch.Tensor:
     """Uniform float32 numbers in [0, 1), 24 bits each: [C, count]."""
     half = (count + 1) // 2
     bits = words(purpose, index, clients, half)

@@ -41,7 +41,7 @@ def canonical(value: object) -> Any:
 
 
 def source_hash(code: object) -> str | None:
-    """BLAKE2b of a callable's or class's source text, with the values its closure holds; None where there is no source."""
+    """BLAKE2b of a callable's or class's source text, with what its closure holds; None where there is none."""
     target = code if inspect.isroutine(code) or inspect.isclass(code) else type(code)
     try:
         text = inspect.getsource(target)
@@ -59,7 +59,7 @@ def digest(*tensors: torch.Tensor) -> str:
         flat = tensor.detach().to("cpu").contiguous().reshape(-1)
         state.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
         if flat.numel():
-            state.update(memoryview(flat.view(torch.uint8).numpy()))
+            state.update(flat.view(torch.uint8).numpy().data)
     return state.hexdigest()
 
 

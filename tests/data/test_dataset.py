@@ -23,7 +23,7 @@ def two(**options: object) -> FederatedDataset:
     return FederatedDataset.from_arrays({"a": client(10), "b": client(6, 100)}, **options)
 
 
-# --- reading -----------------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------------------------
 
 
 def test_arrays_are_packed_in_order() -> None:
@@ -83,7 +83,9 @@ def test_given_test_and_holdout() -> None:
 def test_test_examples_and_a_validation_fraction() -> None:
     data = two(test={"b": client(3)}, validation=0.5)
     assert data.test is not None and data.test.sizes.tolist() == [0, 3]
-    assert data.validation is not None and data.validation.sizes.tolist() == [5, 3] and data.train.sizes.tolist() == [5, 3]
+    assert (
+        data.validation is not None and data.validation.sizes.tolist() == [5, 3] and data.train.sizes.tolist() == [5, 3]
+    )
 
 
 def test_from_packed_names_clients_by_number() -> None:
@@ -105,22 +107,29 @@ class Pairs(Dataset):
 
 
 def test_from_torch() -> None:
-    data = FederatedDataset.from_torch({"a": Pairs(4, "pair"), "b": TensorDataset(torch.zeros(2, 3), torch.ones(2).long())})
+    data = FederatedDataset.from_torch(
+        {"a": Pairs(4, "pair"), "b": TensorDataset(torch.zeros(2, 3), torch.ones(2).long())}
+    )
     assert data.train.sizes.tolist() == [4, 2] and data["a"].train["x"][3].tolist() == [3.0, 3.0, 3.0]
     named = FederatedDataset.from_torch({"a": Pairs(4, "mapping")}, test=0.25)
     assert set(named.train.fields) == {"x", "y", "id"} and named.test is not None and len(named.test) == 1
 
 
-# --- many clients ------------------------------------------------------------------------------------------------------
+# --- many clients ---------------------------------------------------------------------------------------------------
 
 
 def test_a_million_clients_are_a_few_tensors() -> None:
     n = 1_000_000
-    data = FederatedDataset.from_packed({"x": torch.zeros(n, 1), "y": torch.zeros(n, dtype=torch.int64)}, torch.arange(n + 1))
+    data = FederatedDataset.from_packed(
+        {"x": torch.zeros(n, 1), "y": torch.zeros(n, dtype=torch.int64)}, torch.arange(n + 1)
+    )
     assert len(data.clients) == n and data.clients[-1] == "999999" and data.index("777") == 777
     assert "1000000" not in data and "007" not in data and data.clients[1:3] == ("1", "2")
     assert data["5"].train["x"].shape == (1, 1)
-    assert not any(isinstance(getattr(data, slot, None), (dict, list, tuple)) and len(getattr(data, slot)) > 10 for slot in data.__slots__)
+    assert not any(
+        isinstance(getattr(data, slot, None), (dict, list, tuple)) and len(getattr(data, slot)) > 10
+        for slot in data.__slots__
+    )
 
 
 def test_numbered_names_equal_their_list() -> None:
@@ -128,11 +137,13 @@ def test_numbered_names_equal_their_list() -> None:
     assert hash(Numbered(3)) == hash(Numbered(3)) and Numbered(3).index("2") == 2
 
 
-# --- deriving ----------------------------------------------------------------------------------------------------------
+# --- deriving -------------------------------------------------------------------------------------------------------
 
 
 def test_select_gathers_in_the_order_given() -> None:
-    data = FederatedDataset.from_arrays({name: client(n, 100 * n) for name, n in (("a", 3), ("b", 5), ("c", 2))}, test=0.4)
+    data = FederatedDataset.from_arrays(
+        {name: client(n, 100 * n) for name, n in (("a", 3), ("b", 5), ("c", 2))}, test=0.4
+    )
     chosen = data.select(["c", "a"])
     for name in ("c", "a"):
         assert torch.equal(chosen[name].train["x"], data[name].train["x"])
@@ -193,7 +204,9 @@ def test_a_clients_cut_does_not_depend_on_the_others() -> None:
 
 def test_a_stratified_cut_keeps_the_label_shares() -> None:
     y = np.repeat([0, 1, 2], [70, 20, 10])
-    data = FederatedDataset.from_arrays({"a": (np.arange(100.0), y), "b": (np.arange(100.0), y)}, test=0.3, validation=0.1, stratify=True)
+    data = FederatedDataset.from_arrays(
+        {"a": (np.arange(100.0), y), "b": (np.arange(100.0), y)}, test=0.3, validation=0.1, stratify=True
+    )
     for name in data:
         assert np.abs(torch.bincount(data[name].test["y"]).numpy() - [21, 6, 3]).max() <= 1
         assert np.abs(torch.bincount(data[name].validation["y"], minlength=3).numpy() - [7, 2, 1]).max() <= 1
@@ -202,14 +215,16 @@ def test_a_stratified_cut_keeps_the_label_shares() -> None:
 
 def test_the_cut_is_uniform() -> None:
     n, clients = 10, 4000
-    data = FederatedDataset.from_packed({"x": torch.arange(n).repeat(clients), "y": torch.zeros(n * clients).long()}, torch.arange(clients + 1) * n)
+    data = FederatedDataset.from_packed(
+        {"x": torch.arange(n).repeat(clients), "y": torch.zeros(n * clients).long()}, torch.arange(clients + 1) * n
+    )
     tested = data.split(test=0.3).test
     assert tested is not None
     shares = torch.bincount(tested.fields["x"], minlength=n) / clients
     assert float((shares - 0.3).abs().max()) < 5 * (0.3 * 0.7 / clients) ** 0.5
 
 
-# --- identity and description ------------------------------------------------------------------------------------------
+# --- identity and description ---------------------------------------------------------------------------------------
 
 
 def test_the_fingerprint_covers_names_offsets_and_contents() -> None:
@@ -229,7 +244,11 @@ def test_the_fingerprint_covers_names_offsets_and_contents() -> None:
 def test_describe_counts_classes() -> None:
     frame = two(test=0.5, stratify=True).describe()
     assert list(frame.columns) == ["client", "train", "validation", "test", "class 0", "class 1", "class 2"]
-    assert frame["train"].tolist() == [5, 3] and frame["test"].tolist() == [5, 3] and frame["validation"].tolist() == [0, 0]
+    assert (
+        frame["train"].tolist() == [5, 3]
+        and frame["test"].tolist() == [5, 3]
+        and frame["validation"].tolist() == [0, 0]
+    )
     assert (frame[["class 0", "class 1", "class 2"]].sum(axis=1) == frame["train"]).all()
 
 
@@ -252,7 +271,7 @@ def test_plot(tmp_path: object, clients: int) -> None:
     FederatedDataset.from_arrays({"a": ([1.0], [0.5])}).plot()
 
 
-# --- errors ------------------------------------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------------------------
 
 X, Y = client(4)
 BAD = X.copy()
@@ -264,23 +283,38 @@ BAD[2, 1] = np.nan
     [
         (lambda: FederatedDataset.from_arrays({}), ["clients is empty"]),
         (lambda: FederatedDataset.from_arrays({"a": (X, Y[:3])}), ["'a'", "x has 4", "y has 3"]),
-        (lambda: FederatedDataset.from_arrays({"a": (X, Y), "b": (X[:0], Y[:0])}), ["client 'b' has no training", "leave"]),
-        (lambda: FederatedDataset.from_arrays({"a": (X, Y), "b": (BAD, Y)}, features=["age", "chol"]), ["'b'", "'chol'", "NaN", "mpute"]),
+        (
+            lambda: FederatedDataset.from_arrays({"a": (X, Y), "b": (X[:0], Y[:0])}),
+            ["client 'b' has no training", "leave"],
+        ),
+        (
+            lambda: FederatedDataset.from_arrays({"a": (X, Y), "b": (BAD, Y)}, features=["age", "chol"]),
+            ["'b'", "'chol'", "NaN", "mpute"],
+        ),
         (lambda: FederatedDataset.from_arrays({"a": (X, Y)}, holdout=(BAD, Y)), ["holdout", "NaN"]),
         (lambda: FederatedDataset.from_arrays({"a": (X, Y)}, test={"a": (BAD, Y)}), ["test", "'a'"]),
         (lambda: FederatedDataset.from_arrays({"a": (X, Y), "b": (X[:, :1], Y)}), ["'b'", "'x'", "[n, 1]", "[n, 2]"]),
         (lambda: FederatedDataset.from_arrays({"a": (X, Y), "b": (X, Y * 0.5)}), ["'b'", "'y'", "float32", "int64"]),
         (lambda: FederatedDataset.from_arrays({"a": (X, Y), "b": {"x": X}}), ["'b'", "['x']", "['x', 'y']"]),
         (lambda: FederatedDataset.from_arrays({"a": (X, ["u", "v", "u", "v"])}), ["'a'", "'y'", "from_frame"]),
-        (lambda: FederatedDataset.from_arrays({"a": ([[1.0], [1.0, 2.0]], [0, 1])}), ["'a'", "'x'", "different shapes"]),
+        (
+            lambda: FederatedDataset.from_arrays({"a": ([[1.0], [1.0, 2.0]], [0, 1])}),
+            ["'a'", "'x'", "different shapes"],
+        ),
         (lambda: FederatedDataset.from_arrays({"a": (1.0, 2.0)}), ["'a'", "single number"]),
         (lambda: FederatedDataset.from_arrays({"a": [X, Y]}), ["'a'", "tuple (x, y)"]),
         (lambda: FederatedDataset.from_arrays([(X, Y)]), ["clients='list'", "mapping"]),
         (lambda: FederatedDataset.from_arrays({1: (X, Y)}), ["client=1", "string"]),
-        (lambda: FederatedDataset.from_arrays({"ana": (X, Y)}, test={"anna": (X, Y)}), ["'anna'", "Did you mean 'ana'"]),
+        (
+            lambda: FederatedDataset.from_arrays({"ana": (X, Y)}, test={"anna": (X, Y)}),
+            ["'anna'", "Did you mean 'ana'"],
+        ),
         (lambda: FederatedDataset.from_arrays({"a": (X, Y)}, test=1.5), ["test=1.5", "[0, 1)"]),
         (lambda: FederatedDataset.from_arrays({"a": (X, Y)}, test=0.6, validation=0.5), ["test + validation=1.1"]),
-        (lambda: FederatedDataset.from_arrays({"a": (X, X)}, test=0.5, stratify=True), ["stratify=True", "integer class"]),
+        (
+            lambda: FederatedDataset.from_arrays({"a": (X, X)}, test=0.5, stratify=True),
+            ["stratify=True", "integer class"],
+        ),
         (lambda: two(test=0.2).split(test=0.2), ["test=0.2", "already"]),
         (lambda: two()["anna"], ["client='anna'", "'a', 'b'"]),
         (lambda: FederatedDataset.from_packed({"x": X, "y": Y}, [0, 3]), ["offsets=(0, 3)", "4"]),

@@ -65,14 +65,12 @@ def counts(data: FederatedDataset) -> np.ndarray:
 
 def test_dirichlet_alpha_is_the_skew() -> None:
     data = examples(10_000)
-    spread = [
-        counts(partition.dirichlet(data, 10, alpha=alpha)).std(axis=0).mean() for alpha in (0.1, 1.0, 100.0)
-    ]
+    spread = [counts(partition.dirichlet(data, 10, alpha=alpha)).std(axis=0).mean() for alpha in (0.1, 1.0, 100.0)]
     assert spread[0] > 2 * spread[1] > 4 * spread[2]
 
 
 def test_dirichlet_shares_have_the_right_moments() -> None:
-    # The share of one client of a class is Beta(alpha, (C - 1) alpha): mean 1/C, variance (C - 1) / (C^2 (C alpha + 1)).
+    # A client's share of a class is Beta(alpha, (C - 1) alpha): variance (C - 1) / (C^2 (C alpha + 1)).
     clients, alpha, classes = 5, 0.7, 2000
     shares = counts(partition.dirichlet(examples(classes * 50, classes), clients, alpha=alpha)) / 50
     assert abs(shares.var() - (clients - 1) / (clients**2 * (clients * alpha + 1))) < 0.003

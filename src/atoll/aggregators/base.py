@@ -65,4 +65,6 @@ class Aggregator:
 def check_weights(weights: object) -> None:
     """Refuse anything but a known rule for weights."""
     if weights not in ("examples", "uniform") and not callable(weights):
-        raise invalid("weights", weights, '"examples", "uniform" or callable(examples [C, 1], clients) -> weights [C, 1]')
+        raise invalid(
+            "weights", weights, '"examples", "uniform" or callable(examples [C, 1], clients) -> weights [C, 1]'
+        )

@@ -58,7 +58,7 @@ def fedsgd(plan: Plan, *, server: ServerOptimizer | None = None) -> Algorithm:
     """
     check_plan(plan)
     optimizer = server or sgd()
-    if plan.steps != 1 and plan.epochs != 1 or plan.batch_size is not None or not plan.plain:
+    if (plan.steps != 1 and plan.epochs != 1) or plan.batch_size is not None or not plan.plain:
         raise InvalidArgument(
             "fedsgd takes one plain step on all of a client's examples: "
             "use fedsgd(local_sgd(lr=..., steps=1, batch_size=None)), or fedavg for longer local training."
@@ -96,5 +96,3 @@ def check_plan(plan: object) -> None:
     """Refuse anything but a plan as an algorithm's first argument."""
     if not isinstance(plan, Plan):
         raise invalid("plan", plan, "local training", "Write for instance fedavg(atoll.local_sgd(lr=0.1)).")
-
-

@@ -71,7 +71,9 @@ def matching(patterns: Sequence[str]):
                 raise invalid("private", pattern, f"a pattern that matches parameters of the model: {known}")
         names = model.layout.matching(wanted)
         if len(names) == len(model.layout.names):
-            raise invalid("private", wanted, "patterns that leave something to share", "Use local_only to share nothing.")
+            raise invalid(
+                "private", wanted, "patterns that leave something to share", "Use local_only to share nothing."
+            )
         return names
 
     return private

@@ -15,7 +15,7 @@ from atoll.errors import DataError
 TARGET = "y"
 
 
-def fields_of(value: object, where: str) -> dict[str, Tensor]:
+def fields_of(value: Any, where: str) -> dict[str, Tensor]:
     """Turn one owner's examples into named tensors of equal length.
 
     Args:
@@ -29,14 +29,13 @@ def fields_of(value: object, where: str) -> dict[str, Tensor]:
         DataError: when the value has another form, a field cannot be a tensor, or lengths differ.
     """
     if isinstance(value, Mapping):
-        named = cast(Mapping[object, object], value)
-    elif isinstance(value, tuple) and len(cast(tuple[object, ...], value)) == 2:
-        x, y = cast(tuple[object, object], value)
-        named = {"x": x, TARGET: y}
+        named = cast(Mapping[Any, Any], value)
+    elif isinstance(value, tuple) and len(cast(tuple[Any, ...], value)) == 2:
+        named = dict(zip(("x", TARGET), cast(tuple[Any, Any], value), strict=True))
     else:
         raise DataError(
             f"{where}: examples must be a tuple (x, y) or a mapping of field names to arrays, got "
-            f"{type(value).__name__}. Pass arrays with one row per example."
+            f"{type(cast(object, value)).__name__}. Pass arrays with one row per example."
         )
     if not named:
         raise DataError(f"{where}: the mapping of fields is empty. Give at least one field, such as 'x'.")
@@ -98,10 +97,10 @@ def _from_numpy(value: object, field: str, where: str) -> Tensor:
     return torch.as_tensor(array if array.flags.writeable and array.flags.c_contiguous else array.copy())
 
 
-def _listed(value: object) -> Any:
-    if isinstance(value, list) and value and isinstance(value[0], Tensor):
-        return [np.asarray(item) for item in cast(list[Tensor], value)]
-    return value
+def _listed(value: Any) -> Any:
+    if isinstance(value, list) and value and isinstance(cast(list[Any], value)[0], Tensor):
+        return [np.asarray(item) for item in cast(list[Any], value)]
+    return cast(Any, value)
 
 
 def _first(array: np.ndarray[Any, Any]) -> object:
@@ -136,13 +135,13 @@ def stack_items(dataset: Any, where: str) -> dict[str, Tensor]:
     for position in range(count):
         item: Any = dataset[position]
         if isinstance(item, Mapping):
-            named = {str(key): entry for key, entry in cast(Mapping[object, object], item).items()}
-        elif isinstance(item, Sequence) and len(cast(Sequence[object], item)) == 2:
-            named = {"x": item[0], TARGET: item[1]}
+            named = {str(key): entry for key, entry in cast(Mapping[Any, Any], item).items()}
+        elif isinstance(item, Sequence) and len(cast(Sequence[Any], item)) == 2:
+            named = dict(zip(("x", TARGET), cast(Sequence[Any], item), strict=True))
         else:
             raise DataError(
-                f"{where}: item {position} is a {type(item).__name__}; items must be (x, y) or a mapping of "
-                "named values."
+                f"{where}: item {position} is a {type(cast(object, item)).__name__}; items must be (x, y) or a "
+                "mapping of named values."
             )
         if position and named.keys() != columns.keys():
             raise DataError(

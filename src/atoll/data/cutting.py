@@ -20,7 +20,7 @@ _TILE = 1 << 20
 def check_fractions(test: float, validation: float) -> None:
     """Refuse fractions that are negative or leave nothing to train on."""
     for argument, value in (("test", test), ("validation", validation)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:  # pyright: ignore[reportUnnecessaryIsInstance]
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:
             raise invalid(argument, value, "a fraction in [0, 1)", f"For example {argument}=0.2; 0 cuts nothing.")
     if test + validation >= 1.0:
         raise invalid("test + validation", test + validation, "below 1", "Leave a part of the examples for training.")

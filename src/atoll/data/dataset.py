@@ -292,7 +292,7 @@ class FederatedDataset:
         Raises:
             DataError: when the arrays cannot be packed; the message names the client and the field.
         """
-        if not isinstance(clients, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not isinstance(clients, Mapping):
             raise invalid(
                 "clients", type(clients).__name__, "a mapping of client names to (x, y)", 'Pass {"a": (x, y), ...}.'
             )

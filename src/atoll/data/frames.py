@@ -19,6 +19,26 @@ def pandas() -> Any:
     return import_module("pandas")
 
 
+def need(module: str, package: str, purpose: str, *, extra: str) -> Any:
+    """Import a package of an extra.
+
+    Args:
+        module: what is imported.
+        package: what is installed.
+        purpose: what needs it, the subject of the message.
+        extra: Atoll's extra that brings it.
+
+    Raises:
+        DataError: naming the package and how to install it.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise DataError(
+            f'{purpose} needs {package}, which is not installed. Install it: pip install "atoll[{extra}]".'
+        ) from error
+
+
 def read_frame(source: object) -> tuple[Frame, str]:
     """Read a table.
 
@@ -42,9 +62,11 @@ def read_frame(source: object) -> tuple[Frame, str]:
         raise invalid("source", str(path), f"a path ending in {', '.join(_READ)}", "Other files: read a DataFrame.")
     if not path.is_file():
         raise DataError(f"No file {str(path)!r} (looked in {str(path.resolve().parent)!r}). Check the path.")
-    reader = pd.read_parquet if path.name.lower().endswith(".parquet") else pd.read_csv
+    parquet = path.name.lower().endswith(".parquet")
+    if parquet:
+        need("pyarrow", "pyarrow", f"Reading {path.name!r}", extra="parquet")
     try:
-        return reader(path), repr(str(path))
+        return (pd.read_parquet if parquet else pd.read_csv)(path), repr(str(path))
     except (ValueError, OSError, EOFError) as error:
         raise DataError(f"{str(path)!r} cannot be read as a table: {error}. Check that the file is whole.") from error
 

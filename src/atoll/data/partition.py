@@ -291,8 +291,8 @@ def by_label(
         # Those held least so far come first: everyone's labels are distinct and no label is forgotten.
         chosen = np.lexsort((rng.random(classes), held))[:labels]
         held[chosen] += 1
-        for label in chosen.tolist():
-            holders[label].append(client)
+        for label in chosen:
+            holders[int(label)].append(client)
     sizes = np.bincount(codes, minlength=classes)
     short = np.flatnonzero(sizes < held)
     if len(short):
@@ -350,16 +350,12 @@ def by_group(
         raise invalid("order", order, "'sorted' or 'appearance'")
     values: list[Any] = groups.tolist() if hasattr(groups, "tolist") else list(groups)
     if len(values) != total:
-        raise DataError(
-            f"groups has {len(values)} values, examples has {total} rows. Every example needs one group."
-        )
+        raise DataError(f"groups has {len(values)} values, examples has {total} rows. Every example needs one group.")
     if total == 0:
         raise DataError("examples is empty: there is nothing to partition.")
     missing = sum(1 for value in values if value is None or value != value or str(value) in ("", "<NA>", "NaT"))
     if missing:
-        raise DataError(
-            f"groups: {missing} of {total} values are missing. Drop those examples or name their group."
-        )
+        raise DataError(f"groups: {missing} of {total} values are missing. Drop those examples or name their group.")
     distinct = list(dict.fromkeys(values))
     if order == "sorted":
         try:
@@ -405,7 +401,7 @@ def _deal(
     holdout = None
     fraction = 0.0
     if isinstance(test, (tuple, Mapping)):
-        holdout = fields_of(test, "test")  # pyright: ignore[reportUnknownArgumentType]
+        holdout = fields_of(test, "test")
     elif test is not None:
         fraction = test
     kept = 0.0 if validation is None else validation
@@ -437,20 +433,22 @@ def _shuffled_by(labels: NDArray[np.int64], rng: np.random.Generator) -> NDArray
     return mixed[np.argsort(labels[mixed], kind="stable")]
 
 
-def _count(argument: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+def _count(argument: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise invalid(argument, value, "a whole number of at least 1")
 
 
-def _positive(argument: str, value: object) -> None:
+def _positive(argument: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value < math.inf:
         raise invalid(argument, value, "a finite number above 0", "0.1 to 1 is a strong skew, 100 nearly none.")
 
 
-def _room(min_size: object, clients: int, total: int) -> None:
+def _room(min_size: int, clients: int, total: int) -> None:
     _count("min_size", min_size)
-    if int(min_size) * clients > total:  # pyright: ignore[reportArgumentType]
+    if min_size * clients > total:
         raise invalid(
-            "min_size", min_size, f"at most {total // clients} for {total} examples and {clients} clients",
+            "min_size",
+            min_size,
+            f"at most {total // clients} for {total} examples and {clients} clients",
             "Lower min_size or clients.",
         )

@@ -29,23 +29,25 @@ def distribution(data: "FederatedDataset", path: str | Path | None) -> "Figure":
     from matplotlib.figure import Figure
 
     few = len(data) <= _MOST_BARS
-    figure = Figure(figsize=(8.0, 1.6 + 0.3 * len(data) if few else 4.2), layout="constrained")
+    figure: Any = Figure(figsize=(8.0, 1.6 + 0.3 * len(data) if few else 4.2), layout="constrained")
     axes: Any = figure.subplots()
     if few:
         _bars(axes, data, matplotlib)
     else:
         sizes = data.train.sizes.numpy()
-        axes.hist(sizes, bins=min(40, max(5, int(np.sqrt(len(sizes))))), color="#2a7f9e", edgecolor="white")
+        axes.hist(sizes, bins=min(40, max(20, int(np.sqrt(len(sizes))))), color="#2a7f9e", edgecolor="white")
         axes.axvline(float(np.median(sizes)), color=_INK, linewidth=1.2, linestyle="--")
         axes.annotate(
             f"median {np.median(sizes):g}",
             (float(np.median(sizes)), 0.97),
             xycoords=("data", "axes fraction"),
-            xytext=(5, 0),
+            xytext=(6, 0),
             textcoords="offset points",
             va="top",
             color=_INK,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
         )
+        axes.margins(y=0.12)
         axes.set_xlabel("training examples of a client")
         axes.set_ylabel("clients")
     total = f"{len(data):,} clients, {len(data.train):,} training examples"

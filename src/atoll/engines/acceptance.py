@@ -133,6 +133,6 @@ def _check_pairs(plan: Plan, data: "FederatedDataset") -> None:
     if found:
         names = ", ".join(str(data.clients[i]) for i in found[:5])
         raise DataError(
-            f"batch_size={plan.batch_size} leaves {len(found)} client(s) ({names}) with a batch of one example, on which "
-            "BatchNorm cannot train: choose another batch_size, or replace BatchNorm by GroupNorm or LayerNorm."
+            f"batch_size={plan.batch_size} leaves {len(found)} client(s) ({names}) with a batch of one example, on "
+            "which BatchNorm cannot train: choose another batch_size, or replace BatchNorm by GroupNorm or LayerNorm."
         )

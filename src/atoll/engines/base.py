@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -17,7 +16,7 @@ from atoll.memory import ClientMemory
 
 if TYPE_CHECKING:
     from atoll.data import FederatedDataset
-    from atoll.process import Process, Report, Task
+    from atoll.rounds import Process, Report, Task
 
 Tile = tuple[Cohort, Mapping[str, Tensor]]
 """Clients at work and what they remember."""
@@ -54,9 +53,7 @@ class Engine(ABC):
             yield process.work(task, cohort, remembered)
 
     @abstractmethod
-    def tiles(
-        self, process: "Process", task: "Task", data: "FederatedDataset", memory: ClientMemory
-    ) -> Iterator[Tile]:
+    def tiles(self, process: "Process", task: "Task", data: "FederatedDataset", memory: ClientMemory) -> Iterator[Tile]:
         """The cohort's clients, ready for work."""
 
     @abstractmethod
@@ -65,6 +62,7 @@ class Engine(ABC):
 
     def _choose(self, process: "Process", data: "FederatedDataset") -> None:
         """Choose a strategy for this model; engines with only one have nothing to choose."""
+        return
 
 
 def orders(
@@ -80,7 +78,3 @@ def orders(
     if not plan.shuffle:
         return np.broadcast_to(np.arange(int(sizes.max(initial=0))), (len(sizes), int(sizes.max(initial=0))))
     return random.permutations(random.key(seed, "shuffle", purpose, number), round, clients, sizes)
-
-
-
-

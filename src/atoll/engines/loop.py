@@ -4,6 +4,7 @@ Every other engine is tested against this one.
 """
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from atoll.vectors import Trained
 
 if TYPE_CHECKING:
     from atoll.data import FederatedDataset
-    from atoll.process import Process, Task
+    from atoll.rounds import Process, Task
 
 
 class Loop(Engine):
@@ -29,9 +30,8 @@ class Loop(Engine):
 
     name = "loop"
 
-    def tiles(
-        self, process: "Process", task: "Task", data: "FederatedDataset", memory: ClientMemory
-    ) -> Iterator[Tile]:
+    def tiles(self, process: "Process", task: "Task", data: "FederatedDataset", memory: ClientMemory) -> Iterator[Tile]:
+        """One client after the other."""
         for client in task.clients:
             remembered = process.remembered(task, [client], memory)
             buffers, own = process.start(task, remembered, 1)
@@ -53,6 +53,7 @@ class Loop(Engine):
             yield cohort, remembered
 
     def describe(self) -> dict[str, Any]:
+        """Which path ran."""
         return {"engine": self.name, "strategy": "one client at a time", "reason": "chosen by hand"}
 
 
@@ -85,9 +86,7 @@ class _Client(Cohort):
         step, number, rates, loss_sum, seen = 0, 0, 0.0, 0.0, 0
         while step < total:
             order = torch.from_numpy(
-                np.ascontiguousarray(
-                    orders(plan, self._seed, purpose, self.round, number, self._key, sizes)[0]
-                )
+                np.ascontiguousarray(orders(plan, self._seed, purpose, self.round, number, self._key, sizes)[0])
             )
             for begin in range(0, n, size):
                 if step == total:
@@ -154,10 +153,10 @@ class _Client(Cohort):
         with torch.enable_grad():
             leaf = y.clone().requires_grad_()
             buffers = self.model.buffer_layout.view(held) | counters
-            with (
-                KeyedDropout(self._seed, purpose, self.round, self._key, np.array([step])),
-                SeededDraws(self._seed, purpose, self.round, int(self._key[0]), step),
-            ):
+            with ExitStack() as keyed:
+                if self._traits.dropout or self._traits.draws:
+                    keyed.enter_context(KeyedDropout(self._seed, purpose, self.round, self._key, np.array([step])))
+                    keyed.enter_context(SeededDraws(self._seed, purpose, self.round, int(self._key[0]), step))
                 output = self.model.call(self.model.layout.view(leaf), buffers, batch, train=True)
             loss = self.model.loss.mean(output, batch["y"])
             (gradient,) = torch.autograd.grad(loss, leaf)

@@ -30,11 +30,11 @@ from atoll.errors import invalid
 from atoll.local import Plan
 from atoll.memory import ClientMemory
 from atoll.model import Batch, Model
-from atoll.vectors import Trained
+from atoll.vectors import Layout, Trained
 
 if TYPE_CHECKING:
     from atoll.data import FederatedDataset, Split
-    from atoll.process import Process, Task
+    from atoll.rounds import Process, Task
 
 LARGE = 2_000_000
 TILE_BYTES = 4 * 2**20
@@ -59,13 +59,14 @@ class Vectorized(Engine):
             raise invalid("strategy", strategy, '"auto", "rows" or "single"')
         if tile is not None and (isinstance(tile, bool) or not isinstance(tile, int) or tile < 1):
             raise invalid("tile", tile, "a number of clients of at least 1")
-        self._asked = strategy
+        self._asked: Literal["auto", "rows", "single"] = strategy
         self._tile = tile
         self._strategy: Strategy = "rows"
         self._reason = ""
         self._width = 1
 
     def describe(self) -> dict[str, Any]:
+        """Which path ran, and why."""
         how = "rows of one matrix" if self._strategy == "rows" else "one client at a time"
         return {"engine": self.name, "strategy": how, "tile": self._width, "reason": self._reason}
 
@@ -74,9 +75,8 @@ class Vectorized(Engine):
         """Which path runs."""
         return self._strategy
 
-    def tiles(
-        self, process: "Process", task: "Task", data: "FederatedDataset", memory: ClientMemory
-    ) -> Iterator[Tile]:
+    def tiles(self, process: "Process", task: "Task", data: "FederatedDataset", memory: ClientMemory) -> Iterator[Tile]:
+        """Tiles of the cohort\'s clients, the largest first."""
         sizes, places = data.train.sizes, torch.tensor([data.index(c) for c in task.clients], dtype=torch.int64)
         # Largest first: clients that are done leave a tile from its end.
         order = torch.argsort(sizes[places], descending=True, stable=True)
@@ -104,14 +104,14 @@ class Vectorized(Engine):
         model = process.model
         self._strategy, self._reason = "rows", "the model's layers run as rows"
         reason = _single(model, self.traits.draws)
-        if self._asked != "auto":
-            self._strategy, self._reason = self._asked, "chosen by hand"
+        if self._asked == "auto":
+            reason = reason or _trial(model, self.traits.sample)
+            if reason is not None:
+                self._strategy, self._reason = "single", reason
+        else:
             if self._asked == "rows" and self.traits.draws:
                 raise invalid("strategy", "rows", '"single" or "auto" for this model', f"Reason: {reason}.")
-        elif reason is None:
-            reason = _trial(model, self.traits.sample)
-        if self._asked == "auto" and reason is not None:
-            self._strategy, self._reason = "single", reason
+            self._strategy, self._reason = self._asked, "chosen by hand"
         row_bytes = model.size * model.init(None).element_size()
         self._width = max(1, min(TILE_ROWS, TILE_BYTES // row_bytes))
         if self._tile is not None:
@@ -190,19 +190,26 @@ class _Buffers:
 
 
 def _forward_rows(
-    model: Model, leaves: Mapping[str, Tensor], held: "_Buffers | Mapping[str, Tensor]", batch: Batch, draw: _Draw
+    model: Model,
+    leaves: Mapping[str, Tensor],
+    held: "_Buffers | Mapping[str, Tensor]",
+    batch: Batch,
+    draw: "_Draw | None",
 ) -> Tensor:
-    """Outputs [k, b, ...] of k rows on their own batches [k, b, ...], as one batched forward."""
+    """Outputs [k, b, ...] of k rows on their own batches [k, b, ...], as one batched forward; `draw` keys dropout."""
     buffers = held.take(slice(None)) if isinstance(held, _Buffers) else held
+    if draw is None:
+        plain = torch.vmap(lambda p, b, x: model.call(p, b, x, train=True), randomness="error")
+        return plain(dict(leaves), dict(buffers), dict(batch))
     mode = KeyedDropout(draw.seed, draw.purpose, draw.round, draw.clients, draw.steps)
 
-    def one(p: Mapping[str, Tensor], b: Mapping[str, Tensor], x: Batch, row: Tensor) -> Tensor:
+    def keyed(p: Mapping[str, Tensor], b: Mapping[str, Tensor], x: Batch, row: Tensor) -> Tensor:
         mode.row = row
         with mode:
             return model.call(p, b, x, train=True)
 
     number = torch.arange(len(draw.clients))
-    return torch.vmap(one, randomness="error")(dict(leaves), dict(buffers), dict(batch), number)
+    return torch.vmap(keyed, randomness="error")(dict(leaves), dict(buffers), dict(batch), number)
 
 
 def _forward_single(
@@ -210,7 +217,7 @@ def _forward_single(
     leaves: Mapping[str, Tensor],
     held: "_Buffers | Mapping[str, Tensor]",
     batch: Batch,
-    draw: _Draw,
+    draw: "_Draw | None",
     *,
     seeded: bool,
 ) -> Tensor:
@@ -218,6 +225,8 @@ def _forward_single(
     buffers = held.take(slice(None)) if isinstance(held, _Buffers) else held
     parameters = {n: t[0] for n, t in leaves.items()}
     own, inputs = {n: t[0] for n, t in buffers.items()}, {n: t[0] for n, t in batch.items()}
+    if draw is None:
+        return model.call(parameters, own, inputs, train=True)[None]
     with KeyedDropout(draw.seed, draw.purpose, draw.round, draw.clients, draw.steps):
         if not seeded:
             return model.call(parameters, own, inputs, train=True)[None]
@@ -252,7 +261,7 @@ class _Rows(Cohort):
         model, count = self.model, len(self.clients)
         y = rows.detach().clone(memory_format=torch.contiguous_format)
         held = _Buffers(model, (self.buffers if buffers is None else buffers).detach().clone())
-        rule = _Rule(plan, y, anchor, pull, shift, train)
+        rule = _Rule(plan, model.layout, y, anchor, pull, shift, train)
         trained = None if train is None else frozenset(n for n, _, a, b in model.layout if bool(train[a:b].any()))
         totals = plan.total_steps(self._sizes)
         loss_sum, seen = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
@@ -314,13 +323,13 @@ class _Rows(Cohort):
         model, loss = self.model, self.model.loss
         with torch.enable_grad():
             views = model.layout.view(part)
-            leaves = {
-                n: t.detach().requires_grad_(trained is None or n in trained) for n, t in views.items()
-            }
+            leaves = {n: t.detach().requires_grad_(trained is None or n in trained) for n, t in views.items()}
+            traits = self._engine.traits
+            keyed = draw if traits.dropout or traits.draws else None
             if self._engine.strategy == "rows":
-                output = _forward_rows(model, leaves, buffers, batch, draw)
+                output = _forward_rows(model, leaves, buffers, batch, keyed)
             else:
-                output = _forward_single(model, leaves, buffers, batch, draw, seeded=self._engine.traits.draws)
+                output = _forward_single(model, leaves, buffers, batch, keyed, seeded=traits.draws)
             if loss.returns == "per_example":
                 flat = loss.per_example(output.flatten(0, 1), batch["y"].flatten(0, 1))
                 losses = flat.view(len(part), -1).mean(dim=1)
@@ -367,11 +376,18 @@ class _Rule:
     """The local step on rows: `y <- y - rate * (gradient + pull * (y - anchor) + shift)` under the plan's optimiser."""
 
     def __init__(
-        self, plan: Plan, y: Tensor, anchor: Tensor | None, pull: float, shift: Tensor | None, train: Tensor | None
+        self,
+        plan: Plan,
+        layout: Layout,
+        y: Tensor,
+        anchor: Tensor | None,
+        pull: float,
+        shift: Tensor | None,
+        train: Tensor | None,
     ) -> None:
         if pull and anchor is None:
             raise invalid("anchor", None, "given when pull is not 0")
-        self._plan, self._pull = plan, pull
+        self._plan, self._layout, self._pull = plan, layout, pull
         self._anchor = None if anchor is None else anchor.expand(y.shape)
         self._shift = None if shift is None else shift.expand(y.shape)
         self._mask = train
@@ -392,20 +408,29 @@ class _Rule:
         plan, count = self._plan, len(part)
         constant = bool((rates == rates[0]).all())
         rate = float(rates[0]) if constant else torch.from_numpy(rates).to(part)[:, None]
+        if self._direct and constant:
+            # Each parameter in place: the gradient of a whole row is never put together.
+            for name, view in self._layout.view(part).items():
+                view.sub_(gradients[name], alpha=float(rates[0]))
+            return
         gradient = torch.cat([g.reshape(count, -1) for g in gradients.values()], dim=1)
-        if not self._direct:
-            if self._pull:
-                assert self._anchor is not None
-                gradient = gradient + self._pull * (part - self._anchor[members])
-            if self._shift is not None:
-                gradient = gradient + self._shift[members]
+        if self._pull:
+            assert self._anchor is not None
+            gradient = gradient + self._pull * (part - self._anchor[members])
+        if self._shift is not None:
+            gradient = gradient + self._shift[members]
         change = -rate * gradient if plan.plain else self._adapted(part, members, gradient, rate, steps)
         if self._mask is not None:
             change = torch.where(self._mask, change, 0.0)
         part += change
 
     def _adapted(
-        self, part: Tensor, members: "slice | Tensor", gradient: Tensor, rate: "float | Tensor", steps: NDArray[np.int64]
+        self,
+        part: Tensor,
+        members: "slice | Tensor",
+        gradient: Tensor,
+        rate: "float | Tensor",
+        steps: NDArray[np.int64],
     ) -> Tensor:
         plan = self._plan
         if plan.optimizer in ("sgd", "adam") and plan.weight_decay:

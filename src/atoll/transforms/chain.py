@@ -126,5 +126,3 @@ def compose(transforms: Sequence[Transform], channel: Channel) -> Chain:
         if not isinstance(stage, Transform):
             raise invalid("transforms", stage, "a sequence of transforms such as atoll.transforms.clip_norm(1.0)")
     return Chain(tuple(transforms), channel)
-
-

@@ -133,5 +133,3 @@ def resolve(channel: "str | Channel") -> Channel:
     if channel == "plain":
         return plain()
     raise invalid("channel", channel, '"plain" or a channel such as atoll.transforms.ring_sum(clip=1.0)')
-
-

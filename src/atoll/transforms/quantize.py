@@ -24,8 +24,10 @@ def quantize(bits: int) -> Transform:
     levels = 2**bits - 1
 
     def encode(rows: Tensor, memory: dict[str, Tensor], shared: None, keys: Keys) -> tuple[Codes, dict[str, Tensor]]:
-        peak = torch.linalg.vector_norm(rows, ord=torch.inf, dim=1, keepdim=True) if rows.shape[1] else rows.new_zeros(
-            len(rows), 1
+        peak = (
+            torch.linalg.vector_norm(rows, ord=torch.inf, dim=1, keepdim=True)
+            if rows.shape[1]
+            else rows.new_zeros(len(rows), 1)
         )
         # The scale travels as float32 and must not fall below the largest value.
         scale = peak.float()

@@ -1,0 +1,134 @@
+"""Federated learning: train, personalise and evaluate models over data that stays with its owners."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Names are imported when they are first used, so that `import atoll` and `atoll --help` load neither torch nor pandas.
+_MODULES = (
+    "aggregators",
+    "datasets",
+    "errors",
+    "losses",
+    "metrics",
+    "partition",
+    "rate",
+    "sampling",
+    "server",
+    "transforms",
+)
+_NAMES = {
+    "Experiment": "experiment",
+    "FederatedDataset": "data",
+    "Model": "model",
+    "Process": "rounds",
+    "Record": "history",
+    "Result": "result",
+    "cyclic": "algorithms",
+    "evaluate": "evaluation",
+    "fedadagrad": "algorithms",
+    "fedadam": "algorithms",
+    "fedavg": "algorithms",
+    "fedavgm": "algorithms",
+    "fedbn": "algorithms",
+    "fedper": "algorithms",
+    "fedsgd": "algorithms",
+    "fedyogi": "algorithms",
+    "local_only": "algorithms",
+    "local_sgd": "local",
+    "pooled": "algorithms",
+    "process": "rounds",
+    "scaffold": "algorithms",
+    "simulate": "simulation",
+    "table": "data.table",
+}
+
+if TYPE_CHECKING:
+    from atoll import (
+        aggregators,
+        datasets,
+        errors,
+        losses,
+        metrics,
+        partition,
+        rate,
+        sampling,
+        server,
+        transforms,
+    )
+    from atoll.algorithms import (
+        cyclic,
+        fedadagrad,
+        fedadam,
+        fedavg,
+        fedavgm,
+        fedbn,
+        fedper,
+        fedsgd,
+        fedyogi,
+        local_only,
+        pooled,
+        scaffold,
+    )
+    from atoll.data import FederatedDataset
+    from atoll.data.table import table
+    from atoll.evaluation import evaluate
+    from atoll.experiment import Experiment
+    from atoll.history import Record
+    from atoll.local import local_sgd
+    from atoll.model import Model
+    from atoll.result import Result
+    from atoll.rounds import Process, process
+    from atoll.simulation import simulate
+
+__all__ = [
+    "Experiment",
+    "FederatedDataset",
+    "Model",
+    "Process",
+    "Record",
+    "Result",
+    "aggregators",
+    "cyclic",
+    "datasets",
+    "errors",
+    "evaluate",
+    "fedadagrad",
+    "fedadam",
+    "fedavg",
+    "fedavgm",
+    "fedbn",
+    "fedper",
+    "fedsgd",
+    "fedyogi",
+    "local_only",
+    "local_sgd",
+    "losses",
+    "metrics",
+    "partition",
+    "pooled",
+    "process",
+    "rate",
+    "sampling",
+    "scaffold",
+    "server",
+    "simulate",
+    "table",
+    "transforms",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NAMES:
+        value = getattr(import_module(f"atoll.{_NAMES[name]}"), name)
+    elif name in _MODULES:
+        value = import_module(f"atoll.{name}")
+    else:
+        raise AttributeError(f"module 'atoll' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -1,0 +1,192 @@
+"""`atoll run`: an app file's experiment, in a directory of its own."""
+
+import math
+import shlex
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from atoll.cli.guard import INTERRUPTED, console, say
+from atoll.cli.recipes import recipe_names, recipe_path
+from atoll.errors import Interrupted, InvalidArgument, NonFiniteError, invalid
+
+if TYPE_CHECKING:
+    from atoll.experiment import Experiment
+    from atoll.result import Result
+
+LISTED = 20
+"""Clients in the final table; of more, their spread is shown."""
+
+
+def run(
+    app: str,
+    *,
+    settings: Sequence[str],
+    data: str | None,
+    directory: Path | None,
+    resume: bool,
+    engine: str,
+    report: bool,
+    quiet: bool,
+) -> None:
+    """Run an app; see `atoll run --help`."""
+    if resume and directory is None:
+        raise invalid("--resume", True, "given with --directory", "Name the run to continue; `atoll runs` lists them.")
+    path = app_path(app)
+    experiment = build(path, parsed(settings), data)
+    folder = directory if directory is not None else Path("runs") / f"{_name(path)}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}"
+    again = _command(app, settings=settings, data=data, directory=folder, engine=engine, report=report, quiet=quiet)
+    try:
+        result = experiment.simulate(
+            directory=folder,
+            resume=resume,
+            engine=engine,
+            progress=False if quiet else "auto",
+            title=experiment.title or _name(path),
+        )
+    except Interrupted as error:
+        where = error.result.history[-1].round if error.result is not None and error.result.history else 0
+        say(f"stopped after round {where} of {experiment.rounds}. Continue with:", "yellow")
+        say(f"  {again}")
+        raise typer.Exit(INTERRUPTED) from None
+    except KeyboardInterrupt:
+        if (folder / "journal.sqlite").exists():
+            say("stopped in the middle of a round, which will be done again. Continue with:", "yellow")
+            say(f"  {again}")
+            raise typer.Exit(INTERRUPTED) from None
+        raise
+    except NonFiniteError:
+        say(f"The rounds before it are in {folder}; look at them with: atoll report {shlex.quote(str(folder))}", "yellow")
+        raise
+    page = result.report(folder / "report.html") if report and result.history else None
+    if quiet:
+        typer.echo(str(folder))
+        return
+    show_clients(result)
+    out = console()
+    out.print(f"run     {folder}", markup=False, soft_wrap=True)
+    if page is not None:
+        out.print(f"report  {page}", markup=False, soft_wrap=True)
+
+
+def app_path(app: str) -> Path:
+    """The file of an app: a path, or the name of a recipe.
+
+    Raises:
+        InvalidArgument: neither exists.
+    """
+    path = Path(app)
+    if path.is_dir() and (path / "app.py").is_file():
+        return path / "app.py"
+    if path.is_file():
+        return path
+    if app in recipe_names():
+        return recipe_path(app)
+    names = ", ".join(recipe_names())
+    raise invalid("APP", app, "the path of a Python file that defines experiment()", f"Or a recipe: {names}.")
+
+
+def parsed(settings: Sequence[str]) -> dict[str, str]:
+    """`name=value` texts as a mapping.
+
+    Raises:
+        InvalidArgument: one has no `=` or no name, or a name is given twice.
+    """
+    found: dict[str, str] = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals or not name:
+            raise invalid("--set", setting, "of the form name=value, such as rounds=20")
+        if name in found:
+            raise invalid("--set", setting, f"given once for {name}")
+        found[name] = value
+    return found
+
+
+def build(path: Path, settings: Mapping[str, str], data: str | None) -> "Experiment":
+    """An app's experiment, over the data named on the command line if there is any.
+
+    An app that has to see its data before it can build its model takes a parameter `data`; others bring a recipe
+    (`atoll.table`) that is bound to it.
+    """
+    from atoll.experiment import configure, load_app, parameters
+
+    factory = load_app(path)
+    if data is not None and "data" in parameters(factory):
+        if "data" in settings:
+            raise InvalidArgument("data is given twice: with --data and with --set data=. Leave one out.")
+        return configure(factory, {**settings, "data": data})
+    experiment = configure(factory, settings)
+    return experiment if data is None else experiment.bind(data)
+
+
+def show_clients(result: "Result") -> None:
+    """Print the final metrics of every client, or their spread where there are many."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from atoll.report.numbers import amount, last_evaluated, words
+
+    record = last_evaluated(result.history)
+    if record is None:
+        console().print(f"loss {amount(result.history[-1].loss)}; nothing was evaluated.")
+        return
+    out = console()
+    kinds = {k: ("own model" if k == "personal" else "global model") for k in result.clients}
+    metrics = list(dict.fromkeys(m for of in result.clients.values() for values in of.values() for m in values))
+    if result.clients and len(next(iter(result.clients.values()))) <= LISTED:
+        table = Table(title=Text(f"{result.spec.get('title') or 'run'}, test examples"), title_justify="left")
+        table.add_column("client")
+        for kind in kinds:
+            for metric in metrics:
+                table.add_column(words(metric) + (f"\n{kinds[kind]}" if len(kinds) > 1 else ""), justify="right")
+        for client in next(iter(result.clients.values())):
+            cells = [amount(result.clients[k][client].get(m)) for k in kinds for m in metrics]
+            table.add_row(Text(client), *cells)
+        overall = [amount((record.personal if k == "personal" else record.test).get(m)) for k in kinds for m in metrics]
+        table.add_section()
+        table.add_row("all examples", *overall, style="bold")
+        out.print(table)
+        return
+    table = Table(title=Text(f"{result.spec.get('title') or 'run'}, after round {record.round}"), title_justify="left")
+    for column in ("", "all examples", "mean over clients", "worst decile", "std", "undefined at"):
+        table.add_column(column, justify="left" if not column else "right")
+    for part, values, spread in (
+        ("test", record.test, record.spread), ("own models", record.personal, record.personal_spread),
+        ("validation", record.validation, {}), ("holdout", record.holdout, {}),
+    ):  # fmt: skip
+        for name, value in values.items():
+            over = spread.get(name, {})
+            undefined = over.get("undefined", math.nan)
+            cells = [amount(over.get(k)) for k in ("mean", "worst_decile", "std")]
+            table.add_row(
+                f"{part} {words(name)}", amount(value), *cells, f"{undefined:.0f}" if math.isfinite(undefined) else ""
+            )
+    out.print(table)
+
+
+def _name(path: Path) -> str:
+    return path.resolve().parent.name if path.name == "app.py" else path.stem
+
+
+def _command(
+    app: str, *, settings: Sequence[str], data: str | None, directory: Path, engine: str, report: bool, quiet: bool
+) -> str:
+    words = ["atoll", "run", app]
+    for setting in settings:
+        words += ["--set", setting]
+    if data is not None:
+        words += ["--data", data]
+    if engine != "auto":
+        words += ["--engine", engine]
+    if not report:
+        words.append("--no-report")
+    if quiet:
+        words.append("--quiet")
+    return shlex.join([*words, "--directory", str(directory), "--resume"])
+
+

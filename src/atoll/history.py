@@ -1,0 +1,89 @@
+"""What a run records about each round, and how it is written down."""
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+Metrics = dict[str, float]
+"""Values by metric name; nan where undefined."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One round of a run.
+
+    Attributes:
+        round: from 1.
+        clients: clients whose updates were aggregated.
+        train: "loss" over the examples of local training (nan for an empty cohort); other metrics of the new global
+            model on the training examples where they were asked for.
+        validation: metrics of the global model over all validation examples; empty when not evaluated.
+        test: metrics of the global model over all test examples; empty when not evaluated.
+        spread: each test metric over clients: mean, weighted, worst_decile, std, undefined.
+        personal: metrics of the clients' personal models over all test examples; empty without personalisation.
+        personal_spread: their spread over clients.
+        holdout: metrics of the global model on the examples that are no client's.
+        bytes_up: bytes all clients sent, tensors and scalars.
+        bytes_down: bytes all clients received.
+        seconds: by phase ("train", "evaluate", "save").
+        epsilon: privacy spent so far; None without differential privacy.
+        notes: what a reader should know, such as why a metric is undefined.
+    """
+
+    round: int
+    clients: int
+    train: Metrics
+    validation: Metrics = field(default_factory=dict)
+    test: Metrics = field(default_factory=dict)
+    spread: dict[str, Metrics] = field(default_factory=dict)
+    personal: Metrics = field(default_factory=dict)
+    personal_spread: dict[str, Metrics] = field(default_factory=dict)
+    holdout: Metrics = field(default_factory=dict)
+    bytes_up: int = 0
+    bytes_down: int = 0
+    seconds: Metrics = field(default_factory=dict)
+    epsilon: float | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def loss(self) -> float:
+        """Mean loss over the examples of local training."""
+        return self.train["loss"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; nan becomes None."""
+        return _plain(asdict(self))
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> "Record":
+        """Undo `to_dict`."""
+        restored: dict[str, Any] = {k: v if k == "epsilon" else _restored(v) for k, v in values.items()}
+        restored["notes"] = tuple(values.get("notes", ()))
+        return Record(**restored)
+
+    def flat(self) -> dict[str, float]:
+        """One row of a table: `test_accuracy`, `test_accuracy_worst_decile`, `seconds_train`, ..."""
+        row: dict[str, float] = {"round": self.round, "clients": self.clients}
+        for part in ("train", "validation", "test", "personal", "holdout"):
+            row |= {f"{part}_{name}": value for name, value in getattr(self, part).items()}
+        for part, spread in (("test", self.spread), ("personal", self.personal_spread)):
+            row |= {f"{part}_{name}_{kind}": v for name, over in spread.items() for kind, v in over.items()}
+        row |= {"bytes_up": self.bytes_up, "bytes_down": self.bytes_down}
+        row |= {f"seconds_{name}": value for name, value in self.seconds.items()}
+        if self.epsilon is not None:
+            row["epsilon"] = self.epsilon
+        return row
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}  # pyright: ignore[reportUnknownVariableType]
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]  # pyright: ignore[reportUnknownVariableType]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _restored(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _restored(v) for k, v in value.items()}  # pyright: ignore[reportUnknownVariableType]
+    return math.nan if value is None else value

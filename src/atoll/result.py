@@ -1,0 +1,201 @@
+"""What a run gives back: the model, its history, and ways to look at both."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from atoll.errors import InvalidArgument, RunError, invalid
+from atoll.evaluation import Evaluation, evaluate_vector
+from atoll.evaluation import choose as choose_split
+from atoll.history import Record
+from atoll.journal import write_atomically
+from atoll.model import Model
+from atoll.spec import Spec
+
+if TYPE_CHECKING:
+    import pandas
+
+    from atoll.data import FederatedDataset
+    from atoll.rounds import Process, State
+
+
+@dataclass(slots=True)
+class Result:
+    """A run's outcome.
+
+    Attributes:
+        vector: the global model's parameters, [P].
+        buffers: its floating buffers, [B].
+        history: one record per round.
+        spec: everything that decides the result.
+        engine: which path ran, and why.
+        privacy: a statement for each privacy guarantee; empty without differential privacy.
+        clients: final test metrics of every client, of the global model ("global") and the personal ones ("personal").
+        notes: what a reader should know.
+        directory: the run directory, if there is one.
+        model: the model; None after `load` without one.
+    """
+
+    vector: Tensor
+    buffers: Tensor
+    history: list[Record]
+    spec: Spec
+    engine: dict[str, Any]
+    privacy: list[dict[str, Any]] = field(default_factory=list)
+    clients: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    directory: Path | None = None
+    model: Model | None = None
+    _process: "Process | None" = None
+    _state: "State | None" = None
+    _data: "FederatedDataset | None" = None
+    _personal: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    # --- the model ----------------------------------------------------------------------------------------------------
+
+    def module(self, client: str | None = None) -> nn.Module:
+        """The trained module, in eval mode: the global one, or a client's personal one."""
+        if client is None:
+            return self._model("module").module(self.vector, self.buffers)
+        vector, buffers = self._own(client)
+        return self._model("module").module(vector, buffers)
+
+    def personal(self, client: str) -> Tensor:
+        """The parameters [P] this client would use: its personal model, or the global one where there is none."""
+        return self._own(client)[0]
+
+    def predict(self, x: Any, client: str | None = None) -> Tensor:
+        """Outputs [n, ...] for inputs x [n, ...] (a tensor or array), or for a mapping of fields."""
+        model = self._model("predict")
+        fields: dict[str, Any] = dict(x) if isinstance(x, dict) else {"x": x}  # pyright: ignore[reportUnknownArgumentType]
+        batch = {n: torch.as_tensor(t) for n, t in fields.items()}
+        batch = {n: t.to(model.dtype) if t.is_floating_point() else t for n, t in batch.items()}
+        vector, buffers = (self.vector, self.buffers) if client is None else self._own(client)
+        with torch.no_grad():
+            return model.call(model.layout.view(vector), model.buffer_layout.view(buffers), batch, train=False)
+
+    def evaluate(self, data: "FederatedDataset", *, split: str = "test", personal: bool = False) -> Evaluation:
+        """Metrics per client and overall on a split: of the global model, or of each client's personal one."""
+        if not personal:
+            model = self._model("evaluate")
+            part = choose_split(data, split)
+            return evaluate_vector(model, self.vector, self.buffers, part, data.clients)
+        if self._process is None or self._state is None:
+            raise InvalidArgument("personal models of a loaded result cannot be evaluated: resume the run instead.")
+        return self._process.evaluate(self._state, data, split=split, personal=True)
+
+    # --- the history --------------------------------------------------------------------------------------------------
+
+    def to_frame(self) -> "pandas.DataFrame":
+        """The history as a table: one row per round, one column per metric."""
+        import pandas
+
+        return pandas.DataFrame([record.flat() for record in self.history]).set_index("round")  # pyright: ignore
+
+    def plot(self, path: str | Path | None = None) -> Any:
+        """Draw the history; returns the matplotlib figure, and saves it when a path is given."""
+        from atoll.report import plot_history
+
+        return plot_history(self.history, path, title=str(self.spec.get("title", "")))
+
+    def report(self, path: str | Path) -> Path:
+        """Write a self-contained HTML page about the run; returns its path."""
+        from atoll.report import write_report
+
+        return write_report(self, Path(path))
+
+    # --- files --------------------------------------------------------------------------------------------------------
+
+    def save(self, directory: str | Path) -> Path:
+        """Write parameters (safetensors) and history (JSON) to a directory; returns it."""
+        from safetensors.torch import save
+
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {"vector": self.vector.cpu().clone(), "buffers": self.buffers.cpu().clone()}
+        names = list(self._personal) or (list(self._data.clients) if self._personalised and self._data else [])
+        for name in names:
+            vector, buffers = self._own(name)
+            tensors[f"personal/{name}"] = vector.cpu().clone()
+            tensors[f"personal_buffers/{name}"] = buffers.cpu().clone()
+        write_atomically(folder / "result.safetensors", save(tensors))
+        body = {
+            "history": [r.to_dict() for r in self.history],
+            "spec": self.spec,
+            "engine": self.engine,
+            "privacy": self.privacy,
+            "clients": Record(0, 0, {"loss": 0.0}, seconds=self.clients).to_dict()["seconds"],  # pyright: ignore
+            "notes": self.notes,
+        }
+        write_atomically(folder / "result.json", json.dumps(body, allow_nan=False, indent=1).encode())
+        return folder
+
+    @staticmethod
+    def load(directory: str | Path, model: Model | None = None) -> "Result":
+        """Read what `save` wrote.
+
+        Args:
+            directory: of the result; a run directory of a finished run is one.
+            model: the model it belongs to, for `module`, `predict` and `evaluate`.
+
+        Raises:
+            RunError: there is no result, or it belongs to another model.
+        """
+        from safetensors.torch import load_file
+
+        folder = Path(directory)
+        if not (folder / "result.json").exists():
+            hint = " The run is unfinished: resume it." if (folder / "journal.sqlite").exists() else ""
+            raise RunError(f"{folder} holds no result.json.{hint}")
+        body = json.loads((folder / "result.json").read_text())
+        tensors = load_file(folder / "result.safetensors")
+        if model is not None and len(tensors["vector"]) != model.size:
+            raise RunError(f"{folder} holds {len(tensors['vector'])} parameters, but the model has {model.size}.")
+        result = Result(
+            tensors["vector"],
+            tensors["buffers"],
+            [Record.from_dict(r) for r in body["history"]],
+            body["spec"],
+            body["engine"],
+            body["privacy"],
+            {
+                kind: {c: {m: float("nan") if v is None else v for m, v in values.items()} for c, values in of.items()}
+                for kind, of in body["clients"].items()
+            },
+            body["notes"],
+            folder,
+            model,
+        )
+        prefix = "personal/"
+        result._personal = {
+            n.removeprefix(prefix): (t, tensors[f"personal_buffers/{n.removeprefix(prefix)}"])
+            for n, t in tensors.items()
+            if n.startswith(prefix)
+        }
+        return result
+
+    # --- helpers ------------------------------------------------------------------------------------------------------
+
+    @property
+    def _personalised(self) -> bool:
+        return self._process is not None and self._process.algorithm.personalised
+
+    def _model(self, what: str) -> Model:
+        if self.model is None:
+            raise InvalidArgument(f"{what} needs the model: load the result with Result.load(directory, model=...).")
+        return self.model
+
+    def _own(self, client: str) -> tuple[Tensor, Tensor]:
+        if client in self._personal:
+            return self._personal[client]
+        if self._process is None or self._state is None or self._data is None:
+            if self._personal:
+                raise invalid("client", client, f"one of the saved clients: {', '.join(list(self._personal)[:10])}")
+            return self.vector, self.buffers
+        found = self._process.personal(self._state, self._data, [client])
+        assert found.buffers is not None
+        return found.rows[0], found.buffers[0]

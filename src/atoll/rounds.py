@@ -1,0 +1,647 @@
+"""A federated process as pure functions: open a round, work on tiles of clients, close the round.
+
+    open(state, clients) -> Task            what the cohort is asked to do
+    work(task, cohort, memory) -> Report    a tile's work: local training, packing, client halves of the transforms
+    close(state, task, collected) -> State  server halves, aggregation, the algorithm's step
+
+`next` composes them on an engine; a coordinator composes the same three over sites.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from atoll import random
+from atoll.aggregators import Aggregator, mean
+from atoll.algorithms.base import Algorithm
+from atoll.cohort import Cohort
+from atoll.engines import Engine
+from atoll.engines import resolve as resolve_engine
+from atoll.errors import CompositionError, DataError, InvalidArgument, NonFiniteError, invalid
+from atoll.evaluation import Evaluation, batch_sums, choose, evaluate_vector, summarise
+from atoll.memory import ClientMemory
+from atoll.model import Batch, Model
+from atoll.spec import Spec, record
+from atoll.transforms.base import Codes, Keys, Transform, Wire
+from atoll.transforms.chain import Chain, compose
+from atoll.transforms.channel import Channel, add
+from atoll.transforms.channel import resolve as resolve_channel
+from atoll.tree import nbytes
+from atoll.vectors import Aggregate, Layout, Personal, Selection
+
+if TYPE_CHECKING:
+    from atoll.data import FederatedDataset
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """Everything a run is, between two rounds.
+
+    Attributes:
+        seed: of all keyed randomness.
+        round: rounds closed so far.
+        algorithm: the algorithm's state.
+        buffers: global floating buffers [B].
+        transforms: server state of each transform.
+        private: start values [P] of the parameters, from which clients take their private ones at their first visit.
+        memory: what clients keep; moves on with the state.
+        memory_version: which commit of the memory this state belongs to.
+    """
+
+    seed: int
+    round: int
+    algorithm: Any
+    buffers: Tensor
+    transforms: tuple[Any, ...]
+    private: Tensor
+    memory: ClientMemory
+    memory_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What a cohort is asked to do.
+
+    Attributes:
+        kind: "train" or "evaluate". (A statistics task is an `analytics.Statistic`: it needs no model.)
+        seed: of keyed randomness.
+        round: the round, from 0.
+        clients: the cohort, in order.
+        population: clients there are.
+        message: the algorithm's broadcast.
+        buffers: global floating buffers [B].
+        private: start values [P] of parameters a client has not trained yet.
+        shared: what each transform tells the clients.
+    """
+
+    kind: Literal["train", "evaluate"]
+    seed: int
+    round: int
+    clients: tuple[str, ...]
+    population: int
+    message: Any
+    buffers: Tensor
+    private: Tensor
+    shared: tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A tile's answer to a training task.
+
+    Attributes:
+        clients: names, one for each row.
+        wire: encoded rows; with a summing channel the sealed codes.
+        parts: lengths of the averaged part, the averaged buffers and the summed part.
+        weight: [C, 1]; empty under a summing channel, which carries weights inside.
+        metrics: sums of loss and examples, [C, 2].
+        finite: whether everything a client sends is finite, [C].
+        memory: rows [C, M] the clients keep if the round is accepted.
+        bytes: bytes each client sends.
+    """
+
+    clients: tuple[str, ...]
+    wire: Wire
+    parts: tuple[int, int, int]
+    weight: Tensor
+    metrics: Tensor
+    finite: Tensor
+    memory: Tensor
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """A round's updates, combined."""
+
+    mean: Tensor
+    sums: Tensor
+    weight: float
+    count: int
+    loss: float
+    examples: float
+    bytes_up: int
+    saturated: int
+
+
+class Process:
+    """A model, an algorithm and a pipeline, composed and checked; holds no state of a run.
+
+    Args:
+        model: what is trained.
+        algorithm: how.
+        transforms: stages between a client's work and the server, in client order.
+        channel: "plain" or a channel from `atoll.transforms`.
+        aggregator: default `atoll.aggregators.mean()`, weights by examples.
+        engine: what executes cohorts: "auto", "vectorized", "loop" or an engine.
+
+    Raises:
+        CompositionError: parts that do not fit, with both names and the way out.
+        InvalidArgument: an unknown engine, aggregator or channel; private parameters that match nothing.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        algorithm: Algorithm,
+        *,
+        transforms: Sequence[Transform] = (),
+        channel: str | Channel = "plain",
+        aggregator: Aggregator | None = None,
+        engine: str | Engine = "auto",
+    ) -> None:
+        if not isinstance(model, Model):
+            raise invalid("model", model, "an atoll.Model", 'Wrap a module: atoll.Model(module, loss="cross_entropy").')
+        if not isinstance(algorithm, Algorithm):
+            raise invalid("algorithm", algorithm, "an algorithm such as atoll.fedavg(atoll.local_sgd(lr=0.1))")
+        self.model = model
+        self.algorithm = algorithm
+        self.aggregator = aggregator if aggregator is not None else mean()
+        if not isinstance(self.aggregator, Aggregator):
+            raise invalid("aggregator", aggregator, "an aggregator such as atoll.aggregators.mean()")
+        self.chain: Chain = compose(transforms, resolve_channel(channel))
+        if self.chain.channel.sums_only and self.aggregator.rule is not None:
+            raise CompositionError(
+                f"the aggregator {self.aggregator.name} needs every client's row, but the channel "
+                f'{self.chain.channel.name} shows the server only sums: use aggregators.mean(), or channel="plain".'
+            )
+        self.private_names = algorithm.private(model) if algorithm.private is not None else frozenset[str]()
+        self.selection: Selection = model.layout.without(self.private_names)
+        self.kept = Selection(model.layout, tuple(n for n in model.layout.names if n in self.private_names))
+        self.buffer_rule = algorithm.buffers or model.buffer_rule
+        self.engine: Engine = resolve_engine(engine)
+
+    # --- pure parts ---------------------------------------------------------------------------------------------------
+
+    @property
+    def averaged_buffers(self) -> int:
+        """Number of buffer values that travel with an update."""
+        return self.model.buffer_layout.size if self.buffer_rule == "mean" else 0
+
+    @property
+    def length(self) -> int:
+        """Length L of the row a client sends: averaged part, averaged buffers, summed part."""
+        return self.selection.size + self.averaged_buffers + self.algorithm.sums(self.selection.size)
+
+    @property
+    def spec(self) -> Spec:
+        """Everything that decides a round's result, but the data and the seed."""
+        return record(
+            "process",
+            model=self.model,
+            algorithm=self.algorithm,
+            transforms=list(self.chain.stages),
+            channel=self.chain.channel,
+            aggregator=self.aggregator,
+        )
+
+    def memory_layout(self, vector: Tensor) -> Layout:
+        """Fields of a client's memory: the algorithm's, the transforms', private parameters, local buffers."""
+        return Layout.of(self._first_visit(vector, self.model.init(), self.model.init_buffers()))
+
+    def init(self, seed: int = 0, initial: Tensor | None = None) -> State:
+        """The state before round one.
+
+        Args:
+            seed: of all keyed randomness: cohorts, orders, dropout, stochastic rounding.
+            initial: start vector [P]; default the module's own values.
+        """
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise invalid("seed", seed, "an integer")
+        vector = self.model.init() if initial is None else initial.detach().clone()
+        if vector.shape != (self.model.size,) or vector.dtype != self.model.dtype:
+            raise invalid(
+                "initial",
+                f"{tuple(vector.shape)} {vector.dtype}",
+                f"a vector of {self.model.size} values of {self.model.dtype}",
+                "Take it from model.init(seed) or result.vector.",
+            )
+        if not bool(torch.isfinite(vector).all()):
+            raise invalid("initial", "a vector with NaN or infinite values", "finite")
+        shared = self.selection.take(vector)
+        memory = ClientMemory(self.memory_layout(shared), self.model.dtype)
+        return State(
+            seed,
+            0,
+            self.algorithm.init(shared.clone()),
+            self.model.init_buffers(),
+            self.chain.init(self.length),
+            vector,
+            memory,
+            memory.version,
+        )
+
+    def vector(self, state: State) -> Tensor:
+        """The global model [P]; private parameters at their start values."""
+        return self.selection.put(self.algorithm.model(state.algorithm), state.private.clone())
+
+    def open(
+        self,
+        state: State,
+        clients: Sequence[str],
+        population: int,
+        *,
+        kind: Literal["train", "evaluate"] = "train",
+    ) -> Task:
+        """What this cohort is asked to do in the state's round."""
+        return Task(
+            kind,
+            state.seed,
+            state.round,
+            tuple(clients),
+            population,
+            self.algorithm.broadcast(state.algorithm),
+            state.buffers,
+            state.private,
+            self.chain.share(state.transforms),
+        )
+
+    def remembered(self, task: Task, clients: Sequence[str], memory: ClientMemory) -> dict[str, Tensor]:
+        """Memory fields [C, ...] of clients, with first-visit values for those never seen."""
+        if not memory.layout.size:
+            return {}
+        first = self._first_visit(task.message.vector, task.private, task.buffers)
+        return memory.layout.view(memory.rows(clients, memory.layout.flatten(first).to(task.private.device)))
+
+    def start(self, task: Task, memory: Mapping[str, Tensor], count: int) -> tuple[Tensor, Tensor | None]:
+        """Buffers [C, B] clients start from, and rows [C, P] with their private parameters (None: nothing private)."""
+        buffers = memory["buffers"] if self.buffer_rule == "local" and "buffers" in memory else None
+        if buffers is None:
+            buffers = task.buffers.expand(count, -1)
+        own = None
+        if self.private_names:
+            own = self.kept.put(memory["private"], task.private.repeat(count, 1))
+        return buffers, own
+
+    def work(self, task: Task, cohort: Cohort, remembered: Mapping[str, Tensor]) -> Report:
+        """A tile's answer: local work, what leaves and what stays."""
+        own = {n.removeprefix("algorithm/"): t for n, t in remembered.items() if n.startswith("algorithm/")}
+        update, renewed = self.algorithm.local(task.message, own, cohort)
+        count, width = len(cohort.clients), self.selection.size
+        if update.mean.shape != (count, width) or not self.private_names.isdisjoint(update.layout.names):
+            raise CompositionError(
+                f"{self.algorithm.name} returned updates of shape {tuple(update.mean.shape)} for a shared part of "
+                f"{width} values: build them with cohort.update(trained, start), which leaves private parameters out."
+            )
+        if update.sums.shape != (count, self.algorithm.sums(width)):
+            raise CompositionError(
+                f"{self.algorithm.name} returned sums of shape {tuple(update.sums.shape)}, but declares "
+                f"{self.algorithm.sums(width)} for each client: make Algorithm(sums=...) say what local returns."
+            )
+        if update.trained is None and (self.private_names or self.model.buffer_layout.size):
+            raise CompositionError(
+                f"{self.algorithm.name} returned updates without `trained`, but the model has buffers or private "
+                "parameters to take from it: pass Update(trained=...)."
+            )
+        parts = [update.mean, update.sums]
+        if self.averaged_buffers and update.trained is not None:
+            parts.insert(1, update.trained.buffers - cohort.buffers)
+        rows = torch.cat(parts, dim=1) if len(parts) > 2 or update.sums.shape[1] else update.mean
+        split = rows.shape[1] - update.sums.shape[1]
+        # One pass: any NaN or infinity makes the row's sum non-finite, as does a row too large to add up.
+        finite = torch.isfinite(rows.sum(dim=1)) & torch.isfinite(update.weight[:, 0]) & (update.weight[:, 0] >= 0)
+
+        keys = random.client_keys(cohort.clients)
+        mine = {n.removeprefix("transforms/"): t for n, t in remembered.items() if n.startswith("transforms/")}
+        wire, stages = self.chain.encode(rows, mine, task.shared, seed=task.seed, round=task.round, clients=keys)
+        kept = {f"algorithm/{n}": t for n, t in renewed.items()} | {f"transforms/{n}": t for n, t in stages.items()}
+        if update.trained is not None:
+            if self.private_names:
+                kept["private"] = self.kept.take(update.trained.rows)
+            if "buffers" in remembered:
+                kept["buffers"] = update.trained.buffers
+        weight = update.weight
+        channel = self.chain.channel
+        if channel.seal is not None:
+            assert isinstance(wire, Tensor)
+            sealing = Keys(task.seed, "channel", task.round, keys)
+            sealed_split = self.selection.size + self.averaged_buffers
+            wire = channel.seal(wire, sealed_split, update.weight, len(task.clients), sealing)
+            weight = update.weight.new_empty(count, 0)
+        memory = (
+            torch.cat([kept[n].reshape(count, -1) for n in remembered], dim=1)
+            if remembered
+            else rows.new_empty(count, 0)
+        )
+        lengths = (width, split - width, update.sums.shape[1])
+        size = nbytes(wire) // count + (8 if channel.seal is None else 0) + 16
+        return Report(cohort.clients, wire, lengths, weight, update.metrics, finite, memory, size)
+
+    def collector(self, task: Task) -> "Collector":
+        """What takes in a task's reports, in order."""
+        return Collector(self, task)
+
+    def close(self, state: State, task: Task, collected: Collected, expected: float | None = None) -> State:
+        """The state after the round. Without any update the model stays as it is; the round counts."""
+        if not collected.count:
+            return replace(state, round=state.round + 1)
+        width = self.selection.size
+        aggregate = Aggregate(
+            collected.mean[:width],
+            collected.sums,
+            collected.weight,
+            collected.count,
+            task.population,
+            task.round,
+        )
+        buffers = state.buffers
+        if self.averaged_buffers:
+            buffers = state.buffers + collected.mean[width:]
+        return replace(
+            state,
+            round=state.round + 1,
+            algorithm=self.algorithm.step(state.algorithm, aggregate),
+            buffers=buffers,
+            transforms=self.chain.update(state.transforms, aggregate),
+        )
+
+    # --- composed -----------------------------------------------------------------------------------------------------
+
+    def next(
+        self,
+        state: State,
+        data: "FederatedDataset",
+        cohort: Sequence[str] | None = None,
+        *,
+        expected: float | None = None,
+    ) -> tuple[State, dict[str, float]]:
+        """One round: the state after it, and its sums (loss, examples, clients, bytes up and down).
+
+        Args:
+            state: from `init` or an earlier `next`.
+            data: clients and their examples.
+            cohort: names of the clients that take part; default everyone.
+            expected: expected cohort size, for `mean(denominator="expected")`; default the cohort's own size.
+
+        Raises:
+            InvalidArgument: a stranger in the cohort; a state whose client memory has moved on.
+            NonFiniteError: an update is not finite; nothing was changed.
+        """
+        clients = tuple(data.clients) if cohort is None else tuple(cohort)
+        self._check_cohort(clients, data)
+        if state.memory.version != state.memory_version:
+            raise InvalidArgument(
+                f"this state is from round {state.round}, but its clients' memory has moved on: continue from the "
+                "latest state, or begin a new one with init()."
+            )
+        self.engine.prepare(self, data)
+        task = self.open(state, clients, len(data.clients))
+        collector = self.collector(task)
+        try:
+            for report in self.engine.run(self, task, data, state.memory):
+                state.memory.stage(report.clients, report.memory)
+                collector.add(report)
+            collected = collector.finish(expected)
+            closed = self.close(state, task, collected)
+            if collected.count and not bool(torch.isfinite(self.algorithm.model(closed.algorithm)).all()):
+                raise NonFiniteError(
+                    f"round {task.round + 1}: the server's step made the model non-finite although every update was "
+                    "finite. Lower the server's lr, or raise its tau."
+                )
+        except BaseException:
+            state.memory.discard()
+            raise
+        state.memory.commit()
+        closed = replace(closed, memory_version=state.memory.version)
+        metrics = {
+            "loss": collected.loss / collected.examples if collected.examples else float("nan"),
+            "examples": collected.examples,
+            "clients": float(collected.count),
+            "bytes_up": float(collected.bytes_up),
+            "bytes_down": float(len(clients) * self.bytes_down(task)),
+            "saturated": float(collected.saturated),
+        }
+        return closed, metrics
+
+    def bytes_down(self, task: Task) -> int:
+        """Bytes one client receives for a training task."""
+        buffers = nbytes(task.buffers) if self.buffer_rule == "mean" else 0
+        return nbytes(task.message) + buffers + nbytes(task.shared)
+
+    def evaluate(
+        self, state: State, data: "FederatedDataset", *, split: str = "test", personal: bool = False
+    ) -> Evaluation:
+        """Metrics on a split of every client's examples: of the global model, or of the clients' personal ones.
+
+        Args:
+            state: whose model.
+            data: clients and their examples; clients never seen in training start from the model they receive.
+            split: "train", "validation" or "test".
+            personal: evaluate the model each client would use.
+        """
+        part = choose(data, split)
+        self.engine.prepare(self, data)
+        if not personal:
+            return evaluate_vector(self.model, self.vector(state), state.buffers, part, data.clients)
+        task = self.open(state, tuple(data.clients), len(data.clients), kind="evaluate")
+        found: list[tuple[list[int], Tensor]] = []
+        metrics: tuple[Any, ...] = ()
+        for cohort, remembered in self.engine.tiles(self, task, data, state.memory):
+            places = [data.index(c) for c in cohort.clients]
+            sums, used = self.examine(task, cohort, remembered, [part.client(p) for p in places], personal=True)
+            metrics = used or metrics
+            found.append((places, sums))
+        width = max(sums.shape[1] for _, sums in found)
+        total = torch.zeros(len(data.clients), width, dtype=torch.float64)
+        for places, sums in found:
+            total[places, : sums.shape[1]] = sums
+        if not bool(total[:, 1].any()):
+            raise DataError("there is nothing to evaluate: no client has an example in this split.")
+        return summarise(metrics, total, data.clients)
+
+    def examine(
+        self,
+        task: Task,
+        cohort: Cohort,
+        remembered: Mapping[str, Tensor],
+        examples: Sequence[Batch],
+        *,
+        personal: bool,
+    ) -> tuple[Tensor, tuple[Any, ...]]:
+        """A tile's answer to an evaluation task: sums [C, 2 + ...] of loss, examples and metrics, and the metrics.
+
+        Args:
+            task: from `open(kind="evaluate")`.
+            cohort: the tile.
+            remembered: what its clients remember.
+            examples: of each client; a client without any gives zeros.
+            personal: evaluate each client's own model instead of the global one.
+        """
+        model = self.model
+        if personal:
+            rows, buffers = self.personal_rows(task, cohort, remembered)
+        else:
+            vector = self.selection.put(task.message.vector, task.private.clone())
+            rows, buffers = vector.expand(len(examples), -1), task.buffers.expand(len(examples), -1)
+        assert buffers is not None
+        out, metrics = torch.zeros(len(examples), 2, dtype=torch.float64), ()
+        for i, batch in enumerate(examples):
+            if not len(batch["y"]):
+                continue
+            views, held = model.layout.view(rows[i]), model.buffer_layout.view(buffers[i])
+            owner = torch.zeros(len(batch["y"]), dtype=torch.int64)
+            sums, metrics = batch_sums(model, views, held, batch, owner, 1)
+            if out.shape[1] < sums.shape[1]:
+                out = torch.nn.functional.pad(out, (0, sums.shape[1] - out.shape[1]))
+            out[i] = sums[0]
+        return out, metrics
+
+    def personal(self, state: State, data: "FederatedDataset", clients: Sequence[str]) -> Personal:
+        """The models clients would use: rows [C, P] and buffers [C, B]."""
+        self._check_cohort(tuple(clients), data)
+        self.engine.prepare(self, data)
+        task = self.open(state, clients, len(data.clients), kind="evaluate")
+        rows: dict[str, tuple[Tensor, Tensor]] = {}
+        for cohort, remembered in self.engine.tiles(self, task, data, state.memory):
+            found = self.personal_rows(task, cohort, remembered)
+            for i, client in enumerate(cohort.clients):
+                assert found.buffers is not None
+                rows[client] = (found.rows[i], found.buffers[i])
+        return Personal(torch.stack([rows[c][0] for c in clients]), torch.stack([rows[c][1] for c in clients]))
+
+    def personal_rows(self, task: Task, cohort: Cohort, remembered: Mapping[str, Tensor]) -> Personal:
+        """A tile's personal models; buffers are always given."""
+        if self.algorithm.personal is None:
+            found = Personal(cohort.rows(task.message.vector), None)
+        else:
+            own = {n.removeprefix("algorithm/"): t for n, t in remembered.items() if n.startswith("algorithm/")}
+            found = self.algorithm.personal(task.message, own, cohort)
+        return Personal(found.rows, cohort.buffers if found.buffers is None else found.buffers)
+
+    def _first_visit(self, vector: Tensor, private: Tensor, buffers: Tensor) -> dict[str, Tensor]:
+        fields: dict[str, Tensor] = {}
+        if self.algorithm.client_init is not None:
+            fields |= {f"algorithm/{n}": t for n, t in self.algorithm.client_init(vector).items()}
+        fields |= {f"transforms/{n}": t for n, t in self.chain.memory(self.length).items()}
+        if self.private_names:
+            fields["private"] = self.kept.take(private)
+        if self.buffer_rule == "local" and buffers.numel():
+            fields["buffers"] = buffers
+        return fields
+
+    def _check_cohort(self, clients: tuple[str, ...], data: "FederatedDataset") -> None:
+        strangers = [c for c in clients if c not in data]
+        if strangers:
+            raise invalid("cohort", strangers[:5], "names of clients in the data")
+        if len(set(clients)) != len(clients):
+            twice = sorted({c for c in clients if clients.count(c) > 1})
+            raise invalid("cohort", twice[:5], "distinct clients")
+
+
+class Collector:
+    """Takes in a round's reports in order and combines them: a running sum, or rows where a rule needs them."""
+
+    def __init__(self, process: Process, task: Task) -> None:
+        self._process = process
+        self._task = task
+        self._weighted: Tensor | None = None
+        self._summed: Tensor | None = None
+        self._sealed: Codes | None = None
+        self._rows: list[Tensor] = []
+        self._weights: list[Tensor] = []
+        self._parts = (0, 0, 0)
+        self._weight = 0.0
+        self._count = 0
+        self._metrics = torch.zeros(2, dtype=torch.float64)
+        self._bytes = 0
+
+    def add(self, report: Report) -> None:
+        """Take in one tile.
+
+        Raises:
+            NonFiniteError: a client's update, loss or weight is not finite.
+        """
+        process = self._process
+        self._refuse_nonfinite(report)
+        self._parts = report.parts
+        length, split = sum(report.parts), report.parts[0] + report.parts[1]
+        self._count += len(report.clients)
+        self._metrics += report.metrics.sum(dim=0).cpu()
+        self._bytes += report.bytes * len(report.clients)
+        if process.chain.channel.sums_only:
+            assert not isinstance(report.wire, Tensor)
+            self._sealed = add(self._sealed, report.wire)
+            return
+        rows = process.chain.decode_each(report.wire, self._task.shared, length, process.model.dtype)
+        if process.aggregator.rule is not None:
+            self._rows.append(rows)
+            self._weights.append(report.weight[:, 0])
+            return
+        # Accumulated in float64, so that thousands of clients do not drown each other.
+        weighted = report.weight.double().T @ rows[:, :split].double()
+        summed = rows[:, split:].sum(dim=0, dtype=torch.float64)
+        self._weighted = weighted[0] if self._weighted is None else self._weighted + weighted[0]
+        self._summed = summed if self._summed is None else self._summed + summed
+        self._weight += float(report.weight.double().sum())
+
+    def finish(self, expected: float | None = None) -> Collected:
+        """The round's aggregate.
+
+        Raises:
+            CompositionError: too few clients for the rule.
+            InvalidArgument: every client has weight 0.
+        """
+        process = self._process
+        dtype, width = process.model.dtype, self._parts[0] + self._parts[1]
+        saturated = 0
+        if not self._count:
+            empty = torch.empty(0, dtype=dtype)
+            return Collected(empty, empty, 0.0, 0, 0.0, 0.0, 0, 0)
+        if process.aggregator.rule is not None:
+            if self._count < process.aggregator.least:
+                raise CompositionError(
+                    f"the aggregator {process.aggregator.name} needs at least {process.aggregator.least} clients, but "
+                    f"the cohort of round {self._task.round + 1} has {self._count}: enlarge the cohort."
+                )
+            combined = process.aggregator(torch.cat(self._rows), torch.cat(self._weights))
+            combined = process.chain.decode_sum(combined, self._task.shared)
+            average, sums = combined[:width], combined[width:] * self._count
+            weight = float(torch.cat(self._weights).sum())
+        else:
+            if self._sealed is not None:
+                assert process.chain.channel.unseal is not None
+                opened = process.chain.channel.unseal(self._sealed, width, len(self._task.clients), self._count)
+                total, weight, saturated = torch.cat((opened.weighted, opened.sums)), opened.weight, opened.saturated
+            else:
+                assert self._weighted is not None and self._summed is not None
+                total, weight = torch.cat((self._weighted, self._summed)), self._weight
+            total = process.chain.decode_sum(total, self._task.shared)
+            divisor = weight
+            if process.aggregator.denominator == "expected":
+                divisor = float(len(self._task.clients)) if expected is None else expected
+            if not divisor > 0:
+                raise InvalidArgument(
+                    f"round {self._task.round + 1}: all {self._count} clients of the cohort have weight 0: "
+                    "give some of them a weight above 0."
+                )
+            average, sums = total[:width] / divisor, total[width:]
+        loss, examples = self._metrics.tolist()
+        return Collected(average.to(dtype), sums.to(dtype), weight, self._count, loss, examples, self._bytes, saturated)
+
+    def _refuse_nonfinite(self, report: Report) -> None:
+        good = report.finite.cpu() & torch.isfinite(report.metrics).all(dim=1).cpu()
+        if bool(good.all()):
+            return
+        names = [c for c, fine in zip(report.clients, good.tolist(), strict=True) if not fine]
+        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        raise NonFiniteError(
+            f"round {self._task.round + 1}: training became non-finite at {shown}. Likely causes: a learning rate that "
+            "is too high (halve lr), features that are not standardised, or a loss that takes the logarithm of zero. "
+            "The model of the round before is kept."
+        )
+
+
+def process(
+    model: Model,
+    algorithm: Algorithm,
+    *,
+    transforms: Sequence[Transform] = (),
+    channel: str | Channel = "plain",
+    aggregator: Aggregator | None = None,
+    engine: str | Engine = "auto",
+) -> Process:
+    """Compose a process for the round-by-round loop; arguments as for `Process`."""
+    return Process(model, algorithm, transforms=transforms, channel=channel, aggregator=aggregator, engine=engine)

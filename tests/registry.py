@@ -1,0 +1,291 @@
+"""What the common suites run over: every algorithm, every engine, every kind of model. List a new one here."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from atoll import aggregators, server, transforms
+from atoll.algorithms import (
+    Algorithm,
+    cyclic,
+    fedadagrad,
+    fedadam,
+    fedavg,
+    fedavgm,
+    fedbn,
+    fedper,
+    fedsgd,
+    fedyogi,
+    local_only,
+    pooled,
+    scaffold,
+)
+from atoll.data import FederatedDataset
+from atoll.engines import Engine, Loop, Vectorized
+from atoll.local import Plan, local_sgd
+from atoll.model import Model
+from atoll.transforms import Transform
+
+# --- engines -----------------------------------------------------------------------------------------------------------
+
+ENGINES: dict[str, Callable[[], Engine]] = {
+    "loop": Loop,
+    "rows": lambda: Vectorized("rows"),
+    "rows, tile of 1": lambda: Vectorized("rows", tile=1),
+    "rows, tile of 3": lambda: Vectorized("rows", tile=3),
+    "single": lambda: Vectorized("single"),
+    "auto": lambda: Vectorized(),
+}
+
+# --- algorithms --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Method:
+    """An algorithm as the common suites build it.
+
+    Attributes:
+        build: (plan) -> algorithm.
+        plain: only plain sgd plans are allowed.
+        whole: only one step on all examples is allowed.
+        norms: the model needs normalisation layers.
+        optimum: it reaches the optimum of the clients' unweighted mean loss whatever the number of local steps.
+        averages: one local step on everybody is gradient descent on the mean loss.
+    """
+
+    build: Callable[[Plan], Algorithm]
+    plain: bool = False
+    whole: bool = False
+    norms: bool = False
+    optimum: bool = False
+    averages: bool = True
+
+    def plan(self, lr: float = 0.05, **options: Any) -> Plan:
+        """A local plan this algorithm accepts."""
+        if self.whole:
+            return local_sgd(lr, steps=1, batch_size=None)
+        return local_sgd(lr, **options)
+
+
+ALGORITHMS: dict[str, Method] = {
+    "fedavg": Method(fedavg),
+    "fedavgm": Method(lambda p: fedavgm(p, lr=0.7, momentum=0.5), averages=False),
+    "fedadam": Method(lambda p: fedadam(p, lr=0.1), averages=False),
+    "fedyogi": Method(lambda p: fedyogi(p, lr=0.1), averages=False),
+    "fedadagrad": Method(lambda p: fedadagrad(p, lr=0.1), averages=False),
+    "fedsgd": Method(fedsgd, plain=True, whole=True),
+    "scaffold option 1": Method(lambda p: scaffold(p, option=1), plain=True, optimum=True),
+    "scaffold option 2": Method(lambda p: scaffold(p, option=2), plain=True, optimum=True),
+    "fedper": Method(lambda p: fedper(p, private=("head.*",)), averages=False),
+    "fedbn": Method(fedbn, norms=True, averages=False),
+    "local_only": Method(local_only, averages=False),
+    "pooled": Method(pooled),
+    "cyclic": Method(cyclic),
+}
+
+TRANSFORMS: dict[str, Callable[[], Transform]] = {
+    "clip_norm": lambda: transforms.clip_norm(0.05),
+    "quantize": lambda: transforms.quantize(8),
+}
+
+AGGREGATORS: dict[str, Callable[[], aggregators.Aggregator]] = {
+    "mean": aggregators.mean,
+    "uniform mean": lambda: aggregators.mean(weights="uniform"),
+    "median": aggregators.median,
+}
+
+# --- models ------------------------------------------------------------------------------------------------------------
+
+
+class Recurrent(nn.Module):
+    """An LSTM that classifies a sequence by its last state."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.body = nn.LSTM(3, 4, num_layers=2, dropout=dropout, batch_first=True)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x)[0][:, -1])
+
+
+class Attention(nn.Module):
+    """One attention layer over a sequence."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.body = nn.MultiheadAttention(4, 2, dropout=dropout, batch_first=True)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x, x, x, need_weights=False)[0].mean(dim=1))
+
+
+class Encoder(nn.Module):
+    """A transformer's encoder layer over a sequence."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.body = nn.TransformerEncoderLayer(4, 2, 8, dropout=dropout, batch_first=True)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x).mean(dim=1))
+
+
+class Words(nn.Module):
+    """Embedded words, averaged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Embedding(7, 4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x).mean(dim=1))
+
+
+class Tied(nn.Module):
+    """Embeds and scores words by one and the same matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Embedding(7, 4)
+        self.middle = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 7)
+        self.head.weight = self.body.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.middle(self.body(x).mean(dim=1)).tanh())
+
+
+def stack(**parts: nn.Module) -> nn.Sequential:
+    """Layers in a row, with names; the last is called head."""
+    module = nn.Sequential()
+    for name, part in parts.items():
+        module.add_module(name, part)
+    return module
+
+
+def frozen_body() -> nn.Module:
+    """A perceptron whose first layer is not trained."""
+    module = stack(body=nn.Linear(4, 5), act=nn.Tanh(), head=nn.Linear(5, 3))
+    module.get_submodule("body").requires_grad_(False)
+    return module
+
+
+def squares(output: Tensor, target: Tensor) -> Tensor:
+    """A loss per example, [n]."""
+    return (output - nn.functional.one_hot(target, output.shape[1]).to(output)).square().sum(dim=1)
+
+
+def mean_squares(output: Tensor, target: Tensor) -> Tensor:
+    """The mean of `squares`."""
+    return squares(output, target).mean()
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of model with the data it takes.
+
+    Attributes:
+        module: builds it.
+        inputs: shape of one example.
+        words: inputs are word numbers.
+        classes: of the targets.
+        loss: name or callable.
+        buffers: the model's rule.
+        single: part of the reason why the fast path runs it one client at a time; None where it runs rows.
+        rows: whether `Vectorized("rows")` can run it.
+        pairs: needs batches of at least two examples.
+    """
+
+    module: Callable[[], nn.Module]
+    inputs: tuple[int, ...] = (4,)
+    words: bool = False
+    classes: int = 3
+    loss: Any = "cross_entropy"
+    buffers: Any = "mean"
+    single: str | None = None
+    rows: bool = True
+    pairs: bool = False
+    options: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    def model(self, dtype: torch.dtype = torch.float64, metrics: tuple[str, ...] = ()) -> Model:
+        """The model, with the same start values at every call."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(11)
+            module = self.module().to(dtype)
+        return Model(module, self.loss, metrics, buffers=self.buffers, **self.options)
+
+    def data(self, sizes: tuple[int, ...], dtype: torch.dtype = torch.float64, seed: int = 0) -> FederatedDataset:
+        """Clients c0, c1, ... with these numbers of random examples; each has a shift of its own."""
+        draw = torch.Generator().manual_seed(seed)
+        clients: dict[str, tuple[Tensor, Tensor]] = {}
+        for i, n in enumerate(sizes):
+            if self.words:
+                x = torch.randint(0, 7, (n, *self.inputs), generator=draw)
+            else:
+                x = torch.randn(n, *self.inputs, generator=draw, dtype=torch.float64).to(dtype) + 0.3 * i
+            clients[f"c{i}"] = (x, torch.randint(0, self.classes, (n,), generator=draw))
+        return FederatedDataset.from_arrays(clients, test=clients)
+
+
+def _mlp(**between: nn.Module) -> Callable[[], nn.Module]:
+    return lambda: stack(body=nn.Linear(4, 5), act=nn.Tanh(), **between, head=nn.Linear(5, 3))
+
+
+def _normed(norm: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    return lambda: stack(body=nn.Linear(4, 6), norm=norm(), act=nn.Tanh(), head=nn.Linear(6, 3))
+
+
+def _images(**between: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    return lambda: stack(
+        body=nn.Conv2d(2, 4, 3),
+        **{name: part() for name, part in between.items()},
+        act=nn.ReLU(),
+        flat=nn.Flatten(),
+        head=nn.Linear(16, 3),
+    )
+
+
+_DRAWS = "random numbers"
+_CONVOLUTION = "convolution"
+
+MODELS: dict[str, Kind] = {
+    "perceptron": Kind(_mlp()),
+    "perceptron, loss per example": Kind(_mlp(), loss=squares),
+    "perceptron, mean loss": Kind(_mlp(), loss=mean_squares),
+    "dropout": Kind(_mlp(drop=nn.Dropout(0.4))),
+    "dropout in place": Kind(
+        lambda: stack(body=nn.Linear(4, 5), drop=nn.Dropout(0.4, inplace=True), act=nn.Tanh(), head=nn.Linear(5, 3))
+    ),
+    "random leaks": Kind(_mlp(leak=nn.RReLU()), single=_DRAWS, rows=False),
+    "frozen body": Kind(frozen_body),
+    "layer norm": Kind(_normed(lambda: nn.LayerNorm(6))),
+    "group norm": Kind(_normed(lambda: nn.GroupNorm(2, 6))),
+    "batch norm, mean": Kind(_normed(lambda: nn.BatchNorm1d(6)), pairs=True),
+    "batch norm, local": Kind(_normed(lambda: nn.BatchNorm1d(6)), buffers="local", pairs=True),
+    "batch norm, frozen": Kind(_normed(lambda: nn.BatchNorm1d(6)), buffers="frozen"),
+    "batch norm, cumulative": Kind(
+        _normed(lambda: nn.BatchNorm1d(6, momentum=None)), single="batched forward fails", rows=False, pairs=True
+    ),
+    "convolution": Kind(_images(), (2, 4, 4), single=_CONVOLUTION),
+    "convolution, batch norm": Kind(_images(norm=lambda: nn.BatchNorm2d(4)), (2, 4, 4), single=_CONVOLUTION),
+    "convolution, dropout of channels": Kind(_images(drop=lambda: nn.Dropout2d(0.5)), (2, 4, 4), single=_CONVOLUTION),
+    "convolution, instance norm": Kind(
+        _images(norm=lambda: nn.InstanceNorm2d(4, affine=True, track_running_stats=True)), (2, 4, 4),
+        single=_CONVOLUTION,
+    ),
+    "recurrent": Kind(Recurrent, (5, 3), single="recurrent", rows=False),
+    "recurrent, dropout": Kind(lambda: Recurrent(0.3), (5, 3), single="recurrent", rows=False),
+    "attention": Kind(Attention, (5, 4)),
+    "attention, dropout": Kind(lambda: Attention(0.3), (5, 4), single=_DRAWS, rows=False),
+    "transformer": Kind(Encoder, (5, 4)),
+    "transformer, dropout": Kind(lambda: Encoder(0.3), (5, 4), single=_DRAWS, rows=False),
+    "embedding": Kind(Words, (5,), words=True),
+    "tied weights": Kind(Tied, (5,), words=True, classes=7),
+}  # fmt: skip

@@ -1,0 +1,106 @@
+"""Imports point downwards, stay cheap, and nothing unpickles."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "src" / "atoll"
+
+# From the bottom up; a module may import what stands in a lower row or in its own package.
+LAYERS = (
+    ("errors",),
+    ("spec", "random", "tree"),
+    ("vectors", "losses", "rate", "analytics", "history"),
+    ("local", "server", "sampling", "memory", "journal", "metrics"),
+    ("model", "data", "report"),
+    ("partition", "datasets", "cohort"),
+    ("algorithms", "transforms", "aggregators", "evaluation"),
+    ("engines",),
+    ("rounds",),
+    ("result",),
+    ("simulation",),
+    ("experiment",),
+    ("study",),
+    ("cli",),
+)
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+
+
+def files() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Modules imported at run time, anywhere in a file: what stands under TYPE_CHECKING does not count."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            yield node.module
+            if node.module == "atoll":
+                yield from (f"atoll.{alias.name}" for alias in node.names)
+        else:
+            yield from imports(node)
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_downwards(path: Path) -> None:
+    here = room(path)
+    if here == "__init__":
+        return
+    assert here in RANK, f"{here} has no place in LAYERS"
+    for name in imports(ast.parse(path.read_text())):
+        parts = name.split(".")
+        if parts[0] == "atoll" and len(parts) > 1 and parts[1] != "__version__" and parts[1] != here:
+            assert RANK[parts[1]] < RANK[here], f"{path.name} imports {name} upwards"
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_nothing_unpickles_or_evaluates(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    banned = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib", "yaml"}
+    assert not banned & {name.split(".")[0] for name in imports(tree)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called not in ("eval", "exec", "torch.load", "numpy.load", "np.load", "pandas.read_pickle"), called
+
+
+def modules_after(code: str) -> set[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\nimport sys\nprint(*sys.modules)"], capture_output=True, text=True, check=True
+    )
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import atoll",
+        "import atoll, atoll.cli",
+        "from typer.testing import CliRunner\nimport atoll.cli\n"
+        "assert CliRunner().invoke(atoll.cli.app, ['--help']).exit_code == 0",
+    ],
+)
+def test_importing_is_cheap(code: str) -> None:
+    assert not {"torch", "pandas", "matplotlib", "numpy", "sqlalchemy"} & modules_after(code)
+
+
+def test_every_public_name_exists() -> None:
+    import atoll
+
+    for name in atoll.__all__:
+        assert getattr(atoll, name) is not None
+    assert set(atoll.__all__) <= set(dir(atoll))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = atoll.nothing

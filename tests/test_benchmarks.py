@@ -1,0 +1,1 @@
+"""Every benchmark runs, in its quick mode, and writes what it promises."""
