@@ -219,16 +219,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     f"{mean:.3f} ± {spread:.3f}",
                     f"{mean - reference:+.3f}",
                     f"{allowed:.3f}",
-                    "within" if within else "**outside**",
+                    "-" if options.quick else "within" if within else "**outside**",
                 ]
             )
-    outside = [f"{c['method']} on {c['column']}" for c in cells if not c["within"]]
+    compared = [c for c in cells if c["method"] != "cyclic"]
+    outside = [f"{c['method']} on {c['column']}" for c in compared if not c["within"]]
     if options.quick:
         verdict = "A quick run trains too little to be compared."
-    elif outside:
-        verdict = f"{len(cells) - len(outside)} of {len(cells)} cells are within the tolerance; outside: {', '.join(outside)}."
     else:
-        verdict = f"All {len(cells)} cells are within the tolerance."
+        verdict = f"{len(compared) - len(outside)} of the {len(compared)} cells that can be compared are within the tolerance"
+        verdict += f"; outside: {', '.join(outside)}." if outside else "."
+        if list(seeds) == list(SEEDS):
+            apart = [
+                abs(mine - known)
+                for name, table in ours.items()
+                if name != "cyclic"
+                for ran, published_seed in zip(table, theirs["cyclic" if name == CYCLIC_AS_RUN else name], strict=True)
+                for mine, known in zip(ran, published_seed, strict=True)
+            ]
+            same = sum(value < 1e-9 for value in apart)
+            verdict += (
+                f" Seed by seed, {same} of {len(apart)} accuracies are the same to the last patient; the mean absolute "
+                f"difference is {statistics.mean(apart):.4f}."
+            )
     found = Findings(
         title="FLamby's Fed-Heart-Disease table",
         setting=[
@@ -257,10 +270,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             verdict,
             "Initial weights are the ones FLamby's seeds give; orders of patients are not, so single seeds differ. FLamby "
             "carries an unfinished pass over a hospital's patients on into the next round; Atoll begins a new pass.",
-            "Cyclic is listed twice. FLamby's released code never hands the model on: each hospital trains a copy of its "
-            "own, and the copy of Cleveland is evaluated. `cyclic` is cyclic weight transfer as published by Chang et al. "
-            f"2018; `{CYCLIC_AS_RUN}` trains at Cleveland alone in the rounds in which FLamby's order of hospitals "
-            "visits it.",
+            "Cyclic is listed twice, because the published row is not cyclic weight transfer. FLamby's released code never "
+            "hands the model on: each hospital trains a copy of its own, and the copy of Cleveland is evaluated. "
+            f"`{CYCLIC_AS_RUN}` does that: it trains at Cleveland alone in the rounds in which FLamby's order of hospitals "
+            "visits it, and is compared. `cyclic` is cyclic weight transfer as Chang et al. 2018 describe it, 15 visits "
+            "with the same learning rate; its differences from the published row are shown and not counted. Its model is "
+            "the one the last visit leaves behind, often at a small hospital, which is why it is worse and varies more.",
         ],
         passed=not outside,
         numbers={"seeds": list(seeds), "columns": list(COLUMNS), "ours": ours, "published": theirs, "cells": cells},

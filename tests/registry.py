@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from atoll import aggregators, server, transforms
+from atoll import aggregators, transforms
 from atoll.algorithms import (
     Algorithm,
     cyclic,
@@ -29,7 +29,7 @@ from atoll.local import Plan, local_sgd
 from atoll.model import Model
 from atoll.transforms import Transform
 
-# --- engines -----------------------------------------------------------------------------------------------------------
+# --- engines ----------------------------------------------------------------------------------------------------------
 
 ENGINES: dict[str, Callable[[], Engine]] = {
     "loop": Loop,
@@ -40,7 +40,7 @@ ENGINES: dict[str, Callable[[], Engine]] = {
     "auto": lambda: Vectorized(),
 }
 
-# --- algorithms --------------------------------------------------------------------------------------------------------
+# --- algorithms -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ AGGREGATORS: dict[str, Callable[[], aggregators.Aggregator]] = {
     "median": aggregators.median,
 }
 
-# --- models ------------------------------------------------------------------------------------------------------------
+# --- models -----------------------------------------------------------------------------------------------------------
 
 
 class Recurrent(nn.Module):
@@ -146,6 +146,28 @@ class Words(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.body(x).mean(dim=1))
+
+
+class Operations(nn.Module):
+    """Operations between layers: parameters of its own, broadcasts, a residual, views, slices and means."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(4, 6)
+        self.position = nn.Parameter(torch.randn(2, 3))
+        self.scale = nn.Parameter(torch.ones(1, 3))
+        self.norm = nn.LayerNorm(3)
+        self.head = nn.Linear(3, 3)
+        self.register_buffer("offset", torch.tensor([0.1, 0.2, 0.3]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.body(x).view(x.shape[0], 2, 3) + self.position
+        h = h + self.scale * torch.tanh(self.norm(h)) - self.offset
+        return self.head(h.mean(1) + 0.5 * h[:, -1])
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.position)
+        nn.init.ones_(self.scale)
 
 
 class Tied(nn.Module):
@@ -265,9 +287,16 @@ MODELS: dict[str, Kind] = {
     ),
     "random leaks": Kind(_mlp(leak=nn.RReLU()), single=_DRAWS, rows=False),
     "frozen body": Kind(frozen_body),
+    "operations": Kind(Operations),
     "layer norm": Kind(_normed(lambda: nn.LayerNorm(6))),
     "group norm": Kind(_normed(lambda: nn.GroupNorm(2, 6))),
     "batch norm, mean": Kind(_normed(lambda: nn.BatchNorm1d(6)), pairs=True),
+    "batch norm of sequences": Kind(
+        lambda: stack(body=nn.Linear(4, 4), norm=nn.BatchNorm1d(5), flat=nn.Flatten(), head=nn.Linear(20, 3)), (5, 4)
+    ),
+    "attention, batch norm": Kind(
+        lambda: stack(body=Attention(), norm=nn.BatchNorm1d(3), head=nn.Linear(3, 3)), (5, 4), pairs=True
+    ),
     "batch norm, local": Kind(_normed(lambda: nn.BatchNorm1d(6)), buffers="local", pairs=True),
     "batch norm, frozen": Kind(_normed(lambda: nn.BatchNorm1d(6)), buffers="frozen"),
     "batch norm, cumulative": Kind(

@@ -18,7 +18,7 @@ def experiment(
     client: str | None = None,
     target: str | None = None,
     positive: str | None = None,
-    rounds: int = 60,
+    rounds: int = 40,
     lr: float = 0.05,
     method: Literal["federated", "alone", "pooled"] = "federated",
     seed: int = 0,

@@ -13,8 +13,8 @@ import atoll
 
 def experiment(
     *,
-    rounds: int = 40,
-    lr: float = 0.05,
+    rounds: int = 30,
+    lr: float = 0.1,
     method: Literal["federated", "alone", "pooled"] = "federated",
     seed: int = 0,
 ) -> atoll.Experiment:
@@ -23,14 +23,13 @@ def experiment(
     Args:
         rounds: each one is one pass over every hospital's training patients.
         lr: learning rate.
-        method: "federated" shares one model, "alone" gives each hospital its own, "pooled" puts all patients in one place.
+        method: "federated" shares one model, "alone" gives each hospital its own, "pooled" puts all patients in one
+            place.
         seed: of the cut into training and test, the initial values and the order of patients.
     """
     hospitals = atoll.datasets.heart_disease(seed=seed)
-    model = atoll.Model(
-        nn.Linear(len(hospitals.features), 1), loss="binary_cross_entropy", metrics=("accuracy", "auc")
-    )
-    plan = atoll.local_sgd(lr=lr, epochs=1, batch_size=16)
+    model = atoll.Model(nn.Linear(len(hospitals.features), 1), loss="binary_cross_entropy", metrics=("accuracy", "auc"))
+    plan = atoll.local_sgd(lr=lr, epochs=1, batch_size=32)
     methods = {"federated": atoll.fedavg, "alone": atoll.local_only, "pooled": atoll.pooled}
     return atoll.Experiment(
         model=model,

@@ -238,6 +238,11 @@ class Model:
             handle.remove()
         return seen[-1]
 
+    @property
+    def caller(self) -> nn.Module:
+        """The training copy behind the forward function, as engines trace it: the module is its child `module`."""
+        return self._training
+
     def to(self, device: torch.device) -> None:
         """Move the constants (frozen parameters, buffers) to a device."""
         self._training.to(device)
@@ -248,10 +253,11 @@ class Model:
     def spec(self) -> Spec:
         """What the model is: structure, loss, metrics, rules; not the values of its trainable parameters."""
         module = self._evaluating.module
+        own = sorted({type(m) for m in module.modules() if not type(m).__module__.startswith("torch.")}, key=repr)
         return record(
             "Model",
             module=repr(module),
-            source=source_hash(type(module)) if not type(module).__module__.startswith("torch.") else None,
+            source={kind.__qualname__: source_hash(kind) for kind in own},
             parameters=[[n, list(s)] for n, s, _, _ in self.layout],
             dtype=str(self.dtype),
             frozen=self._frozen_hash,

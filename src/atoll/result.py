@@ -182,7 +182,7 @@ class Result:
 
     @property
     def _personalised(self) -> bool:
-        return self._process is not None and self._process.algorithm.personalised
+        return self._process is not None and self._process.personalised
 
     def _model(self, what: str) -> Model:
         if self.model is None:

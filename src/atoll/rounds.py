@@ -182,6 +182,12 @@ class Process:
         return self.model.buffer_layout.size if self.buffer_rule == "mean" else 0
 
     @property
+    def personalised(self) -> bool:
+        """Whether clients end with models, or buffers, of their own."""
+        local_buffers = self.buffer_rule == "local" and self.model.buffer_layout.size > 0
+        return self.algorithm.personal is not None or bool(self.private_names) or local_buffers
+
+    @property
     def length(self) -> int:
         """Length L of the row a client sends: averaged part, averaged buffers, summed part."""
         return self.selection.size + self.averaged_buffers + self.algorithm.sums(self.selection.size)
@@ -391,9 +397,10 @@ class Process:
         task = self.open(state, clients, len(data.clients))
         collector = self.collector(task)
         try:
-            for report in self.engine.run(self, task, data, state.memory):
-                state.memory.stage(report.clients, report.memory)
-                collector.add(report)
+            with self.engine.threads():
+                for report in self.engine.run(self, task, data, state.memory):
+                    state.memory.stage(report.clients, report.memory)
+                    collector.add(report)
             collected = collector.finish(expected)
             closed = self.close(state, task, collected)
             if collected.count and not bool(torch.isfinite(self.algorithm.model(closed.algorithm)).all()):

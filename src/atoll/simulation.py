@@ -279,7 +279,7 @@ class _Run:
             if split == "test":
                 found["spread"] = evaluation.spread
                 notes += evaluation.notes
-        if self._has_test and process.algorithm.personalised:
+        if self._has_test and process.personalised:
             personal = self._personal()
             found |= {"personal": personal.metrics, "personal_spread": personal.spread}
         if self.data.holdout is not None:
@@ -300,7 +300,7 @@ class _Run:
             vector = process.vector(state)
             test = choose(self.data, "test")
             evaluations = {"global": evaluate_vector(process.model, vector, state.buffers, test, self.data.clients)}
-            if process.algorithm.personalised:
+            if process.personalised:
                 evaluations["personal"] = self._personal()
             clients = {k: {c: e.client(c) for c in e.clients} for k, e in evaluations.items()}
         return Result(

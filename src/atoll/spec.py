@@ -1,5 +1,6 @@
 """Specs: what a part of an experiment is, as plain JSON, so that runs can be resumed, compared and approved by it."""
 
+import functools
 import hashlib
 import inspect
 import json
@@ -7,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, cast
 
+import numpy as np
 import torch
 
 Spec = dict[str, Any]
@@ -28,6 +30,10 @@ def canonical(value: object) -> Any:
         return [canonical(v) for v in cast(tuple[object, ...], value)]
     if isinstance(value, set | frozenset):
         return sorted(canonical(v) for v in cast(frozenset[object], value))
+    if isinstance(value, np.generic):
+        return canonical(value.item())
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(np.ascontiguousarray(value))
     if isinstance(value, torch.Tensor):
         return {"tensor": list(value.shape), "dtype": str(value.dtype), "blake2b": digest(value)}
     own = getattr(value, "spec", None)
@@ -35,21 +41,36 @@ def canonical(value: object) -> Any:
         return cast(Spec, own)
     if is_dataclass(value) and not isinstance(value, type):
         return record(type(value).__qualname__, **{f.name: getattr(value, f.name) for f in fields(value)})
+    if isinstance(value, functools.partial):
+        return record("partial", function=value.func, arguments=value.args, keywords=value.keywords)
     if callable(value):
         return {"callable": getattr(value, "__qualname__", type(value).__qualname__), "source": source_hash(value)}
     return {"object": type(value).__qualname__}
 
 
 def source_hash(code: object) -> str | None:
-    """BLAKE2b of a callable's or class's source text, with what its closure holds; None where there is none."""
+    """BLAKE2b of a callable's or class's source text and of what its closure holds; None where there is no source."""
     target = code if inspect.isroutine(code) or inspect.isclass(code) else type(code)
     try:
         text = inspect.getsource(target)
     except (OSError, TypeError):
         return None
-    closure = getattr(code, "__closure__", None) or ()
-    held = [canonical(cell.cell_contents) for cell in closure]
+    # A held function is told by its own source alone: functions may hold each other in a circle.
+    held = [_held(cell) for cell in getattr(code, "__closure__", None) or ()]
     return hashlib.blake2b((text + json.dumps(held, sort_keys=True)).encode(), digest_size=16).hexdigest()
+
+
+def _held(cell: Any) -> Any:
+    try:
+        value = cell.cell_contents
+    except ValueError:  # a name that has no value yet
+        return None
+    if inspect.isroutine(value) and not hasattr(value, "spec"):
+        try:
+            return inspect.getsource(value)
+        except (OSError, TypeError):
+            return getattr(value, "__qualname__", None)
+    return canonical(value)
 
 
 def digest(*tensors: torch.Tensor) -> str:

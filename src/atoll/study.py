@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from atoll.errors import InvalidArgument, RunError, invalid, unknown
+from atoll.report.numbers import signed, words
 
 if TYPE_CHECKING:
     import pandas
@@ -112,30 +113,37 @@ class Study:
         return [self._verdict(arm, baseline, c) for c in [*self.clients, None]]
 
     def _verdict(self, arm: str, baseline: str, client: str | None) -> Verdict:
-        gained, lost, open_ = list[str](), list[str](), list[str]()
+        gained, lost, open_, unjudged, undefined = (list[str]() for _ in range(5))
         for metric in self.metrics:
             if metric == "loss":
                 continue
             change = self.difference(arm, baseline, metric, client)
-            name = _words(metric)
+            name = words(metric)
+            told = f"{name} {signed(change.mean)} ({signed(change.low)} to {signed(change.high)})"
             if not math.isfinite(change.mean):
-                open_.append(f"{name} is undefined in every run")
+                undefined.append(name)
             elif not math.isfinite(change.low):
-                open_.append(f"{name} changed by {_signed(change.mean)}, with nothing to judge chance by")
+                unjudged.append(f"{name} {signed(change.mean)}")
+            elif change.low > 0 or change.high < 0:
+                (gained if (change.mean > 0) == (self.better[metric] > 0) else lost).append(told)
             else:
-                ends = f"{_signed(change.low)} to {_signed(change.high)}"
-                if change.low > 0 or change.high < 0:
-                    improved = (change.low > 0) == (self.better[metric] > 0)
-                    verb = "raised" if change.low > 0 else "lowered"
-                    (gained if improved else lost).append(f"{verb} {name} by {abs(change.mean):.3f} ({ends})")
-                else:
-                    open_.append(f"no effect on {name} can be told from chance ({_signed(change.mean)}, {ends})")
-        who = "On average over clients" if client is None else client
-        told = [t for t in (_joined(gained), ("but " if gained and lost else "") + _joined(lost) if lost else "") if t]
-        parts = ([f"{arm} {' '.join(told)}"] if told else []) + open_
+                open_.append(told)
+        parts: list[str] = []
+        if gained:
+            parts.append(f"{arm} is better than {baseline}: {_joined(gained)}")
+        if lost:
+            parts.append(f"{arm} is worse than {baseline}: {_joined(lost)}")
+        if open_:
+            what = "what else changed" if gained or lost else f"{arm} brought nothing over {baseline} that"
+            parts.append(f"{what} {'cannot' if gained or lost else 'can'} be told from chance: {_joined(open_)}")
+        if unjudged:
+            parts.append(f"{_joined(unjudged)}, from too few runs to tell it from chance")
+        if undefined:
+            parts.append(f"{_joined(undefined)} is undefined there")
         kind: Literal["better", "worse", "mixed", "open"] = "open"
         if gained or lost:
             kind = "mixed" if gained and lost else ("better" if gained else "worse")
+        who = "Mean over clients" if client is None else client
         return Verdict(client or "", kind, f"{who}: {'; '.join(parts)}." if parts else f"{who}: no metric to judge by.")
 
     def cautions(self) -> list[str]:
@@ -144,8 +152,9 @@ class Study:
         if count < 2:
             return ["One seed gives no interval: nothing here can be told from chance. Use more seeds."]
         lines = [
-            f"A value is the mean over {count} seeds; in brackets its {self.confidence:.0%} interval (Student's t). "
-            "A difference is taken within each seed, between runs on the same data."
+            f"A value is the mean over {count} seeds; after ± is half of its {self.confidence:.0%} interval "
+            "(Student's t). A difference is taken within each seed, between runs on the same data. An interval is "
+            "symmetric, so it may reach past what a metric can be."
         ]
         if self.overlap:
             lines.append(
@@ -159,8 +168,8 @@ class Study:
                 "order of the examples change, not what other test examples would."
             )
         lines.append(
-            f"Of many {self.confidence:.0%} intervals, about one in {round(1 / (1 - self.confidence))} misses by chance; "
-            "they are not corrected for how many there are."
+            f"Of many {self.confidence:.0%} intervals, about one in {round(1 / (1 - self.confidence))} misses by "
+            "chance; they are not corrected for how many there are."
         )
         return lines
 
@@ -175,7 +184,7 @@ class Study:
             for client in self.clients
             for seed, value in zip(self.seeds, self.values[arm][metric][client], strict=True)
         ]
-        return pandas.DataFrame(rows, columns=["arm", "seed", "client", "metric", "value"])
+        return pandas.DataFrame.from_records(rows, columns=["arm", "seed", "client", "metric", "value"])
 
     def save(self, path: str | Path) -> Path:
         """Write every value to a JSON file; returns its path."""
@@ -260,8 +269,8 @@ def study(
             data: Any = experiment.data
             if getattr(data, "test", None) is None:
                 raise InvalidArgument(
-                    f"the experiment of arm {arm!r} has no test examples: a study compares clients on theirs. Give it a "
-                    "dataset that was cut with test=0.2 or so, bound to its source."
+                    f"the experiment of arm {arm!r} has no test examples: a study compares clients on theirs. Give "
+                    "it a dataset that was cut with test=0.2 or so, bound to its source."
                 )
             result = experiment.simulate(**{"progress": False, "evaluate_every": experiment.rounds, **run})
             cuts[str(data.fingerprint())] = None
@@ -272,7 +281,9 @@ def study(
                 better = dict(zip(evaluation.names, evaluation.better, strict=True))
                 clients, metrics = tuple(found), evaluation.names
             if tuple(found) != clients or any(tuple(of) != metrics for of in found.values()):
-                raise InvalidArgument(f"arm {arm!r}, seed {seed}: clients or metrics differ from those of the first run.")
+                raise InvalidArgument(
+                    f"arm {arm!r}, seed {seed}: clients or metrics differ from those of the first run."
+                )
             for metric in metrics:
                 for client in clients:
                     values[arm].setdefault(metric, {}).setdefault(client, []).append(found[client][metric])
@@ -291,7 +302,8 @@ def interval(values: Sequence[float], *, confidence: float = 0.95, overlap: floa
     Args:
         values: one for each run.
         confidence: in (0, 1).
-        overlap: test examples for each training example, where the runs cut the same examples anew; 0: independent runs.
+        overlap: test examples for each training example, where the runs cut the same examples anew; 0 where the runs
+            are independent.
 
     Source: the term `overlap` is the correction of Nadeau and Bengio 2003, "Inference for the generalization error".
     """
@@ -350,16 +362,6 @@ def _mean(values: Sequence[float]) -> float:
 
 def _null(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.3f}".replace("-", "−")
-
-
-def _words(metric: str) -> str:
-    from atoll.report.numbers import words
-
-    return words(metric)
 
 
 def _joined(parts: Sequence[str]) -> str:

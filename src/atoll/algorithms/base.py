@@ -66,8 +66,3 @@ class Algorithm:
     def name(self) -> str:
         """The method's name."""
         return str(self.spec["name"])
-
-    @property
-    def personalised(self) -> bool:
-        """Whether clients end with models of their own."""
-        return self.personal is not None or self.private is not None or self.buffers == "local"

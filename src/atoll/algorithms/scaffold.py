@@ -73,9 +73,9 @@ def scaffold(plan: Plan, *, option: Literal[1, 2] = 2, server: ServerOptimizer |
         if option == 1:
             renewed = cohort.gradient(start)
         else:
-            # A client that took no step has learnt nothing about its gradient: its variate stays.
+            # A client that has not moved, for want of steps or of a rate, has learnt nothing: its variate stays.
             moved = (start - trained.rows) / trained.rates.clamp(min=torch.finfo(start.dtype).tiny)
-            renewed = torch.where(trained.steps > 0, own - message.variate + moved, own)
+            renewed = torch.where(trained.rates > 0, own - message.variate + moved, own)
         return cohort.update(trained, start, sums=renewed - own), {"variate": renewed}
 
     def step(state: State, aggregate: Aggregate) -> State:

@@ -38,7 +38,9 @@ def options(
 @app.command()
 @guarded
 def demo(
-    seeds: Annotated[int, typer.Option(min=1, max=100, help="Divisions into training and test, one run of each arm.")] = 5,
+    seeds: Annotated[
+        int, typer.Option(min=1, max=100, help="Divisions into training and test, one run of each arm.")
+    ] = 5,
     rounds: Annotated[int | None, typer.Option(min=1, help="Rounds of each run; default the recipe's own.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the table, the picture and the report.")] = Path("atoll-demo"),
     quick: Annotated[bool, typer.Option("--quick", help="Two seeds and few rounds, to see that it works.")] = False,
@@ -77,7 +79,9 @@ def run(
 @app.command()
 @guarded
 def runs(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The folder that holds run directories.")] = Path("runs"),
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The folder that holds run directories.")] = Path(
+        "runs"
+    ),
     debug: Debug = False,
 ) -> None:
     """List runs: state, rounds, last metric."""

@@ -39,12 +39,15 @@ def healthcare_study(seeds: "range | list[int]", *, rounds: int | None = None) -
         seeds: each divides the patients anew and starts training from other values.
         rounds: of each run; default the recipe's own.
     """
+    import torch
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from atoll.experiment import load_app
     from atoll.study import study
 
+    # The model is so small that more threads only wait for each other.
+    torch.set_num_threads(1)
     factory = load_app(recipe_path("healthcare"))
     chosen = {} if rounds is None else {"rounds": rounds}
     arms = {arm: {"method": method, **chosen} for arm, method in ARMS}
@@ -66,6 +69,7 @@ def healthcare_study(seeds: "range | list[int]", *, rounds: int | None = None) -
 
 def show(study: "Study") -> None:
     """Print a study's table and what it says in words."""
+    from rich import box
     from rich.table import Table
     from rich.text import Text
 
@@ -76,12 +80,15 @@ def show(study: "Study") -> None:
     for metric in study.metrics:
         if metric == "loss":
             continue
-        title = f"{words(metric)} on each hospital's test patients, mean over {len(study.seeds)} seeds (95 % interval)"
-        table = Table(title=title, title_justify="left")
+        title = (
+            f"{words(metric)} on each hospital's test patients: mean of {len(study.seeds)} seeds ± half the "
+            f"{study.confidence:.0%} interval\n(difference: federated − alone)"
+        )
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
         table.add_column("hospital")
         for arm in study.arms:
             table.add_column(arm, justify="right")
-        table.add_column("federated − alone", justify="right")
+        table.add_column("difference", justify="right")
         for client in [*study.clients, None]:
             cells = [interval(study.interval(arm, metric, client)) for arm in study.arms]
             change = study.difference("federated", "alone", metric, client)
@@ -91,8 +98,10 @@ def show(study: "Study") -> None:
             table.add_row(Text(client or "mean"), *cells, Text(interval(change, sign=True), style=style))
         out.print(table)
     for verdict in study.verdicts("federated", "alone"):
-        mark = {"better": "[green]▲[/green]", "worse": "[red]▼[/red]", "mixed": "[yellow]◆[/yellow]"}.get(verdict.kind, "○")
-        out.print(mark, Text(verdict.text))
+        mark = {"better": "[green]▲[/green]", "worse": "[red]▼[/red]", "mixed": "[yellow]◆[/yellow]"}.get(
+            verdict.kind, "○"
+        )
+        out.print(mark, Text(verdict.text), soft_wrap=False)
     out.print()
 
 

@@ -25,4 +25,8 @@ def recipe_names() -> list[str]:
 def _folders() -> list[Path]:
     package = Path(__file__).resolve().parents[1]
     installed, checkout = package / "_recipes", package.parents[1] / "recipes"
-    return [f for f in (installed, checkout) if f.is_dir() and (f is installed or (package.parents[1] / "pyproject.toml").is_file())]
+    return [
+        f
+        for f in (installed, checkout)
+        if f.is_dir() and (f is installed or (package.parents[1] / "pyproject.toml").is_file())
+    ]

@@ -1,5 +1,6 @@
 """`atoll run`: an app file's experiment, in a directory of its own."""
 
+import itertools
 import math
 import shlex
 import time
@@ -37,7 +38,7 @@ def run(
         raise invalid("--resume", True, "given with --directory", "Name the run to continue; `atoll runs` lists them.")
     path = app_path(app)
     experiment = build(path, parsed(settings), data)
-    folder = directory if directory is not None else Path("runs") / f"{_name(path)}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}"
+    folder = directory if directory is not None else new_directory(_name(path))
     again = _command(app, settings=settings, data=data, directory=folder, engine=engine, report=report, quiet=quiet)
     try:
         result = experiment.simulate(
@@ -59,7 +60,10 @@ def run(
             raise typer.Exit(INTERRUPTED) from None
         raise
     except NonFiniteError:
-        say(f"The rounds before it are in {folder}; look at them with: atoll report {shlex.quote(str(folder))}", "yellow")
+        say(
+            f"The rounds before it are in {folder}; look at them with: atoll report {shlex.quote(str(folder))}",
+            "yellow",
+        )
         raise
     page = result.report(folder / "report.html") if report and result.history else None
     if quiet:
@@ -126,6 +130,7 @@ def build(path: Path, settings: Mapping[str, str], data: str | None) -> "Experim
 
 def show_clients(result: "Result") -> None:
     """Print the final metrics of every client, or their spread where there are many."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
@@ -136,7 +141,8 @@ def show_clients(result: "Result") -> None:
         console().print(f"loss {amount(result.history[-1].loss)}; nothing was evaluated.")
         return
     out = console()
-    kinds = {k: ("own model" if k == "personal" else "global model") for k in result.clients}
+    names = {"personal": "own model", "global": "global model"}
+    kinds = {k: names[k] for k in names if k in result.clients}
     metrics = list(dict.fromkeys(m for of in result.clients.values() for values in of.values() for m in values))
     if result.clients and len(next(iter(result.clients.values()))) <= LISTED:
         table = Table(title=Text(f"{result.spec.get('title') or 'run'}, test examples"), title_justify="left")
@@ -151,10 +157,12 @@ def show_clients(result: "Result") -> None:
         table.add_section()
         table.add_row("all examples", *overall, style="bold")
         out.print(table)
+        _show_notes(record.notes)
         return
-    table = Table(title=Text(f"{result.spec.get('title') or 'run'}, after round {record.round}"), title_justify="left")
-    for column in ("", "all examples", "mean over clients", "worst decile", "std", "undefined at"):
-        table.add_column(column, justify="left" if not column else "right")
+    title = Text(f"{result.spec.get('title') or 'run'}, after round {record.round}: all examples, and over clients")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for column in ("", "all examples", "mean", "worst decile", "std", "undefined"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=bool(column))
     for part, values, spread in (
         ("test", record.test, record.spread), ("own models", record.personal, record.personal_spread),
         ("validation", record.validation, {}), ("holdout", record.holdout, {}),
@@ -167,6 +175,19 @@ def show_clients(result: "Result") -> None:
                 f"{part} {words(name)}", amount(value), *cells, f"{undefined:.0f}" if math.isfinite(undefined) else ""
             )
     out.print(table)
+    _show_notes(record.notes)
+
+
+def _show_notes(notes: Sequence[str]) -> None:
+    for note in notes:
+        say(note, "dim")
+
+
+def new_directory(name: str, folder: Path = Path("runs")) -> Path:
+    """A run directory that does not exist yet, named after the app and the time."""
+    base = f"{name}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}"
+    others = (folder / f"{base}-{number}" for number in itertools.count(2))
+    return next(path for path in itertools.chain([folder / base], others) if not path.exists())
 
 
 def _name(path: Path) -> str:
@@ -188,5 +209,3 @@ def _command(
     if quiet:
         words.append("--quiet")
     return shlex.join([*words, "--directory", str(directory), "--resume"])
-
-

@@ -13,13 +13,16 @@ _STYLES = (("finished", "green"), ("running", "cyan"), ("interrupted", "yellow")
 
 def runs(directory: Path) -> None:
     """List the runs in a folder; see `atoll runs --help`."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
     from atoll.report.html import moment
 
     if not directory.is_dir():
-        raise RunError(f"{directory} is not a folder: start a run with `atoll run APP`, or name the folder of your runs.")
+        raise RunError(
+            f"{directory} is not a folder: start a run with `atoll run APP`, or name the folder of your runs."
+        )
     folders = [p for p in [directory, *directory.iterdir()] if is_run(p)]
     out = console()
     if not folders:
@@ -35,9 +38,10 @@ def runs(directory: Path) -> None:
         rounds = f"{run.history[-1].round:,}" if run.history else "0"
         when = moment(run.began) if run.began is not None else UNDEFINED
         rows.append((run.began or 0.0, (folder.resolve().name, run.state, rounds, last_metric(run), when, run.name)))
-    table = Table()
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for column in ("run", "state", "rounds", "last metric", "began", "title"):
-        table.add_column(column, justify="right" if column == "rounds" else "left", overflow="fold")
+        justify, whole = ("right" if column == "rounds" else "left"), column in ("run", "state")
+        table.add_column(column, justify=justify, overflow="fold", no_wrap=whole)
     for _, (name, state, *rest) in sorted(rows, key=lambda row: -row[0]):
         table.add_row(Text(name), Text(state, style=dict(_STYLES).get(state, "")), *(Text(cell) for cell in rest))
     out.print(table)

@@ -1,10 +1,12 @@
 """What an engine is: it executes the tasks of a process over clients' data, one tile after the other."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -51,6 +53,22 @@ class Engine(ABC):
         """Work of the whole cohort, tile by tile, in an order that depends on the cohort and the model alone."""
         for cohort, remembered in self.tiles(process, task, data, memory):
             yield process.work(task, cohort, remembered)
+
+    @contextmanager
+    def threads(self) -> Generator[None]:
+        """Torch's threads while this engine works: one where operations are small and more would only wait."""
+        before = torch.get_num_threads()
+        if self.one_thread:
+            torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+    @property
+    def one_thread(self) -> bool:
+        """Whether the model's operations are too small to be shared between threads."""
+        return False
 
     @abstractmethod
     def tiles(self, process: "Process", task: "Task", data: "FederatedDataset", memory: ClientMemory) -> Iterator[Tile]:

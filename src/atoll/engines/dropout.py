@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -31,7 +31,8 @@ class KeyedDropout(TorchFunctionMode):
         round: the round.
         clients: keys of the rows' clients, uint64 [C].
         steps: local step of each row, int64 [C].
-        row: number of the row a batched call works on (a batched scalar under vmap); None for a single row.
+        row: number of the row a batched call works on (a batched scalar under vmap); "all" when tensors have the rows
+            as first axis; None for a single row without that axis.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class KeyedDropout(TorchFunctionMode):
         round: int,
         clients: NDArray[np.uint64],
         steps: NDArray[np.int64],
-        row: Tensor | None = None,
+        row: Tensor | Literal["all"] | None = None,
     ) -> None:
         super().__init__()
         self._key = (seed, "dropout", purpose, round)
@@ -49,6 +50,10 @@ class KeyedDropout(TorchFunctionMode):
         self._steps = steps.astype(np.uint64)
         self.row = row
         self.calls = 0
+
+    @property
+    def _all(self) -> bool:
+        return isinstance(self.row, str)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -62,13 +67,17 @@ class KeyedDropout(TorchFunctionMode):
     ) -> Tensor:
         if not training or p == 0.0:
             return input
-        shape = input.shape if spatial is None else (*input.shape[:-spatial], *(1,) * spatial)
+        own_shape = input.shape[1:] if self._all else input.shape
+        shape = own_shape if spatial is None else (*own_shape[:-spatial], *(1,) * spatial)
         count = int(np.prod(shape))
         purpose = random.key(*self._key, self.calls)
         self.calls += 1
         drawn = random.uniforms(purpose, self._steps, self._clients, count).to(input.device)
         mask = (drawn >= p).to(input.dtype).div_(max(1.0 - p, torch.finfo(input.dtype).tiny)).view(-1, *shape)
-        own = mask[0] if self.row is None else mask.index_select(0, self.row.view(1)).squeeze(0)
+        if isinstance(self.row, Tensor):
+            own = mask.index_select(0, self.row.view(1)).squeeze(0)
+        else:
+            own = mask if self._all else mask[0]
         return input.mul_(own) if inplace else input * own
 
 

@@ -85,9 +85,7 @@ class _Client(Cohort):
         velocity, first, second = torch.zeros_like(y), torch.zeros_like(y), torch.zeros_like(y)
         step, number, rates, loss_sum, seen = 0, 0, 0.0, 0.0, 0
         while step < total:
-            order = torch.from_numpy(
-                np.ascontiguousarray(orders(plan, self._seed, purpose, self.round, number, self._key, sizes)[0])
-            )
+            order = torch.from_numpy(orders(plan, self._seed, purpose, self.round, number, self._key, sizes)[0].copy())
             for begin in range(0, n, size):
                 if step == total:
                     break

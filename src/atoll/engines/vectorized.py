@@ -9,11 +9,13 @@ rule, in this order:
 
 1. large models (more than `LARGE` parameters), recurrent layers and, on a CPU, convolutions: one client at a time;
 2. models that draw random numbers inside torch's kernels: one client at a time;
-3. models whose batched forward fails or differs from the plain one on a trial: one client at a time, with the reason;
-4. all others: rows.
+3. models made of layers that have a form on rows (`layers.py`): rows, layer by layer;
+4. all others: rows by the general batching transform (vmap), unless their batched forward fails or differs from the
+   plain one on a trial: then one client at a time, with the reason.
 """
 
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,6 +28,7 @@ from atoll import random
 from atoll.cohort import Cohort
 from atoll.engines.base import Engine, Tile, orders
 from atoll.engines.dropout import KeyedDropout, SeededDraws
+from atoll.engines.layers import Layers, Unsupported
 from atoll.errors import invalid
 from atoll.local import Plan
 from atoll.memory import ClientMemory
@@ -64,11 +67,17 @@ class Vectorized(Engine):
         self._strategy: Strategy = "rows"
         self._reason = ""
         self._width = 1
+        self.layers: Layers | None = None
 
     def describe(self) -> dict[str, Any]:
         """Which path ran, and why."""
         how = "rows of one matrix" if self._strategy == "rows" else "one client at a time"
         return {"engine": self.name, "strategy": how, "tile": self._width, "reason": self._reason}
+
+    @property
+    def one_thread(self) -> bool:
+        """Rows are made of many small operations; models that run one client at a time keep torch's threads."""
+        return self._strategy == "rows"
 
     @property
     def strategy(self) -> Strategy:
@@ -101,23 +110,39 @@ class Vectorized(Engine):
             yield cohort, remembered
 
     def _choose(self, process: "Process", data: "FederatedDataset") -> None:
-        model = process.model
-        self._strategy, self._reason = "rows", "the model's layers run as rows"
+        model, sample = process.model, self.traits.sample
+        self.layers = None
         reason = _single(model, self.traits.draws)
-        if self._asked == "auto":
-            reason = reason or _trial(model, self.traits.sample)
-            if reason is not None:
-                self._strategy, self._reason = "single", reason
-        else:
-            if self._asked == "rows" and self.traits.draws:
-                raise invalid("strategy", "rows", '"single" or "auto" for this model', f"Reason: {reason}.")
-            self._strategy, self._reason = self._asked, "chosen by hand"
+        if self._asked == "rows" and self.traits.draws:
+            raise invalid("strategy", "rows", '"single" or "auto" for this model', f"Reason: {reason}.")
+        self._strategy = "rows" if self._asked == "auto" else self._asked
+        self._reason = "chosen by hand"
+        if self._asked == "auto" and reason is not None:
+            self._strategy, self._reason = "single", reason
+        if self._strategy == "rows":
+            self.layers, why = _layers(model, sample)
+            if self._asked == "auto":
+                self._reason = "all its layers have a form on rows" if why is None else f"batching transform: {why}"
+            if self.layers is None:
+                reason = _trial(model, sample, None)
+                if reason is not None and self._asked == "rows":
+                    raise invalid("strategy", "rows", '"single" or "auto" for this model', f"Reason: {reason}.")
+                if reason is not None:
+                    self._strategy, self._reason = "single", reason
         row_bytes = model.size * model.init(None).element_size()
-        self._width = max(1, min(TILE_ROWS, TILE_BYTES // row_bytes))
-        if self._tile is not None:
-            self._width = self._tile
+        self._width = max(1, min(TILE_ROWS, TILE_BYTES // row_bytes)) if self._tile is None else self._tile
         if self._strategy == "single":
             self._width = 1
+
+
+def _layers(model: Model, sample: Batch) -> tuple[Layers | None, str | None]:
+    """The model's form on rows, or why it has none: traced, and tried on two rows that differ."""
+    try:
+        layers = Layers(model)
+    except Unsupported as error:
+        return None, str(error)
+    reason = _trial(model, sample, layers)
+    return (layers, None) if reason is None else (None, reason)
 
 
 def _single(model: Model, draws: bool) -> str | None:
@@ -134,7 +159,7 @@ def _single(model: Model, draws: bool) -> str | None:
     return None
 
 
-def _trial(model: Model, sample: Batch) -> str | None:
+def _trial(model: Model, sample: Batch, layers: Layers | None) -> str | None:
     """Why a batched forward cannot be used for this model, or None: tried on two rows that differ."""
     noise = torch.randn(model.size, generator=random.generator(0, "trial"), dtype=model.dtype)
     rows = torch.stack((model.init(), model.init() + 0.1 * noise))
@@ -143,7 +168,8 @@ def _trial(model: Model, sample: Batch) -> str | None:
     try:
         held = _Buffers(model, model.init_buffers().expand(2, -1).clone())
         with torch.no_grad():
-            together = _forward_rows(model, model.layout.view(rows), held, batch, _Draw(0, "trial", 0, clients, steps))
+            draw = _Draw(0, "trial", 0, clients, steps)
+            together = _forward_rows(model, model.layout.view(rows), held, batch, draw, layers)
             for i in range(2):
                 alone = _Buffers(model, model.init_buffers().expand(1, -1).clone())
                 draw = _Draw(0, "trial", 0, clients[i : i + 1], steps[:1])
@@ -195,21 +221,29 @@ def _forward_rows(
     held: "_Buffers | Mapping[str, Tensor]",
     batch: Batch,
     draw: "_Draw | None",
+    layers: Layers | None,
 ) -> Tensor:
     """Outputs [k, b, ...] of k rows on their own batches [k, b, ...], as one batched forward; `draw` keys dropout."""
     buffers = held.take(slice(None)) if isinstance(held, _Buffers) else held
-    if draw is None:
-        plain = torch.vmap(lambda p, b, x: model.call(p, b, x, train=True), randomness="error")
-        return plain(dict(leaves), dict(buffers), dict(batch))
-    mode = KeyedDropout(draw.seed, draw.purpose, draw.round, draw.clients, draw.steps)
+    if layers is not None:
+        with _keyed(draw, "all"):
+            return layers(leaves, buffers, batch, len(next(iter(leaves.values()))))
+    mode = _keyed(draw)
 
-    def keyed(p: Mapping[str, Tensor], b: Mapping[str, Tensor], x: Batch, row: Tensor) -> Tensor:
-        mode.row = row
+    def one(p: Mapping[str, Tensor], b: Mapping[str, Tensor], x: Batch, row: Tensor) -> Tensor:
+        if isinstance(mode, KeyedDropout):
+            mode.row = row
         with mode:
             return model.call(p, b, x, train=True)
 
-    number = torch.arange(len(draw.clients))
-    return torch.vmap(keyed, randomness="error")(dict(leaves), dict(buffers), dict(batch), number)
+    # The batching rules flatten statistics before they update them, and would update a copy of anything that is not
+    # contiguous: they get contiguous copies, which are copied back.
+    copies = {n: t.clone(memory_format=torch.contiguous_format) for n, t in buffers.items()}
+    number = torch.arange(len(next(iter(leaves.values()))))
+    output = torch.vmap(one, randomness="error")(dict(leaves), copies, dict(batch), number)
+    for name, tensor in buffers.items():
+        tensor.copy_(copies[name])
+    return output
 
 
 def _forward_single(
@@ -227,11 +261,18 @@ def _forward_single(
     own, inputs = {n: t[0] for n, t in buffers.items()}, {n: t[0] for n, t in batch.items()}
     if draw is None:
         return model.call(parameters, own, inputs, train=True)[None]
-    with KeyedDropout(draw.seed, draw.purpose, draw.round, draw.clients, draw.steps):
+    with _keyed(draw):
         if not seeded:
             return model.call(parameters, own, inputs, train=True)[None]
         with SeededDraws(draw.seed, draw.purpose, draw.round, int(draw.clients[0]), int(draw.steps[0])):
             return model.call(parameters, own, inputs, train=True)[None]
+
+
+def _keyed(draw: "_Draw | None", row: Literal["all"] | None = None) -> "KeyedDropout | nullcontext[None]":
+    """What keys dropout in a forward."""
+    if draw is None:
+        return nullcontext()
+    return KeyedDropout(draw.seed, draw.purpose, draw.round, draw.clients, draw.steps, row)
 
 
 class _Rows(Cohort):
@@ -327,7 +368,7 @@ class _Rows(Cohort):
             traits = self._engine.traits
             keyed = draw if traits.dropout or traits.draws else None
             if self._engine.strategy == "rows":
-                output = _forward_rows(model, leaves, buffers, batch, keyed)
+                output = _forward_rows(model, leaves, buffers, batch, keyed, self._engine.layers)
             else:
                 output = _forward_single(model, leaves, buffers, batch, keyed, seeded=traits.draws)
             if loss.returns == "per_example":

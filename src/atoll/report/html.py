@@ -261,7 +261,11 @@ def _client_pictures(clients: Mapping[str, Mapping[str, Mapping[str, float]]]) -
     pictures: list[Picture] = []
     for metric in metrics:
         table = {
-            n: {_KINDS.get(k, k): of[n][metric] for k, of in clients.items() if math.isfinite(of.get(n, {}).get(metric, math.nan))}
+            n: {
+                _KINDS.get(k, k): of[n][metric]
+                for k, of in clients.items()
+                if math.isfinite(of.get(n, {}).get(metric, math.nan))
+            }
             for n in names
         }
         if len(names) <= _FEW:
@@ -340,11 +344,18 @@ def _final(history: Sequence[Record]) -> dict[str, float]:
     record = numbers.last_evaluated(history)
     if record is None:
         return found
-    for part, label in (("test", "test"), ("personal", "own models"), ("validation", "validation"), ("holdout", "holdout")):
+    for part, label in (
+        ("test", "test"),
+        ("personal", "own models"),
+        ("validation", "validation"),
+        ("holdout", "holdout"),
+    ):
         found |= {f"{label} {words(n)}": v for n, v in getattr(record, part).items()}
     for label, spread in (("test", record.spread), ("own models", record.personal_spread)):
         found |= {
-            f"{label} {words(n)}, worst decile": over["worst_decile"] for n, over in spread.items() if "worst_decile" in over
+            f"{label} {words(n)}, worst decile": over["worst_decile"]
+            for n, over in spread.items()
+            if "worst_decile" in over
         }
     if history[-1].epsilon is not None:
         found["epsilon"] = history[-1].epsilon
@@ -411,14 +422,14 @@ def write_study(
 
 
 def interval(value: tuple[float, float, float], *, sign: bool = False) -> str:
-    """A mean with its interval: `0.812 (0.79 to 0.83)`."""
+    """A mean with half the width of its symmetric interval: `0.812 ± 0.021`."""
     mean, low, high = value
     show = signed if sign else amount
     if not math.isfinite(mean):
         return UNDEFINED
     if not math.isfinite(low):
         return show(mean)
-    return f"{show(mean)} ({show(low, 2)} to {show(high, 2)})"
+    return f"{show(mean)} ± {amount((high - low) / 2)}"
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
@@ -452,7 +463,7 @@ def _histogram(table: Mapping[str, Mapping[str, float]], metric: str) -> Any:
 def _markup(figure: Any, label: str) -> Any:
     from markupsafe import Markup
 
-    return Markup(themed(figure, label))  # noqa: S704 - matplotlib escapes the text in it
+    return Markup(themed(figure, label))
 
 
 # --- the file ---------------------------------------------------------------------------------------------------------

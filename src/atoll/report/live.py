@@ -4,7 +4,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Literal
 
@@ -21,7 +21,7 @@ Show = Callable[[Record], None]
 
 
 @contextmanager
-def progress_for(progress: bool | Literal["auto"], total: int, done: int, title: str) -> Iterator[Show]:
+def progress_for(progress: bool | Literal["auto"], total: int, done: int, title: str) -> Generator[Show]:
     """Show how a run gets on, on standard error.
 
     Args:
@@ -96,7 +96,7 @@ def _lines(total: int, done: int) -> Show:
 
 
 @contextmanager
-def _bar(total: int, done: int, title: str) -> Iterator[Show]:
+def _bar(total: int, done: int, title: str) -> Generator[Show]:
     from rich.console import Console
     from rich.markup import escape
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -115,7 +115,9 @@ def _bar(total: int, done: int, title: str) -> Iterator[Show]:
     pace, shown, latest = _Pace(done), time.monotonic(), dict[str, str]()
 
     def draw() -> None:
-        bar.update(task, completed=int(latest["round"]), values=latest["values"], pace=latest["pace"], left=latest["left"])
+        bar.update(
+            task, completed=int(latest["round"]), values=latest["values"], pace=latest["pace"], left=latest["left"]
+        )
         bar.refresh()
 
     def show(record: Record) -> None:

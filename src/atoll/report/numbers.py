@@ -59,7 +59,7 @@ def rate(per_second: float) -> str:
         return UNDEFINED
     if per_second < 0.5:
         return f"{span(1 / per_second)}/round"
-    return f"{per_second:.0f} rounds/s" if per_second >= 100 else f"{per_second:.3g} rounds/s"
+    return f"{per_second:.0f} rounds/s" if per_second >= 100 else f"{per_second:.1f} rounds/s"
 
 
 def words(name: str) -> str:

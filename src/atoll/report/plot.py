@@ -136,9 +136,14 @@ def plot_client_panels(
             axes.tick_params(labelleft=False)
     if len(parts) > 1:
         figure.legend(
-            list(parts.values()), [_clipped(arm, 40) for arm in parts], loc="outside lower center", ncols=min(len(parts), 4), frameon=False,
-            labelcolor=INK, fontsize=10.5,
-        )  # fmt: skip
+            list(parts.values()),
+            [_clipped(arm, 40) for arm in parts],
+            loc="outside lower center",
+            ncols=min(len(parts), 4),
+            frameon=False,
+            labelcolor=INK,
+            fontsize=10.5,
+        )
     if title:
         figure.suptitle(literal(title), x=0.012, ha="left", color=INK, fontsize=13.5, fontweight="bold")
     return _saved(figure, path)
@@ -196,7 +201,9 @@ def draw_clients(axes: Any, table: Mapping[str, Mapping[str, Value]], metric: st
                 continue
             y, colour = row + (place - (len(arms) - 1) / 2) * step, PALETTE[place % len(PALETTE)]
             if math.isfinite(low) and math.isfinite(high) and high > low:
-                axes.plot([low, high], [y, y], color=colour, linewidth=2.0, alpha=0.55, solid_capstyle="round", zorder=2)
+                axes.plot(
+                    [low, high], [y, y], color=colour, linewidth=2.0, alpha=0.55, solid_capstyle="round", zorder=2
+                )
             marker = MARKERS[place % len(MARKERS)]
             (handle,) = axes.plot(
                 [mean], [y], marker=marker, color=colour, markersize=6.5, linestyle="none", markeredgecolor="white",
@@ -241,9 +248,7 @@ def _losses(axes: Any, history: Sequence[Record]) -> None:
 def _metric(axes: Any, history: Sequence[Record], name: str) -> None:
     own = any(name in r.personal_spread for r in history)
     spreads = [(r.personal_spread if own else r.spread).get(name, {}) for r in history]
-    places = [
-        i for i, s in enumerate(spreads) if math.isfinite(s.get("mean", math.nan)) and "worst_decile" in s
-    ]
+    places = [i for i, s in enumerate(spreads) if math.isfinite(s.get("mean", math.nan)) and "worst_decile" in s]
     places = [i for i in places if math.isfinite(spreads[i]["worst_decile"])]
     if len(places) > 1:
         places = [places[i] for i in thinned([spreads[i]["worst_decile"] for i in places])]
@@ -294,7 +299,13 @@ def _epsilon(axes: Any, history: Sequence[Record]) -> None:
 
 
 def _line(
-    axes: Any, history: Sequence[Record], values: Sequence[float | None], label: str, colour: str, *, dashed: bool = False
+    axes: Any,
+    history: Sequence[Record],
+    values: Sequence[float | None],
+    label: str,
+    colour: str,
+    *,
+    dashed: bool = False,
 ) -> bool:
     """Draw a curve through the rounds that have a value; returns whether there is one."""
     points = [(r.round, v) for r, v in zip(history, values, strict=True) if v is not None and math.isfinite(v)]
@@ -303,9 +314,16 @@ def _line(
     keep = thinned([v for _, v in points])
     marker = "o" if len(points) <= 12 else None
     axes.plot(
-        [points[i][0] for i in keep], [points[i][1] for i in keep], label=_clipped(label, 40), color=colour, linewidth=1.8,
-        marker=marker, markersize=4, linestyle="--" if dashed else "-", solid_joinstyle="round",
-    )  # fmt: skip
+        [points[i][0] for i in keep],
+        [points[i][1] for i in keep],
+        label=_clipped(label, 40),
+        color=colour,
+        linewidth=1.8,
+        marker=marker,
+        markersize=4,
+        linestyle="--" if dashed else "-",
+        solid_joinstyle="round",
+    )
     return True
 
 

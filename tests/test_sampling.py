@@ -1,0 +1,132 @@
+"""Who takes part: sizes, probabilities, and independence of history."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from atoll import sampling
+from atoll.errors import InvalidArgument
+
+CLIENTS = [f"c{i}" for i in range(12)]
+RULES = {
+    "fixed": sampling.fixed(5),
+    "fraction": sampling.fraction(0.4),
+    "poisson": sampling.poisson(0.3),
+    "everyone": sampling.everyone(),
+    "sequence": sampling.sequence([["c1", "c0"], [], ["c5"]]),
+    "cyclic": sampling.cyclic(),
+    "cyclic, shuffled": sampling.cyclic(shuffle=True),
+}
+rules = pytest.mark.parametrize("name", RULES)
+
+
+@rules
+def test_cohorts_are_distinct_known_clients_and_keyed_by_seed_and_round(name: str) -> None:
+    rule = RULES[name]
+    forward = [rule.cohort(3, r, CLIENTS) for r in range(30)]
+    backward = [rule.cohort(3, r, CLIENTS) for r in reversed(range(30))]
+    assert forward == backward[::-1], "a cohort must not depend on those drawn before"
+    for cohort in forward:
+        assert len(set(cohort)) == len(cohort) and set(cohort) <= set(CLIENTS)
+    if name in ("fixed", "fraction", "poisson", "cyclic, shuffled"):
+        assert forward != [rule.cohort(4, r, CLIENTS) for r in range(30)]
+        assert len(set(forward)) > 5, "the same cohort in every round"
+
+
+@rules
+def test_expected_sizes_are_the_means(name: str) -> None:
+    rule = RULES[name]
+    sizes = [len(rule.cohort(0, r, CLIENTS)) for r in range(600)]
+    assert abs(np.mean(sizes) - rule.expected(12)) < 5 * (12 * 0.25 / 600) ** 0.5
+    if name != "poisson":
+        assert np.mean(sizes) == pytest.approx(rule.expected(12))
+
+
+@rules
+def test_specs_are_json(name: str) -> None:
+    assert json.loads(json.dumps(RULES[name].spec)) == RULES[name].spec
+    RULES[name].check(CLIENTS)
+
+
+@pytest.mark.parametrize("name", ["fixed", "fraction", "poisson"])
+def test_every_client_comes_as_often(name: str) -> None:
+    counts = dict.fromkeys(CLIENTS, 0)
+    for round in range(2000):
+        for client in RULES[name].cohort(7, round, CLIENTS):
+            counts[client] += 1
+    share = RULES[name].expected(12) / 12
+    spread = math.sqrt(2000 * share * (1 - share))
+    assert all(abs(c - 2000 * share) < 5 * spread for c in counts.values())
+
+
+def test_poisson_sizes_are_binomial_and_may_be_nought() -> None:
+    rule = sampling.poisson(0.1)
+    sizes = np.array([len(rule.cohort(1, r, CLIENTS)) for r in range(3000)])
+    assert (sizes == 0).any()
+    observed = np.array([(sizes == k).sum() for k in range(4)] + [(sizes > 3).sum()])
+    expected = 3000 * np.array([*stats.binom.pmf(range(4), 12, 0.1), stats.binom.sf(3, 12, 0.1)])
+    assert stats.chisquare(observed, expected).pvalue > 1e-4
+    assert sampling.poisson(1).cohort(0, 0, CLIENTS) == tuple(CLIENTS)
+
+
+def test_fractions_take_at_least_one() -> None:
+    assert len(sampling.fraction(0.01).cohort(0, 0, CLIENTS)) == 1
+    assert sampling.fraction(1.0).cohort(0, 0, CLIENTS) == tuple(CLIENTS)
+    assert sampling.fraction(0.25).expected(12) == 3
+
+
+def test_everyone_and_sequences_are_in_the_order_given() -> None:
+    assert sampling.everyone().cohort(0, 5, CLIENTS) == tuple(CLIENTS)
+    rule = RULES["sequence"]
+    assert [rule.cohort(0, r, CLIENTS) for r in range(4)] == [("c1", "c0"), (), ("c5",), ("c1", "c0")]
+
+
+def test_cyclic_visits_everybody_once_in_a_pass() -> None:
+    assert [sampling.cyclic().cohort(0, r, CLIENTS)[0] for r in range(24)] == CLIENTS * 2
+    rule = sampling.cyclic(shuffle=True)
+    passes = [[rule.cohort(0, 12 * p + i, CLIENTS)[0] for i in range(12)] for p in range(3)]
+    assert all(sorted(p) == sorted(CLIENTS) for p in passes) and passes[0] != passes[1]
+
+
+def test_a_cohort_larger_than_the_population_is_refused() -> None:
+    with pytest.raises(InvalidArgument, match=r"cohort=13.*at most the population of 12 clients.*everyone\(\)"):
+        sampling.fixed(13).check(CLIENTS)
+    sampling.fixed(12).check(CLIENTS)
+
+
+def test_strangers_in_a_sequence_are_refused() -> None:
+    with pytest.raises(InvalidArgument, match="not in the data: x, z"):
+        sampling.sequence([["c1"], ["z", "x"]]).check(CLIENTS)
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.0, True])
+def test_sizes_outside_their_range(size: object) -> None:
+    with pytest.raises(InvalidArgument, match="cohort="):
+        sampling.fixed(size)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rate", [0.0, -0.1, 1.1, math.nan, True])
+def test_rates_outside_their_range(rate: float) -> None:
+    with pytest.raises(InvalidArgument, match="rate="):
+        sampling.poisson(rate)
+    with pytest.raises(InvalidArgument, match="cohort="):
+        sampling.fraction(rate)
+
+
+@pytest.mark.parametrize("cohorts", [[], "ab", ["ab"], [["a", "a"]]])
+def test_what_is_no_sequence_of_cohorts(cohorts: object) -> None:
+    with pytest.raises(InvalidArgument, match="cohorts"):
+        sampling.sequence(cohorts)  # type: ignore[arg-type]
+
+
+def test_cohort_arguments() -> None:
+    assert sampling.resolve(None).spec == sampling.everyone().spec
+    assert sampling.resolve(3).spec == sampling.fixed(3).spec
+    assert sampling.resolve(0.5).spec == sampling.fraction(0.5).spec
+    assert sampling.resolve(RULES["poisson"]) is RULES["poisson"]
+    for value in (True, "all", [1]):
+        with pytest.raises(InvalidArgument, match="cohort="):
+            sampling.resolve(value)  # type: ignore[arg-type]
