@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from reporting import Findings, Table, finish, parser, pyplot
@@ -36,7 +37,7 @@ class Row:
     """
 
     name: str
-    partition: dict[str, object]
+    partition: dict[str, Any]
     published: int
     allowed: int
     horizon: int
@@ -49,9 +50,7 @@ SHARDS = Row("shards", {"partition": "shards", "per_client": 2}, 664, 750, 400, 
 
 def model() -> atoll.Model:
     """784-200-200-10 with rectifiers."""
-    layers = nn.Sequential(
-        nn.Linear(784, 200), nn.ReLU(), nn.Linear(200, 200), nn.ReLU(), nn.Linear(200, 10)
-    )
+    layers = nn.Sequential(nn.Linear(784, 200), nn.ReLU(), nn.Linear(200, 200), nn.ReLU(), nn.Linear(200, 10))
     return atoll.Model(layers, loss="cross_entropy", metrics=("accuracy",))
 
 
@@ -76,7 +75,6 @@ def curve(row: Row, seed: int, *, rounds: int, synthetic: bool) -> list[float]:
 
     def tell(record: atoll.Record) -> None:
         if record.round % 50 == 0:
-            assert record.holdout is not None
             print(
                 f"{row.name}, seed {seed}: round {record.round}, accuracy {record.holdout['accuracy']:.4f}, "
                 f"{time.monotonic() - began:.0f} s",
@@ -94,7 +92,7 @@ def curve(row: Row, seed: int, *, rounds: int, synthetic: bool) -> list[float]:
         progress=False,
         callbacks=[tell],
     )
-    return [record.holdout["accuracy"] for record in result.history if record.holdout is not None]
+    return [record.holdout["accuracy"] for record in result.history]
 
 
 def reached(accuracies: Sequence[float]) -> int | None:
@@ -105,7 +103,9 @@ def reached(accuracies: Sequence[float]) -> int | None:
 def main(arguments: Sequence[str] | None = None) -> int:
     reader = parser(__doc__ or "", seeds=(0, 1, 2))
     reader.add_argument("--shard-seeds", type=int, nargs="+", default=[0], help="seeds of the longer, non-IID runs")
-    reader.add_argument("--synthetic", action="store_true", help="noise of MNIST's shape, where the images are not at hand")
+    reader.add_argument(
+        "--synthetic", action="store_true", help="noise of MNIST's shape, where the images are not at hand"
+    )
     options = reader.parse_args(arguments)
     torch.set_num_threads(1)
     if options.synthetic and not options.quick:
@@ -147,7 +147,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 axis.plot(range(1, len(found) + 1), found, linewidth=1, label=f"Atoll, seed {seed}")
             axis.axhline(TARGET, color="black", linewidth=0.8, linestyle=":")
             axis.plot([row.published], [TARGET], "kx", label=f"published: {row.published} rounds")
-            axis.axvline(row.allowed, color="grey", linewidth=0.8, linestyle="--", label=f"allowed: {row.allowed} rounds")
+            axis.axvline(
+                row.allowed, color="grey", linewidth=0.8, linestyle="--", label=f"allowed: {row.allowed} rounds"
+            )
             axis.set(title=f"{row.name}, learning rate {row.lr:g}", xlabel="round", ylim=(0.85, 0.985))
             axis.legend(loc="lower right", fontsize=8)
         axes[0].set_ylabel("test accuracy")
@@ -162,8 +164,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"federated averaging; network 784-200-200-10 with {PARAMETERS:,} parameters. `iid`: dealt out at random. "
             "`shards`: sorted by label, 200 shards of 300 images, two for each client. Accuracy on the official 10,000 "
             "test images after every round; the first round at or above 97 % counts.",
-            f"The learning rate is fixed: {IID.lr:g} in every round, for both rows and every seed. The paper chose one for "
-            "each row from a grid, by the rounds it took, and does not say which.",
+            f"The learning rate is fixed: {IID.lr:g} in every round, for both rows and every seed. The paper chose one "
+            "for each row from a grid, by the rounds it took, and does not say which.",
         ],
         tables=[
             Table(
@@ -172,7 +174,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 rows,
             )
         ],
-        remarks=[summary or "The target was not reached in every run.", "Best and last are accuracies over all rounds run."],
+        remarks=[
+            summary or "The target was not reached in every run.",
+            "Best and last are accuracies over all rounds run.",
+        ],
         passed=all(bool(c["within"]) for c in cells),
         numbers={"target": TARGET, "cells": cells, "curves": curves},
         figures={"curves": draw},

@@ -73,7 +73,9 @@ def parser(description: str, *, seeds: Sequence[int] = ()) -> argparse.ArgumentP
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     made.add_argument("--quick", action="store_true", help="a run of seconds that shows that everything works")
     made.add_argument(
-        "--out", type=Path, help="where to write, without suffix: .md, .json, -*.png; a quick run writes nothing by default"
+        "--out",
+        type=Path,
+        help="where to write, without suffix: .md, .json, -*.png; a quick run writes nothing by default",
     )
     if seeds:
         made.add_argument("--seeds", type=int, nargs="+", default=list(seeds), help="seeds to repeat the runs with")

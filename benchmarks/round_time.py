@@ -71,13 +71,13 @@ Round = Callable[[Tensor, Sequence[int], int], Tensor]
 def module(load: Workload) -> nn.Module:
     """The model, with the same values for everyone."""
     inputs, hidden, classes = load.sizes
-    layers = nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, classes))
+    layers = nn.Linear(inputs, hidden), nn.Linear(hidden, classes)
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for layer in (layers[0], layers[2]):
-            layer.weight.copy_(torch.randn(layer.weight.shape, generator=draw) * layer.weight.shape[1] ** -0.5)
+        for layer in layers:
+            layer.weight.copy_(torch.randn(layer.weight.shape, generator=draw) * layer.in_features**-0.5)
             layer.bias.zero_()
-    return layers
+    return nn.Sequential(layers[0], nn.ReLU(), layers[1])
 
 
 def examples(load: Workload) -> tuple[Tensor, Tensor]:
@@ -249,7 +249,7 @@ def _peak() -> float:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     reader = parser(__doc__ or "")
-    reader.add_argument("--turns", type=int, default=25, help="how often every contestant comes up")
+    reader.add_argument("--turns", type=int, default=10, help="how often every contestant comes up")
     reader.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="threads torch may use in an operation")
     reader.add_argument("--alone", nargs=4, help=argparse.SUPPRESS)
     options = reader.parse_args(arguments)
@@ -271,7 +271,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if load.name not in differences:
                 differences[load.name] = agreement(load, x, y)
                 if differences[load.name] > AGREEMENT:
-                    raise SystemExit(f"{load.name}: the contestants differ by {differences[load.name]:.2e} after a round")
+                    raise SystemExit(
+                        f"{load.name}: the contestants differ by {differences[load.name]:.2e} after a round"
+                    )
             taken = race(load, x, y, turns=turns, repeats=1 if options.quick else 5)
             starts = {name: fresh(load, name, count, 3) for name in (FAST[:1] if options.quick else CONTESTANTS)}
             base = np.asarray(taken["Atoll vectorized"])
@@ -310,23 +312,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 promise = f" (at most {TENTH:g} is promised: {'met' if median <= TENTH else '**not met**'})"
             remarks.append(
                 f"{load.name}, {count} thread(s): a round of Atoll's vectorized engine takes {median:.3f} "
-                f"[{low:.3f}, {high:.3f}] of the loop engine's{promise} and {float(np.median(hand)):.2f} times that of the "
-                "batched products written by hand."
+                f"[{low:.3f}, {high:.3f}] of the loop engine's{promise} and {float(np.median(hand)):.2f} times that of "
+                "the batched products written by hand."
             )
             print(remarks[-1], file=sys.stderr)
     torch.set_num_threads(before)
     found = Findings(
         title="Seconds per round",
         setting=[
-            "Plain federated averaging, learning rate 0.1, one local epoch, cross-entropy, weights by examples, synthetic "
-            "data, the same initial weights and cohorts for everyone. " + ". ".join(map(str, loads)) + ".",
+            "Plain federated averaging, learning rate 0.1, one local epoch, cross-entropy, weights by examples, "
+            "synthetic data, the same initial weights and cohorts for everyone. " + ". ".join(map(str, loads)) + ".",
             "`hand-written loop`: one client after the other, autograd, no optimiser objects. `hand-written batched`: "
             "clients as rows, batched products, the backward written out, the step inside the product; "
             f"{W1.tile} rows at a time for W1, {W2.tile} for W2. Both know the model and that all clients are equally "
             "large; they check nothing, count nothing and keep no history.",
             f"Medians of {turns} turns that alternate in one process, with 95 % bootstrap intervals; ratios are of "
-            "neighbouring turns. First: seconds from the start of a fresh process to the end of its first round, imports "
-            "and data included. Peak: its peak resident memory; above: how much of that came after the data were made.",
+            "neighbouring turns. First: seconds from the start of a fresh process to the end of its first round, "
+            "imports and data included. Peak: its peak resident memory; above: how much of that came after the data "
+            "were made.",
         ],
         tables=[
             Table(

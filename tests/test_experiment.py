@@ -86,7 +86,7 @@ def test_bad_apps_and_settings(app: Path, tmp_path: Path) -> None:
         load_app(empty)
     with pytest.raises(AtollError, match=r"'round' is unknown.*Did you mean 'rounds'"):
         configure(load_app(app), {"round": "2"})
-    with pytest.raises(AtollError, match="--set rounds='many'.*type int"):
+    with pytest.raises(AtollError, match=r"--set rounds='many'.*type int"):
         configure(load_app(app), {"rounds": "many"})
     empty.write_text("def experiment():\n    return 3\n")
     with pytest.raises(AtollError, match="returned int"):

@@ -18,7 +18,7 @@ class Cohort(ABC):
         clients: their names.
         round: the round, from 0.
         population: clients there are in all.
-        examples: training examples of each, [C, 1], in the model's dtype.
+        examples: training examples of each, [C, 1], float64.
         weights: weight of each in the average by the aggregator's rule, [C, 1], float64.
         model: the model.
         selection: which parameters are shared with the server.

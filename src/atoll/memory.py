@@ -48,11 +48,11 @@ class ClientMemory:
         self._table = torch.empty(0, layout.size, dtype=dtype)
         self._mapped: np.memmap[Any, Any] | None = None
         used = max(self._pinned, default=-1) + 1
-        if path is not None and path.exists() and used and layout.size:
+        if path is not None and used and layout.size:
             row = layout.size * torch.empty(0, dtype=dtype).element_size()
-            self._capacity = path.stat().st_size // row
+            self._capacity = path.stat().st_size // row if path.exists() else 0
             if self._capacity < used:
-                raise RunError(f"{path} is shorter than its checkpoint says: the client memory is damaged.")
+                raise RunError(f"{path} is missing or shorter than its checkpoint says: the client memory is damaged.")
             self._map()
         self._free = sorted(set(range(self._capacity)) - self._pinned, reverse=True)
 

@@ -122,7 +122,7 @@ class Model:
             training.train()
         if buffers == "frozen":
             for part in training.modules():
-                if isinstance(part, _BatchNorm):
+                if isinstance(part, _BatchNorm | _InstanceNorm):
                     part.eval()
         evaluating = copy.deepcopy(training, {id(t): t for t in (*training.parameters(), *training.buffers())}).eval()
         if features is not None and features not in dict(evaluating.named_modules()):
@@ -162,7 +162,8 @@ class Model:
         module = self.module(self._vector)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(key(seed, "init") & 0x7FFFFFFFFFFFFFFF)
-            for name, part in module.named_modules():
+            # From the inside out: a layer may set its parts' parameters after they have set themselves.
+            for name, part in reversed(list(module.named_modules())):
                 reset = getattr(part, "reset_parameters", None) or getattr(part, "_reset_parameters", None)
                 if callable(reset):
                     reset()
@@ -221,6 +222,8 @@ class Model:
 
     def settle(self, output: Tensor, target: Tensor) -> None:
         """Find out, on a first batch, whether a callable loss returns per-example losses or their mean."""
+        if len(output) == 1:  # of one example, losses and their mean look alike
+            output, target = torch.cat((output, output)), torch.cat((target, target))
         self.loss = self.loss.tried(output, target)
 
     def features(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Batch) -> Tensor:
@@ -261,7 +264,7 @@ class Model:
             parameters=[[n, list(s)] for n, s, _, _ in self.layout],
             dtype=str(self.dtype),
             frozen=self._frozen_hash,
-            loss=self.loss,
+            loss=self.loss.name if self.loss.kind != "any" else self.loss.function,
             metrics=[m if isinstance(m, str) else canonical(m) for m in self._metrics],
             buffers=self.buffer_rule,
             forward=self.forward_function,

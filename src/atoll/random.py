@@ -35,7 +35,8 @@ def key(seed: int, *parts: str | int) -> int:
     Returns:
         An integer in [0, 2**64).
     """
-    digest = hashlib.blake2b(repr((int(seed), parts)).encode(), digest_size=8)
+    named = tuple(p if isinstance(p, str) else int(p) for p in parts)
+    digest = hashlib.blake2b(repr((int(seed), named)).encode(), digest_size=8)
     return int.from_bytes(digest.digest(), "little")
 
 

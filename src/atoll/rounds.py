@@ -307,9 +307,6 @@ class Process:
             parts.insert(1, update.trained.buffers - cohort.buffers)
         rows = torch.cat(parts, dim=1) if len(parts) > 2 or update.sums.shape[1] else update.mean
         split = rows.shape[1] - update.sums.shape[1]
-        # One pass: any NaN or infinity makes the row's sum non-finite, as does a row too large to add up.
-        finite = torch.isfinite(rows.sum(dim=1)) & torch.isfinite(update.weight[:, 0]) & (update.weight[:, 0] >= 0)
-
         keys = random.client_keys(cohort.clients)
         mine = {n.removeprefix("transforms/"): t for n, t in remembered.items() if n.startswith("transforms/")}
         wire, stages = self.chain.encode(rows, mine, task.shared, seed=task.seed, round=task.round, clients=keys)
@@ -332,6 +329,10 @@ class Process:
             if remembered
             else rows.new_empty(count, 0)
         )
+        # One pass: any NaN or infinity makes the row's sum non-finite, as does a row too large to add up.
+        # What stays with a client counts too: a private head may overflow while the shared part is still finite.
+        finite = torch.isfinite(rows.sum(dim=1)) & torch.isfinite(memory.sum(dim=1))
+        finite &= torch.isfinite(update.weight[:, 0]) & (update.weight[:, 0] >= 0)
         lengths = (width, split - width, update.sums.shape[1])
         size = nbytes(wire) // count + (8 if channel.seal is None else 0) + 16
         return Report(cohort.clients, wire, lengths, weight, update.metrics, finite, memory, size)
@@ -388,11 +389,7 @@ class Process:
         """
         clients = tuple(data.clients) if cohort is None else tuple(cohort)
         self._check_cohort(clients, data)
-        if state.memory.version != state.memory_version:
-            raise InvalidArgument(
-                f"this state is from round {state.round}, but its clients' memory has moved on: continue from the "
-                "latest state, or begin a new one with init()."
-            )
+        self._check_fresh(state)
         self.engine.prepare(self, data)
         task = self.open(state, clients, len(data.clients))
         collector = self.collector(task)
@@ -442,7 +439,9 @@ class Process:
         part = choose(data, split)
         self.engine.prepare(self, data)
         if not personal:
-            return evaluate_vector(self.model, self.vector(state), state.buffers, part, data.clients)
+            with self.engine.threads():
+                return evaluate_vector(self.model, self.vector(state), state.buffers, part, data.clients)
+        self._check_fresh(state)
         task = self.open(state, tuple(data.clients), len(data.clients), kind="evaluate")
         found: list[tuple[list[int], Tensor]] = []
         metrics: tuple[Any, ...] = ()
@@ -499,6 +498,7 @@ class Process:
     def personal(self, state: State, data: "FederatedDataset", clients: Sequence[str]) -> Personal:
         """The models clients would use: rows [C, P] and buffers [C, B]."""
         self._check_cohort(tuple(clients), data)
+        self._check_fresh(state)
         self.engine.prepare(self, data)
         task = self.open(state, clients, len(data.clients), kind="evaluate")
         rows: dict[str, tuple[Tensor, Tensor]] = {}
@@ -528,6 +528,13 @@ class Process:
         if self.buffer_rule == "local" and buffers.numel():
             fields["buffers"] = buffers
         return fields
+
+    def _check_fresh(self, state: State) -> None:
+        if state.memory.version != state.memory_version:
+            raise InvalidArgument(
+                f"this state is from round {state.round}, but its clients' memory has moved on: continue from the "
+                "latest state, or begin a new one with init()."
+            )
 
     def _check_cohort(self, clients: tuple[str, ...], data: "FederatedDataset") -> None:
         strangers = [c for c in clients if c not in data]

@@ -54,7 +54,7 @@ def fixed(size: int) -> Sampler:
 
 def fraction(share: float) -> Sampler:
     """A fixed share of the population, rounded, at least one client, drawn without replacement."""
-    if not 0 < share <= 1:
+    if isinstance(share, bool) or not 0 < share <= 1:
         raise invalid("cohort", share, "a fraction in (0, 1]")
 
     def size(population: int) -> int:
@@ -68,7 +68,7 @@ def fraction(share: float) -> Sampler:
 
 def poisson(rate: float) -> Sampler:
     """Every client takes part independently with this probability; a cohort may be empty."""
-    if not 0 < rate <= 1:
+    if isinstance(rate, bool) or not 0 < rate <= 1:
         raise invalid("rate", rate, "a probability in (0, 1]")
 
     def draw(seed: int, round: int, population: int) -> np.ndarray:

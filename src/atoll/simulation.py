@@ -2,6 +2,7 @@
 
 import platform
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -142,8 +143,9 @@ def simulate(
     with locked(folder) if folder is not None else nullcontext():
         run = _Run(process, data, training, sampler, spec, folder, evaluated, evaluate_every, checkpoint_every)
         try:
-            run.start(state, resume)
-            return run.rounds(rounds, callbacks, progress)
+            run.start(state, rounds, resume)
+            with process.engine.threads():
+                return run.rounds(rounds, callbacks, progress)
         finally:
             run.journal.close()
 
@@ -174,7 +176,7 @@ class _Run:
         self._saved_at = time.monotonic()
         self._save_cost = 0.0
 
-    def start(self, state: State, resume: bool) -> None:
+    def start(self, state: State, total: int, resume: bool) -> None:
         """Begin at round zero, or where the directory's run was."""
         self.state = state
         if self.directory is None:
@@ -186,7 +188,8 @@ class _Run:
             )
         if begun is None:
             self._use_memory(None)
-            self.journal.append("run", {"spec": self.spec, "identity": self._identity, "versions": _versions()})
+            begun_by = {"spec": self.spec, "identity": self._identity, "rounds": total, "versions": _versions()}
+            self.journal.append("run", begun_by)
             self._save()
             return
         if begun.body["identity"] != self._identity:
@@ -208,7 +211,7 @@ class _Run:
             warnings.warn(f"{line} The run continues from round {checkpoint.round}.", stacklevel=4)
             self.notes.append(line)
         self._restore(checkpoint)
-        self.journal.append("resumed", {"round": checkpoint.round, "notes": damaged})
+        self.journal.append("resumed", {"round": checkpoint.round, "rounds": total, "notes": damaged})
         self.history = self.journal.history()
 
     def rounds(
@@ -390,6 +393,7 @@ def _deferred_interrupt() -> Generator[Callable[[], bool]]:
         if asked.is_set():
             signal.default_int_handler(number, frame)
         asked.set()
+        sys.stderr.write("\nstopping after this round; Ctrl-C again stops at once\n")
 
     signal.signal(signal.SIGINT, handle)
     try:

@@ -20,6 +20,9 @@ def record(name: str, /, **arguments: object) -> Spec:
     return {"name": name, **{k: canonical(v) for k, v in arguments.items()}}
 
 
+TOLD: tuple[type, ...] = (bool, int, float, str, torch.Tensor, np.ndarray, np.generic, tuple, list)
+
+
 def canonical(value: object) -> Any:
     """A JSON form of an argument: parts by their own spec, callables by source hash, tensors by content hash."""
     if value is None or isinstance(value, bool | int | float | str):
@@ -44,8 +47,31 @@ def canonical(value: object) -> Any:
     if isinstance(value, functools.partial):
         return record("partial", function=value.func, arguments=value.args, keywords=value.keywords)
     if callable(value):
-        return {"callable": getattr(value, "__qualname__", type(value).__qualname__), "source": source_hash(value)}
+        return _callable(value)
     return {"object": type(value).__qualname__}
+
+
+def _callable(value: Any) -> Spec:
+    told: Spec = {"callable": getattr(value, "__qualname__", type(value).__qualname__), "source": source_hash(value)}
+    if inspect.ismethod(value):
+        told["of"] = _attributes(value.__self__)
+    elif inspect.isfunction(value):
+        defaults = {"positional": value.__defaults__, "keyword": value.__kwdefaults__}
+        told |= {n: canonical(d) for n, d in defaults.items() if d}
+    elif not inspect.isroutine(value) and not inspect.isclass(value):
+        told["of"] = _attributes(value)
+    return told
+
+
+def _attributes(holder: object) -> Any:
+    """What an object holds that a spec can tell: numbers, texts and tensors, not other objects."""
+    own = getattr(holder, "spec", None)
+    if isinstance(own, dict):
+        return cast(Spec, own)
+    held = {n: v for n, v in getattr(holder, "__dict__", {}).items() if v is None or isinstance(v, TOLD)}
+    if isinstance(holder, torch.nn.Module):
+        held |= {"repr": repr(holder), **holder.state_dict()}
+    return record(type(holder).__qualname__, **held)
 
 
 def source_hash(code: object) -> str | None:

@@ -55,7 +55,7 @@ class Layout:
         if vector.shape[-1] != self.size:
             raise invalid("vector", tuple(vector.shape), f"of length {self.size}")
         lead = tuple(vector.shape[:-1])
-        return {name: vector[..., a:b].view(*lead, *shape) for name, shape, a, b in self}
+        return {name: vector[..., a:b].view(lead + shape) for name, shape, a, b in self}
 
     def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """One new vector from named tensors."""

@@ -40,7 +40,7 @@ def experiment(title="A run", clients=("a", EVIL), algorithm=atoll.fedavg, **mor
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(40, 3, generator=generator)
     y = (x[:, 0] > 0).long()
-    data = atoll.FederatedDataset.from_arrays({c: (x, y) for c in clients}, test=0.3, seed=0)
+    data = atoll.FederatedDataset.from_arrays(dict.fromkeys(clients, (x, y)), test=0.3, seed=0)
     model = atoll.Model(nn.Linear(3, 1), loss="binary_cross_entropy", metrics=("accuracy", "auc"))
     return atoll.Experiment(
         model=model, data=data, algorithm=algorithm(atoll.local_sgd(lr=0.1)), rounds=3, title=title,
@@ -173,5 +173,3 @@ def test_the_specification_is_there_in_full(tmp_path):
     path = result.report(tmp_path / "report.html")
     text = written(path).text
     assert json.loads(text[text.index('{ "title"') : text.rindex("}") + 1]) == result.spec
-
-

@@ -80,7 +80,7 @@ def test_comparison_takes_personal_models_where_there_are_some(history):
     shared, own = plot_comparison(named, "accuracy").axes[0].get_lines()
     assert own.get_ydata()[-1] == pytest.approx(shared.get_ydata()[-1] + 0.03)
     plot_comparison(named, "test_accuracy_worst_decile")
-    with pytest.raises(InvalidArgument, match="metric='acuracy' is unknown.*Did you mean 'accuracy'"):
+    with pytest.raises(InvalidArgument, match=r"metric='acuracy' is unknown.*Did you mean 'accuracy'"):
         plot_comparison(named, "acuracy")
 
 

@@ -2,13 +2,13 @@
 
 import sys
 
-__all__ = ["main"]
+from atoll.cli.commands import app
+
+__all__ = ["app", "main"]
 
 
 def main() -> None:
     """Run the command that `sys.argv` names, and leave with its exit code."""
-    from atoll.cli.app import app
-
     try:
         app()
     except KeyboardInterrupt:

@@ -81,8 +81,8 @@ def show(study: "Study") -> None:
         if metric == "loss":
             continue
         title = (
-            f"{words(metric)} on each hospital's test patients: mean of {len(study.seeds)} seeds ± half the "
-            f"{study.confidence:.0%} interval\n(difference: federated − alone)"
+            f"{words(metric)} on each hospital's test patients: mean of {len(study.seeds)} seeds\n"
+            f"± half of the {study.confidence:.0%} interval; difference is federated − alone"
         )
         table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
         table.add_column("hospital")

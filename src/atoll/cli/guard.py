@@ -1,7 +1,6 @@
 """What every command shares: how errors and Ctrl-C end it, and where it prints."""
 
 import functools
-import sys
 import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -69,8 +68,3 @@ def _plain_warnings() -> Generator[None]:
     with warnings.catch_warnings():
         warnings.showwarning = show
         yield
-
-
-def is_terminal() -> bool:
-    """Whether standard output is a terminal."""
-    return sys.stdout.isatty()

@@ -36,6 +36,8 @@ def runs(directory: Path) -> None:
             rows.append((folder.stat().st_mtime, (folder.name, "damaged", "", "", "", str(error))))
             continue
         rounds = f"{run.history[-1].round:,}" if run.history else "0"
+        if run.planned is not None and run.state != "finished":
+            rounds = f"{rounds} of {run.planned:,}"
         when = moment(run.began) if run.began is not None else UNDEFINED
         rows.append((run.began or 0.0, (folder.resolve().name, run.state, rounds, last_metric(run), when, run.name)))
     table = Table(box=SIMPLE_HEAD, pad_edge=False)

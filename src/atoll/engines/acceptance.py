@@ -50,8 +50,8 @@ def accept(model: Model, data: "FederatedDataset", plans: Sequence[Plan]) -> Tra
             f"the data has fields {', '.join(fields)}, but no 'x': name the input field 'x', or give the model "
             "forward=callable(module, batch)."
         )
-    count = min(4, len(data.train))
-    sample = {n: t[:count] for n, t in fields.items()}
+    # A single example stands twice: of one, a loss and a mean of losses look alike.
+    sample = {n: t[:4] if len(t) > 1 else torch.cat((t, t)) for n, t in fields.items()}
     vector, buffers = model.init(), model.init_buffers()
     parameters = model.layout.view(vector)
     output = _try(model, parameters, buffers, sample, train=False)
@@ -77,8 +77,9 @@ def accept(model: Model, data: "FederatedDataset", plans: Sequence[Plan]) -> Tra
             doubled = {n: torch.cat((t[:1], t[:1], t[1:])) for n, t in sample.items()}
             _try(model, parameters, buffers, doubled, train=True)
         draws = not torch.equal(before, torch.default_generator.get_state())
+        single = {n: t[:1] for n, t in sample.items()}
         try:
-            _call(model, parameters, buffers, {n: t[:1] for n, t in sample.items()}, train=True)
+            _check_output(_call(model, parameters, buffers, single, train=True), single)
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
@@ -98,21 +99,29 @@ def _call(model: Model, parameters: dict[str, Tensor], buffers: Tensor, batch: B
 
 
 def _try(model: Model, parameters: dict[str, Tensor], buffers: Tensor, batch: Batch, *, train: bool) -> Tensor:
-    shapes = ", ".join(f"{n} {tuple(t.shape)} {t.dtype}" for n, t in batch.items())
     try:
         output = _call(model, parameters, buffers, batch, train=train)
     except Exception as error:
         raise InvalidArgument(
-            f"the model failed on a batch of {shapes}: {error}. Its input size must fit the data, and floating "
+            f"the model failed on a batch of {_shapes(batch)}: {error}. Its input size must fit the data, and floating "
             f"features must have the model's dtype {model.dtype}."
         ) from error
-    if not isinstance(output, Tensor) or output.ndim == 0 or len(output) != len(next(iter(batch.values()))):
+    _check_output(output, batch)
+    return output
+
+
+def _check_output(output: object, batch: Batch) -> None:
+    count = len(next(iter(batch.values())))
+    if not isinstance(output, Tensor) or output.ndim == 0 or len(output) != count:
         found = f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
         raise InvalidArgument(
-            f"the model returned {found} for a batch of {shapes}: it must return a tensor whose first axis is the "
-            "example."
+            f"the model returned {found} for a batch of {_shapes(batch)}: it must return a tensor whose first axis is "
+            "the example, also for a batch of one (squeeze(-1) keeps it, squeeze() does not)."
         )
-    return output
+
+
+def _shapes(batch: Batch) -> str:
+    return ", ".join(f"{n} {tuple(t.shape)} {t.dtype}" for n, t in batch.items())
 
 
 def _check_targets(model: Model, output: Tensor, data: "FederatedDataset") -> None:

@@ -36,7 +36,7 @@ class Loop(Engine):
             remembered = process.remembered(task, [client], memory)
             buffers, own = process.start(task, remembered, 1)
             train = data.train.client(data.index(client))
-            examples = torch.full((1, 1), float(len(train["y"])), dtype=process.model.dtype)
+            examples = torch.full((1, 1), float(len(train["y"])), dtype=torch.float64)
             weights = process.aggregator.weigh(examples, [client])
             cohort = _Client(
                 process.model,

@@ -94,7 +94,7 @@ class Vectorized(Engine):
             clients = [task.clients[i] for i in chosen.tolist()]
             remembered = process.remembered(task, clients, memory)
             buffers, own = process.start(task, remembered, len(clients))
-            examples = sizes[places[chosen]].to(process.model.dtype)[:, None]
+            examples = sizes[places[chosen]].double()[:, None]
             cohort = _Rows(
                 process.model,
                 process.selection,

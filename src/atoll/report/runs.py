@@ -38,6 +38,7 @@ class Run:
         began: seconds since 1970; None when not known.
         latest: of its newest event, likewise.
         error: what stopped a failed run.
+        planned: rounds it was last asked for; None when not known.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Run:
     began: float | None = None
     latest: float | None = None
     error: str = ""
+    planned: int | None = None
 
 
 def run_of(result: "Result") -> Run:
@@ -121,6 +123,7 @@ def read_run(directory: str | Path) -> Run:
         began=begun.time,
         latest=events[-1].time,
         error=str(ends[-1].body.get("error", "")) if last == "failed" else "",
+        planned=next((e.body["rounds"] for e in reversed(events) if "rounds" in e.body), None),
     )
 
 

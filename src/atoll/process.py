@@ -1,1 +1,0 @@
-from atoll.rounds import *  # temporary
