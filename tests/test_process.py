@@ -463,3 +463,22 @@ def test_parts_compose_as_next_does() -> None:
     assert torch.equal(closed.buffers, expected.buffers) and torch.equal(
         closed.algorithm.variate, expected.algorithm.variate
     )
+
+
+def test_evaluation_of_one_example_with_a_callable_loss() -> None:
+    model, x = scalar_model(1.0), torch.zeros(1, 1, dtype=torch.float64)
+    data = FederatedDataset.from_arrays({"a": (x, torch.tensor([[2.0, 3.0]], dtype=torch.float64))})
+    found = evaluate_vector(model, model.init(), model.init_buffers(), data.train, data.clients)
+    assert found.metrics["loss"] == 4.0
+
+
+@engines
+def test_finite_updates_of_half_precision_are_not_taken_for_infinite(engine: str) -> None:
+    """The sum of many finite values may lie beyond the range of their dtype."""
+    module = nn.Linear(300, 1, bias=False).half()
+    with torch.no_grad():
+        module.weight.zero_()
+    x, y = torch.ones(2, 300, dtype=torch.float16), torch.full((2, 1), 16.0, dtype=torch.float16)
+    made = process(Model(module, "mse"), fedavg(local_sgd(8.0, steps=1, batch_size=None)), engine=engine)
+    state, _ = made.next(made.init(), FederatedDataset.from_arrays({"a": (x, y)}))
+    assert made.vector(state).tolist() == [256.0] * 300

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from atoll.errors import invalid
 from atoll.spec import Spec, record
 
-Schedule = Callable[[int, Any], Any]
-"""(round, step or array of steps) -> multiplier of the learning rate."""
+Schedule = Callable[[int, int], float]
+"""(round, local step) -> multiplier of the learning rate, both from 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,8 @@ class Plan:
         """Learning rates of local steps (an array of step numbers, from 0) in a round."""
         if self.schedule is None:
             return np.full(step.shape, self.lr)
-        return self.lr * np.broadcast_to(np.asarray(self.schedule(round, step), dtype=np.float64), step.shape)
+        numbers, places = np.unique(step, return_inverse=True)
+        return self.lr * np.array([float(self.schedule(round, int(s))) for s in numbers])[places].reshape(step.shape)
 
     def total_steps(self, examples: "NDArray[np.int64]") -> "NDArray[np.int64]":
         """Local steps of clients with these numbers of examples."""
@@ -113,7 +114,7 @@ def local_sgd(
         weight_decay: at least 0.
         betas: of adam and adamw, each in [0, 1).
         eps: of adam and adamw, above 0.
-        schedule: (round, step) -> multiplier of lr, for instance from `atoll.rate`; step may be an array.
+        schedule: (round, step) -> multiplier of lr, for instance from `atoll.rate`.
 
     Returns:
         The plan, for any algorithm.

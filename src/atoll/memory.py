@@ -20,8 +20,6 @@ from atoll.vectors import Layout
 PINS = 2
 """Checkpoints whose rows are kept."""
 
-_DTYPES = {torch.float16: np.float16, torch.float32: np.float32, torch.float64: np.float64}
-
 
 class ClientMemory:
     """Rows of named fields, one for each client that has been visited.
@@ -49,7 +47,7 @@ class ClientMemory:
         self._mapped: np.memmap[Any, Any] | None = None
         used = max(self._pinned, default=-1) + 1
         if path is not None and used and layout.size:
-            row = layout.size * torch.empty(0, dtype=dtype).element_size()
+            row = layout.size * dtype.itemsize
             self._capacity = path.stat().st_size // row if path.exists() else 0
             if self._capacity < used:
                 raise RunError(f"{path} is missing or shorter than its checkpoint says: the client memory is damaged.")
@@ -136,13 +134,14 @@ class ClientMemory:
             self._table = table
         else:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            row = self.layout.size * torch.empty(0, dtype=self._dtype).element_size()
+            row = self.layout.size * self._dtype.itemsize
             with open(self._path, "ab") as file:
                 file.truncate(self._capacity * row)
             self._map()
         self._free.extend(range(self._capacity - 1, old - 1, -1))
 
     def _map(self) -> None:
-        shape = (self._capacity, self.layout.size)
-        self._mapped = np.memmap(str(self._path), dtype=_DTYPES[self._dtype], mode="r+", shape=shape)
-        self._table = torch.from_numpy(self._mapped)
+        # Mapped as bytes: numpy has no name for some of torch's dtypes.
+        shape = (self._capacity, self.layout.size * self._dtype.itemsize)
+        self._mapped = np.memmap(str(self._path), dtype=np.uint8, mode="r+", shape=shape)
+        self._table = torch.from_numpy(self._mapped).view(self._dtype)

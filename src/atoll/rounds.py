@@ -331,7 +331,8 @@ class Process:
         )
         # One pass: any NaN or infinity makes the row's sum non-finite, as does a row too large to add up.
         # What stays with a client counts too: a private head may overflow while the shared part is still finite.
-        finite = torch.isfinite(rows.sum(dim=1)) & torch.isfinite(memory.sum(dim=1))
+        finite = torch.isfinite(rows.sum(dim=1, dtype=torch.float64))
+        finite &= torch.isfinite(memory.sum(dim=1, dtype=torch.float64))
         finite &= torch.isfinite(update.weight[:, 0]) & (update.weight[:, 0] >= 0)
         lengths = (width, split - width, update.sums.shape[1])
         size = nbytes(wire) // count + (8 if channel.seal is None else 0) + 16

@@ -59,6 +59,8 @@ class Aggregator:
             raise invalid("weights", tuple(given.shape), f"one number for each of the {len(rows)} rows")
         if self.rule is not None:
             return self.rule(rows, given)
+        if not float(given.sum()) > 0:
+            raise invalid("weights", given.tolist(), "numbers of at least 0 that are not all 0")
         return ((given[:, None] * rows.double()).sum(0) / given.sum()).to(rows.dtype)
 
 

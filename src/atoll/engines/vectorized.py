@@ -17,7 +17,7 @@ rule, in this order:
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -165,23 +165,40 @@ def _trial(model: Model, sample: Batch, layers: Layers | None) -> str | None:
     rows = torch.stack((model.init(), model.init() + 0.1 * noise))
     batch = {n: torch.stack((t, t)) for n, t in sample.items()}
     clients, steps = np.arange(2, dtype=np.uint64), np.zeros(2, np.int64)
+
+    def outcome(chosen: slice, count: int, *, batched: bool) -> list[Tensor]:
+        """Output, buffers and gradients [k, ...] of some of the rows."""
+        views = model.layout.view(rows[chosen])
+        leaves = {n: t.detach().clone().requires_grad_() for n, t in views.items()}
+        held = _Buffers(model, model.init_buffers().expand(count, -1).clone())
+        inputs = {n: t[chosen] for n, t in batch.items()}
+        draw = _Draw(0, "trial", 0, clients[chosen], steps[chosen])
+        with torch.enable_grad():
+            if batched:
+                output = _forward_rows(model, leaves, held, inputs, draw, layers)
+            else:
+                output = _forward_single(model, leaves, held, inputs, draw, seeded=False)
+            score = (output * torch.arange(1, 1 + output[0].numel(), device=output.device).view(output[0].shape)).sum()
+            grads = torch.autograd.grad(score, list(leaves.values()), allow_unused=True)
+            found = cast("tuple[Tensor | None, ...]", grads)
+        gradients = [torch.zeros_like(t) if g is None else g for t, g in zip(leaves.values(), found, strict=True)]
+        return [output.detach(), held.floating, *gradients]
+
     try:
-        held = _Buffers(model, model.init_buffers().expand(2, -1).clone())
-        with torch.no_grad():
-            draw = _Draw(0, "trial", 0, clients, steps)
-            together = _forward_rows(model, model.layout.view(rows), held, batch, draw, layers)
-            for i in range(2):
-                alone = _Buffers(model, model.init_buffers().expand(1, -1).clone())
-                draw = _Draw(0, "trial", 0, clients[i : i + 1], steps[:1])
-                output = _forward_single(model, model.layout.view(rows[i : i + 1]), alone, {
-                    n: t[i : i + 1] for n, t in batch.items()
-                }, draw, seeded=False)  # fmt: skip
-                if not torch.allclose(together[i], output[0], rtol=1e-3, atol=1e-5):
-                    return "its batched forward differs from the plain one"
+        together = outcome(slice(0, 2), 2, batched=True)
+        for i in range(2):
+            for found, expected in zip(together, outcome(slice(i, i + 1), 1, batched=False), strict=True):
+                near = max(1e-3, 8 * torch.finfo(expected.dtype).eps) * (1 + _peak(expected))
+                if not bool(((found[i] - expected[0]).abs() <= near).all()):
+                    return "its batched forward or backward differs from the plain one"
     except Exception as error:
         lines = str(error).strip().splitlines()
         return f"its batched forward fails ({type(error).__name__}: {lines[0] if lines else ''})"
     return None
+
+
+def _peak(values: Tensor) -> float:
+    return float(values.abs().max()) if values.numel() else 0.0
 
 
 @dataclass(frozen=True, slots=True)
