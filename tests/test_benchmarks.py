@@ -46,7 +46,7 @@ def test_quick_run_writes_its_result(name: str, load: Load, tmp_path: Path, caps
     assert body["context"]["command"].startswith(f"python benchmarks/{name}.py --quick")
     assert str(tmp_path) not in page
     assert set(body["context"]) == {
-        "CPU", "memory", "system", "python", "torch", "numpy", "atoll", "command", "date"
+        "CPU", "load", "memory", "system", "python", "torch", "numpy", "atoll", "command", "date"
     }  # fmt: skip
     for picture in re.findall(r"!\[.*?\]\((.*?)\)", page):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")

@@ -77,7 +77,7 @@ def test_no_fields_keep_nothing() -> None:
     nothing = ClientMemory(Layout((), ()), torch.float32)
     nothing.stage(["a"], torch.empty(1, 0))
     nothing.commit()
-    assert len(nothing) == 0 and nothing.version == 1
+    assert len(nothing) == 0 and nothing.version == 0
     assert nothing.rows(["a", "b"], torch.empty(0)).shape == (2, 0)
 
 

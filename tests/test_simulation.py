@@ -210,6 +210,29 @@ def test_a_finished_run_can_be_extended(tmp_path: Path) -> None:
     assert [r.test for r in result.history] == [r.test for r in whole.history]
 
 
+def test_a_run_is_not_taken_back(tmp_path: Path) -> None:
+    run(rounds=3, directory=tmp_path)
+    with pytest.raises(AtollError, match=r"rounds=1 .* at least 3, where this run is"):
+        run(rounds=1, directory=tmp_path, resume=True)
+
+
+def test_a_result_keeps_its_personal_models_when_its_run_goes_on(tmp_path: Path) -> None:
+    algorithm = atoll.local_only(atoll.local_sgd(0.1))
+    first = run(algorithm=algorithm, cohort=None, rounds=2, directory=tmp_path)
+    before = first.personal("c0").clone()
+    second = run(algorithm=algorithm, cohort=None, rounds=6, directory=tmp_path, resume=True)
+    assert torch.equal(first.personal("c0"), before)
+    assert not torch.equal(second.personal("c0"), before)
+
+
+def test_only_clients_that_were_visited_are_saved_with_a_model_of_their_own(tmp_path: Path) -> None:
+    algorithm = atoll.fedper(atoll.local_sgd(0.1), private=("2.*",))
+    result = run(algorithm=algorithm, cohort=atoll.sampling.sequence([["c1"]]), rounds=2)
+    loaded = atoll.Result.load(result.save(tmp_path))
+    assert torch.equal(loaded.personal("c1"), result.personal("c1"))
+    assert torch.equal(loaded.personal("c2"), result.vector)
+
+
 def test_a_damaged_checkpoint_is_passed_over_and_said(tmp_path: Path) -> None:
     whole = run()
     run(rounds=4, directory=tmp_path, checkpoint_every=1)

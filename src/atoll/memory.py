@@ -89,6 +89,8 @@ class ClientMemory:
 
     def commit(self) -> None:
         """Make the staged rows the clients' memory."""
+        if not self.layout.size:  # nothing is kept, so nothing can be out of date
+            return
         for client, slot in self._staged.items():
             old = self._index.get(client)
             self._index[client] = slot

@@ -15,7 +15,7 @@ from atoll import losses
 from atoll import metrics as metric_registry
 from atoll.errors import InvalidArgument, invalid
 from atoll.random import key
-from atoll.spec import Spec, canonical, digest, record, source_hash
+from atoll.spec import Spec, attributes, canonical, digest, record, source_hash
 from atoll.vectors import Layout
 
 Batch = Mapping[str, Tensor]
@@ -208,6 +208,13 @@ class Model:
 
     # --- functions ----------------------------------------------------------------------------------------------------
 
+    def constants(self) -> dict[str, Tensor]:
+        """What is neither trained nor travels: frozen parameters, and buffers outside the buffer vector."""
+        module = self._training.module
+        named = [*module.named_parameters(), *module.named_buffers()]
+        own = {*self.layout.names, *self.buffer_layout.names, *self._counters}
+        return {n: t for n, t in named if n not in own}
+
     def counters(self) -> dict[str, Tensor]:
         """Fresh copies of the integer buffers."""
         return {n: b.clone() for n, b in self._counters.items()}
@@ -218,7 +225,13 @@ class Model:
         """Output [n, ...] for a batch; in training, `buffers` (floating and integer) are updated in place."""
         caller = self._training if train else self._evaluating
         state = {f"module.{n}": t for source in (parameters, buffers) for n, t in source.items()}
-        return cast(Tensor, functional_call(caller, state, (batch,)))
+        output = cast(Tensor, functional_call(caller, state, (batch,)))
+        if train:
+            for name, tensor in buffers.items():
+                # A module may assign a new tensor to its buffer instead of changing it in place.
+                if (new := state[f"module.{name}"]) is not tensor:
+                    tensor.copy_(new.detach())
+        return output
 
     def settle(self, output: Tensor, target: Tensor) -> None:
         """Find out, on a first batch, whether a callable loss returns per-example losses or their mean."""
@@ -264,6 +277,8 @@ class Model:
             parameters=[[n, list(s)] for n, s, _, _ in self.layout],
             dtype=str(self.dtype),
             frozen=self._frozen_hash,
+            held=digest(*(b for _, b in module.named_buffers())),
+            attributes={n: attributes(m) for n, m in module.named_modules() if type(m) in own},
             loss=self.loss.name if self.loss.kind != "any" else self.loss.function,
             metrics=[m if isinstance(m, str) else canonical(m) for m in self._metrics],
             buffers=self.buffer_rule,

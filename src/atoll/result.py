@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from atoll.rounds import Process, State
 
 
+PERSONAL_BYTES = 2 * 2**30
+"""Personal models are saved with a result up to this size."""
+
+
 @dataclass(slots=True)
 class Result:
     """A run's outcome.
@@ -116,10 +120,9 @@ class Result:
 
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
+        self._keep_personal()
         tensors = {"vector": self.vector.cpu().clone(), "buffers": self.buffers.cpu().clone()}
-        names = list(self._personal) or (list(self._data.clients) if self._personalised and self._data else [])
-        for name in names:
-            vector, buffers = self._own(name)
+        for name, (vector, buffers) in self._personal.items():
             tensors[f"personal/{name}"] = vector.cpu().clone()
             tensors[f"personal_buffers/{name}"] = buffers.cpu().clone()
         write_atomically(folder / "result.safetensors", save(tensors))
@@ -180,9 +183,23 @@ class Result:
 
     # --- helpers ------------------------------------------------------------------------------------------------------
 
-    @property
-    def _personalised(self) -> bool:
-        return self._process is not None and self._process.personalised
+    def _keep_personal(self) -> None:
+        """Hold the personal models of all clients that were visited, apart from the memory a later run goes on with."""
+        process, state, data = self._process, self._state, self._data
+        if process is None or state is None or data is None or not process.personalised or self._personal:
+            return
+        visited = [c for c in data.clients if c in state.memory]
+        size = len(visited) * self.vector.numel() * self.vector.element_size()
+        if size > PERSONAL_BYTES:
+            self.notes.append(
+                f"the personal models of {len(visited):,} clients ({size / 2**30:.1f} GiB) were not saved: resume "
+                "the run, or save those of some clients with result.personal(client)."
+            )
+            return
+        if visited:
+            found = process.personal(state, data, visited)
+            assert found.buffers is not None
+            self._personal = dict(zip(visited, zip(found.rows, found.buffers, strict=True), strict=True))
 
     def _model(self, what: str) -> Model:
         if self.model is None:
@@ -192,9 +209,10 @@ class Result:
     def _own(self, client: str) -> tuple[Tensor, Tensor]:
         if client in self._personal:
             return self._personal[client]
-        if self._process is None or self._state is None or self._data is None:
-            if self._personal:
-                raise invalid("client", client, f"one of the saved clients: {', '.join(list(self._personal)[:10])}")
+        if self._process is None or self._state is None or self._data is None or self._personal:
+            # A client that was never visited has nothing of its own: it uses the model it would receive.
+            if self._data is not None and client not in self._data:
+                raise invalid("client", client, "the name of a client in the data")
             return self.vector, self.buffers
         found = self._process.personal(self._state, self._data, [client])
         assert found.buffers is not None

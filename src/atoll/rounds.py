@@ -316,6 +316,12 @@ class Process:
                 kept["private"] = self.kept.take(update.trained.rows)
             if "buffers" in remembered:
                 kept["buffers"] = update.trained.buffers
+        if kept.keys() != remembered.keys():
+            odd = ", ".join(sorted(kept.keys() ^ remembered.keys()))
+            raise CompositionError(
+                f"{self.algorithm.name} returned other memory than it keeps ({odd}): local must return the fields that "
+                "client_init makes."
+            )
         weight = update.weight
         channel = self.chain.channel
         if channel.seal is not None:
@@ -365,6 +371,22 @@ class Process:
             buffers=buffers,
             transforms=self.chain.update(state.transforms, aggregate),
         )
+
+    def check(self, data: "FederatedDataset") -> None:
+        """Refuse what this data makes impossible, before any work.
+
+        Raises:
+            CompositionError: a client weighs more than the channel can carry.
+        """
+        cap = self.chain.channel.weight_cap
+        if cap is None:
+            return
+        heaviest = float(self.aggregator.weigh(data.train.sizes.double()[:, None], list(data.clients)).max())
+        if heaviest > cap:
+            raise CompositionError(
+                f"{self.chain.channel.name}(weight_cap={cap:g}) cannot carry a weight of {heaviest:g}: raise "
+                'weight_cap to the largest weight a client may have, or use aggregators.mean(weights="uniform").'
+            )
 
     # --- composed -----------------------------------------------------------------------------------------------------
 

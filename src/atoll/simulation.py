@@ -207,6 +207,10 @@ class _Run:
         checkpoint, damaged = read_checkpoint(self.directory, self.journal)
         if checkpoint is None:
             raise RunError(f"{self.directory} has no whole checkpoint: the run cannot be resumed. {' '.join(damaged)}")
+        if checkpoint.round > total:
+            raise invalid(
+                "rounds", total, f"at least {checkpoint.round}, where this run is", "Or choose another directory."
+            )
         for line in damaged:
             warnings.warn(f"{line} The run continues from round {checkpoint.round}.", stacklevel=4)
             self.notes.append(line)

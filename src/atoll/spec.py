@@ -4,6 +4,8 @@ import functools
 import hashlib
 import inspect
 import json
+import math
+import types
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, cast
@@ -25,6 +27,8 @@ TOLD: tuple[type, ...] = (bool, int, float, str, torch.Tensor, np.ndarray, np.ge
 
 def canonical(value: object) -> Any:
     """A JSON form of an argument: parts by their own spec, callables by source hash, tensors by content hash."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": str(value)}
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Mapping):
@@ -32,7 +36,9 @@ def canonical(value: object) -> Any:
     if isinstance(value, list | tuple):
         return [canonical(v) for v in cast(tuple[object, ...], value)]
     if isinstance(value, set | frozenset):
-        return sorted(canonical(v) for v in cast(frozenset[object], value))
+        return sorted(
+            (canonical(v) for v in cast(frozenset[object], value)), key=lambda v: json.dumps(v, sort_keys=True)
+        )
     if isinstance(value, np.generic):
         return canonical(value.item())
     if isinstance(value, np.ndarray):
@@ -54,22 +60,23 @@ def canonical(value: object) -> Any:
 def _callable(value: Any) -> Spec:
     told: Spec = {"callable": getattr(value, "__qualname__", type(value).__qualname__), "source": source_hash(value)}
     if inspect.ismethod(value):
-        told["of"] = _attributes(value.__self__)
+        told["of"] = attributes(value.__self__)
     elif inspect.isfunction(value):
         defaults = {"positional": value.__defaults__, "keyword": value.__kwdefaults__}
         told |= {n: canonical(d) for n, d in defaults.items() if d}
     elif not inspect.isroutine(value) and not inspect.isclass(value):
-        told["of"] = _attributes(value)
+        told["of"] = attributes(value)
     return told
 
 
-def _attributes(holder: object) -> Any:
+def attributes(holder: object) -> Any:
     """What an object holds that a spec can tell: numbers, texts and tensors, not other objects."""
     own = getattr(holder, "spec", None)
     if isinstance(own, dict):
         return cast(Spec, own)
     held = {n: v for n, v in getattr(holder, "__dict__", {}).items() if v is None or isinstance(v, TOLD)}
     if isinstance(holder, torch.nn.Module):
+        held.pop("training", None)
         held |= {"repr": repr(holder), **holder.state_dict()}
     return record(type(holder).__qualname__, **held)
 
@@ -78,12 +85,28 @@ def source_hash(code: object) -> str | None:
     """BLAKE2b of a callable's or class's source text and of what its closure holds; None where there is no source."""
     target = code if inspect.isroutine(code) or inspect.isclass(code) else type(code)
     try:
-        text = inspect.getsource(target)
+        text: str | None = inspect.getsource(target)
     except (OSError, TypeError):
-        return None
+        text = None
     # A held function is told by its own source alone: functions may hold each other in a circle.
     held = [_held(cell) for cell in getattr(code, "__closure__", None) or ()]
-    return hashlib.blake2b((text + json.dumps(held, sort_keys=True)).encode(), digest_size=16).hexdigest()
+    compiled = getattr(inspect.unwrap(code) if callable(code) else code, "__code__", None)
+    if isinstance(compiled, types.CodeType):
+        outside = getattr(code, "__globals__", {})
+        names = {n: outside[n] for n in compiled.co_names if isinstance(outside.get(n), TOLD)}
+        held.append({n: canonical(v) for n, v in names.items()})
+        # Several lambdas may stand on one line, and code typed at a prompt has no source: their bytecode tells them.
+        if text is None or compiled.co_name == "<lambda>":
+            held.append(_bytecode(compiled))
+    elif text is None:
+        return None
+    return hashlib.blake2b(((text or "") + json.dumps(held, sort_keys=True)).encode(), digest_size=16).hexdigest()
+
+
+def _bytecode(code: types.CodeType) -> list[Any]:
+    inner = [_bytecode(c) for c in code.co_consts if isinstance(c, types.CodeType)]
+    plain = [repr(c) for c in code.co_consts if not isinstance(c, types.CodeType)]
+    return [code.co_code.hex(), plain, list(code.co_names), inner]
 
 
 def _held(cell: Any) -> Any:

@@ -202,4 +202,4 @@ class Personal(NamedTuple):
 
 
 Weights = Callable[[Tensor, Sequence[str]], Tensor]
-"""A rule for weights: (examples [C, 1], client names) -> weights [C, 1]."""
+"""A rule for weights: (examples [1, 1], [client name]) -> weight [1, 1]; called for one client at a time."""

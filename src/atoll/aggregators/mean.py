@@ -16,7 +16,8 @@ def mean(
     """Average updates by weight.
 
     Args:
-        weights: "examples" (McMahan et al. 2017), "uniform", or callable(examples [C, 1], clients) -> [C, 1].
+        weights: "examples" (McMahan et al. 2017), "uniform", or callable(examples [1, 1], [client]) -> weight [1, 1],
+            called for one client at a time, as at a site.
         denominator: divide by the weight of the clients that took part ("realised"), or by the expected cohort size
             ("expected"; needs weights="uniform"), which does not depend on who was drawn.
     """

@@ -10,6 +10,8 @@ learning", algorithm 1 (lines in brackets).
     c <- c + (1/N) sum over the cohort of (c_i+ - c_i)                      [17]
 
 Symbols: x server model, y_i client model, c and c_i server's and client's variates, N clients in the *population*.
+A stage that changes updates (clip_norm) or a robust rule changes the server's c but not what clients keep: the
+correction is then approximate.
 The fixed point is the optimum of the unweighted mean of the clients' losses, whatever the aggregator's weights.
 Cost in floats: 2 D up, 2 D down, D kept by each client.
 """

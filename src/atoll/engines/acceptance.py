@@ -50,8 +50,9 @@ def accept(model: Model, data: "FederatedDataset", plans: Sequence[Plan]) -> Tra
             f"the data has fields {', '.join(fields)}, but no 'x': name the input field 'x', or give the model "
             "forward=callable(module, batch)."
         )
-    # A single example stands twice: of one, a loss and a mean of losses look alike.
-    sample = {n: t[:4] if len(t) > 1 else torch.cat((t, t)) for n, t in fields.items()}
+    sample, many = _spread(fields, 4), _spread(fields, 256)
+    original = {n: t.clone() for n, t in sample.items()}
+    constants = {n: t.detach().clone() for n, t in model.constants().items()}
     vector, buffers = model.init(), model.init_buffers()
     parameters = model.layout.view(vector)
     output = _try(model, parameters, buffers, sample, train=False)
@@ -62,8 +63,8 @@ def accept(model: Model, data: "FederatedDataset", plans: Sequence[Plan]) -> Tra
     _check_targets(model, output, data)
 
     noise = torch.randn(model.size, generator=random.generator(0, "acceptance"), dtype=model.dtype)
-    moved = _try(model, model.layout.view(vector + 0.1 * noise), buffers, sample, train=False)
-    if torch.equal(moved, output):
+    moved = _try(model, model.layout.view(vector + 0.1 * noise), buffers, many, train=False)
+    if torch.equal(moved, _try(model, parameters, buffers, many, train=False)):
         raise InvalidArgument(
             "the model's output does not change with its parameters: its layers do not read the parameters they are "
             "given (as Keras layers do under functional_call), or the trainable ones are not used."
@@ -86,10 +87,29 @@ def accept(model: Model, data: "FederatedDataset", plans: Sequence[Plan]) -> Tra
             pairs = True
     finally:
         torch.default_generator.set_state(before)
+    for name, tensor in sample.items():
+        if not torch.equal(tensor, original[name]):
+            raise InvalidArgument(
+                f"the model changes its input {name!r} in place, and would change the clients' data: compute a new "
+                "tensor instead (x = x - 1, not x -= 1; inplace=False in the first layer)."
+            )
+    for name, tensor in model.constants().items():
+        if not torch.equal(tensor, constants[name]):
+            raise InvalidArgument(
+                f"the model changes {name!r} in training, which every client would share unseen: register it as a "
+                'persistent floating buffer, and build the Model with buffers="mean" or buffers="local".'
+            )
     if pairs:
         for plan in plans:
             _check_pairs(plan, data)
     return Traits(mode.calls > 0, draws, pairs, sample)
+
+
+def _spread(fields: Batch, count: int) -> dict[str, Tensor]:
+    """Copies of examples spread over a split; a single one stands twice, as of one a loss and a mean look alike."""
+    total = len(fields["y"])
+    places = torch.linspace(0, total - 1, min(count, max(total, 2))).long()
+    return {n: t[places] for n, t in fields.items()}
 
 
 def _call(model: Model, parameters: dict[str, Tensor], buffers: Tensor, batch: Batch, *, train: bool) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from atoll import random
 from atoll.cohort import Cohort
 from atoll.engines.acceptance import Traits, accept
+from atoll.errors import invalid
 from atoll.local import Plan
 from atoll.memory import ClientMemory
 
@@ -29,7 +30,10 @@ class Engine(ABC):
 
     name: str
 
-    def __init__(self) -> None:
+    def __init__(self, threads: int = 1) -> None:
+        if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
+            raise invalid("threads", threads, "a number of threads of at least 1")
+        self._threads = threads
         self._prepared: tuple[Process, FederatedDataset] | None = None
         self._traits: Traits | None = None
 
@@ -44,6 +48,7 @@ class Engine(ABC):
         if self._prepared is not None and self._prepared[0] is process and self._prepared[1] is data:
             return
         self._traits = accept(process.model, data, process.algorithm.plans)
+        process.check(data)
         self._choose(process, data)
         self._prepared = (process, data)
 
@@ -56,19 +61,13 @@ class Engine(ABC):
 
     @contextmanager
     def threads(self) -> Generator[None]:
-        """Torch's threads while this engine works: one where operations are small and more would only wait."""
+        """Torch's threads while this engine works: a fixed number, so that the same seed gives the same bits."""
         before = torch.get_num_threads()
-        if self.one_thread:
-            torch.set_num_threads(1)
+        torch.set_num_threads(self._threads)
         try:
             yield
         finally:
             torch.set_num_threads(before)
-
-    @property
-    def one_thread(self) -> bool:
-        """Whether the model's operations are too small to be shared between threads."""
-        return False
 
     @abstractmethod
     def tiles(self, process: "Process", task: "Task", data: "FederatedDataset", memory: ClientMemory) -> Iterator[Tile]:

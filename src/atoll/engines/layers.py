@@ -47,13 +47,20 @@ class Layers:
         except Exception as error:
             raise Unsupported(f"it cannot be traced ({type(error).__name__})") from error
         self._modules = dict(self._root.named_modules())
+        # A tied parameter has several names, and its values stand under the first.
+        tensors = [
+            *self._root.named_parameters(remove_duplicate=False),
+            *self._root.named_buffers(remove_duplicate=False),
+        ]
+        first: dict[int, str] = {}
+        self._names = {n: first.setdefault(id(t), n).removeprefix("module.") for n, t in tensors}
         for node in self._graph.nodes:
             self._check(node)
 
     def __call__(self, leaves: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Batch, rows: int) -> Tensor:
         """Outputs [C, b, ...] of rows on their own batches [C, b, ...]; buffers are updated in place."""
         values: dict[fx.Node, Any] = {}
-        tensors = _Tensors(self._root, leaves, buffers, rows)
+        tensors = _Tensors(self._root, self._names, leaves, buffers, rows)
         for node in self._graph.nodes:
             args = fx.map_arg(node.args, lambda n: values[n])
             kwargs = fx.map_arg(node.kwargs, lambda n: values[n])
@@ -89,11 +96,18 @@ class Layers:
 class _Tensors:
     """Parameters and buffers by the traced module's names, one per row [C, ...]."""
 
-    def __init__(self, root: nn.Module, leaves: Mapping[str, Tensor], buffers: Mapping[str, Tensor], rows: int) -> None:
-        self._root, self._given, self.rows = root, (leaves, buffers), rows
+    def __init__(
+        self,
+        root: nn.Module,
+        names: Mapping[str, str],
+        leaves: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        rows: int,
+    ) -> None:
+        self._root, self._names, self._given, self.rows = root, names, (leaves, buffers), rows
 
     def __call__(self, name: str) -> Tensor:
-        own = name.removeprefix("module.")
+        own = self._names.get(name, name)
         for given in self._given:
             if own in given:
                 return given[own]
@@ -106,6 +120,8 @@ class _Tensors:
 def _refuse_layer(module: nn.Module) -> str | None:
     """Why a layer has no form on rows, or None."""
     kind = type(module)
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:  # pyright: ignore[reportPrivateUsage]
+        return f"the layer {kind.__name__} with hooks"
     if kind in (*ELEMENTWISE_LAYERS, *DROPOUTS, nn.Linear, nn.LayerNorm, nn.GroupNorm, nn.Flatten):
         return None
     if kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
@@ -134,6 +150,9 @@ def _layer(module: nn.Module, name: str, tensors: _Tensors, x: Tensor) -> Tensor
         return _batch_norm(module, name, tensors, x)
     if isinstance(module, nn.Embedding):
         weight = tensors(f"{name}.weight")
+        # The rows' tables stand one after the other: an index out of range would read another client's.
+        if x.numel() and (int(x.min()) < 0 or int(x.max()) >= module.num_embeddings):
+            raise IndexError(f"index out of range in {name}: {int(x.min())}..{int(x.max())} of {module.num_embeddings}")
         start = torch.arange(tensors.rows, device=x.device).view(-1, *(1,) * (x.ndim - 1)) * module.num_embeddings
         return functional.embedding(x + start, weight.reshape(-1, module.embedding_dim))
     if isinstance(module, nn.Flatten):

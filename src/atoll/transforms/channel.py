@@ -33,6 +33,7 @@ class Channel:
     Attributes:
         spec: name and arguments.
         sums_only: whether the server sees nothing but sums.
+        weight_cap: largest weight of a client it can carry; None: any.
         seal: client half of a summing channel: (rows [C, L], L_mean, weights [C, 1], clients in the cohort, keys)
             -> codes.
         unseal: server half: (sum of codes, L_mean, clients in the cohort, clients in the sum) -> Opened.
@@ -40,6 +41,7 @@ class Channel:
 
     spec: Spec
     sums_only: bool = False
+    weight_cap: float | None = None
     seal: Callable[[Tensor, int, Tensor, int, Keys], Codes] | None = None
     unseal: Callable[[Codes, int, int, int], Opened] | None = None
 
@@ -110,7 +112,7 @@ def ring_sum(*, clip: float, weight_cap: float = 1.0, bits: int = 32) -> Channel
             saturated=int(total["saturated"].sum()),
         )
 
-    return Channel(record("ring_sum", clip=clip, weight_cap=weight_cap, bits=bits), True, seal, unseal)
+    return Channel(record("ring_sum", clip=clip, weight_cap=weight_cap, bits=bits), True, weight_cap, seal, unseal)
 
 
 def _narrow(values: Tensor, bits: int) -> Tensor:
