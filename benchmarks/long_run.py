@@ -50,8 +50,17 @@ class Scale:
 
     @property
     def settled(self) -> int:
-        """The round by which every client has been visited twice, and a tenth of the run has passed."""
-        return max(2 * -(-self.clients // self.cohort), self.rounds // 10)
+        """The round by which every client has been visited three times.
+
+        The first visit makes a client's row; a run directory keeps those of its last checkpoints beside the present
+        ones.
+        """
+        return 3 * -(-self.clients // self.cohort)
+
+    @property
+    def checkpoint(self) -> int:
+        """Rounds between two checkpoints; by the clock, a run this fast would hardly make any."""
+        return self.rounds // 20
 
 
 FULL = Scale(10_000, 50, 1000, 10)
@@ -103,6 +112,7 @@ def run(method: str, scale: Scale, directory: Path | None) -> dict[str, Any]:
         initial=model.init(0),
         evaluate_every=10,
         directory=directory,
+        checkpoint_every=scale.checkpoint,
         progress=False,
         callbacks=[look],
     )
@@ -224,7 +234,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{scale.clients:,} clients of {EXAMPLES} examples, {scale.cohort} in each round, {scale.rounds:,} rounds "
             f"of one epoch, network {FEATURES}-{HIDDEN}-{CLASSES}, an evaluation every ten rounds, one thread. Cohorts "
             f"go through the population in a fixed order; every client has been visited after "
-            f"{-(-scale.clients // scale.cohort)} rounds, and lines are fitted from round {scale.settled} on.",
+            f"{-(-scale.clients // scale.cohort)} rounds, and lines are fitted from round {scale.settled} on. A run "
+            f"directory has a checkpoint every {scale.checkpoint} rounds; it keeps the rows of the last two beside the "
+            "present ones where they differ, in a mapped file: at most three for each client.",
             "Growth is the slope of a least-squares line, with a 95 % block bootstrap interval. Resident: all memory "
             "of the process; anonymous: without mapped files, such as the client memory of a run directory; history: "
             "what the records of the rounds hold, which a run keeps; a journal without a directory holds as much "

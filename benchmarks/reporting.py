@@ -90,6 +90,7 @@ def machine() -> dict[str, str]:
 
     return {
         "CPU": f"{_cpu()}, {os.cpu_count()} cores",
+        "load": f"{os.getloadavg()[0]:.1f} processes at work in the last minute, this one included",
         "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB",
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
