@@ -1,5 +1,6 @@
 """Federated learning: train, personalise and evaluate models over data that stays with its owners."""
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -125,7 +126,8 @@ def __getattr__(name: str) -> Any:
     elif name in _MODULES:
         value = import_module(f"atoll.{name}")
     else:
-        raise AttributeError(f"module 'atoll' has no attribute {name!r}")
+        # With name and obj, Python itself suggests the closest name there is.
+        raise AttributeError(f"module 'atoll' has no attribute {name!r}", name=name, obj=sys.modules[__name__])
     globals()[name] = value
     return value
 

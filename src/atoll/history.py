@@ -52,7 +52,7 @@ class Record:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; nan becomes None."""
-        return _plain(asdict(self))
+        return plain(asdict(self))
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> "Record":
@@ -75,11 +75,12 @@ class Record:
         return row
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """JSON values of nested mappings, sequences and numbers; what is not finite becomes None."""
     if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}  # pyright: ignore[reportUnknownVariableType]
+        return {k: plain(v) for k, v in value.items()}  # pyright: ignore[reportUnknownVariableType]
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]  # pyright: ignore[reportUnknownVariableType]
+        return [plain(v) for v in value]  # pyright: ignore[reportUnknownVariableType]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from atoll.errors import InvalidArgument, RunError, invalid
 from atoll.evaluation import Evaluation, evaluate_vector
 from atoll.evaluation import choose as choose_split
-from atoll.history import Record
+from atoll.history import Record, plain
 from atoll.journal import write_atomically
 from atoll.model import Model
 from atoll.spec import Spec
@@ -131,7 +131,7 @@ class Result:
             "spec": self.spec,
             "engine": self.engine,
             "privacy": self.privacy,
-            "clients": Record(0, 0, {"loss": 0.0}, seconds=self.clients).to_dict()["seconds"],  # pyright: ignore
+            "clients": plain(self.clients),
             "notes": self.notes,
         }
         write_atomically(folder / "result.json", json.dumps(body, allow_nan=False, indent=1).encode())
