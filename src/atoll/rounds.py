@@ -671,14 +671,5 @@ class Collector:
         )
 
 
-def process(
-    model: Model,
-    algorithm: Algorithm,
-    *,
-    transforms: Sequence[Transform] = (),
-    channel: str | Channel = "plain",
-    aggregator: Aggregator | None = None,
-    engine: str | Engine = "auto",
-) -> Process:
-    """Compose a process for the round-by-round loop; arguments as for `Process`."""
-    return Process(model, algorithm, transforms=transforms, channel=channel, aggregator=aggregator, engine=engine)
+process = Process
+"""The name users call: `atoll.process(model, algorithm)` begins the round-by-round loop."""
