@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from atoll import aggregators, transforms
 from atoll.algorithms import (
@@ -170,6 +171,111 @@ class Operations(nn.Module):
         nn.init.ones_(self.scale)
 
 
+class Last(nn.Module):
+    """A recurrent layer of any kind that classifies a sequence by its last states."""
+
+    def __init__(self, kind: type[nn.RNNBase], **options: Any) -> None:
+        super().__init__()
+        self.body = kind(3, 4, batch_first=True, **options)
+        self.head = nn.Linear(8 if self.body.bidirectional else 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        last = self.body(x)[1]
+        if isinstance(self.body, nn.LSTM):
+            last = last[0]
+        return self.head(torch.cat((last[0], last[1]), 1) if self.body.bidirectional else last[-1])
+
+
+class Projected(nn.Module):
+    """An LSTM with projections, which has no form on rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.LSTM(3, 4, proj_size=2, batch_first=True)
+        self.head = nn.Linear(2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x)[0][:, -1])
+
+
+class Hidden(nn.Module):
+    """A linear layer that hides from traces behind a decision about its input."""
+
+    def __init__(self, size: int = 4) -> None:
+        super().__init__()
+        self.inner = nn.Linear(size, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim > 2:
+            raise ValueError("one axis too many")
+        return self.inner(x) if float(x.shape[0]) > 0 else x
+
+
+class TimeFirst(nn.Module):
+    """A GRU and attention that want time as the first axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.GRU(3, 4)
+        self.look = nn.MultiheadAttention(4, 2)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.body(x.transpose(0, 1))[0]
+        return self.head((h + self.look(h, h, h)[0]).mean(0))
+
+
+class ByHand(nn.Module):
+    """Attention written with matrix products, chunks and transposes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(4, 12, bias=False)
+        self.norm = nn.RMSNorm(4)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.body(self.norm(x)).chunk(3, dim=-1)
+        weights = torch.softmax(q @ k.transpose(-2, -1) / 2.0, dim=-1)
+        h = torch.cat((x, weights @ v), dim=-1).permute(0, 2, 1)
+        return self.head(1.0 - h.unsqueeze(1).squeeze(1).sum(dim=2))
+
+
+class Wild(nn.Module):
+    """Convolutions of many kinds: strides, dilation, groups, padding, transposed, one axis; pools in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Conv2d(2, 4, 3, stride=2, padding=1, dilation=2, bias=False)
+        self.grouped = nn.Conv2d(4, 4, 3, groups=2, padding="same")
+        self.up = nn.ConvTranspose2d(4, 3, 2, stride=2)
+        self.line = nn.Conv1d(3, 2, 3, padding=1)
+        self.head = nn.Linear(10, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = functional.max_pool2d(functional.gelu(self.grouped(self.body(x))), 2)
+        h = functional.avg_pool2d(self.up(h), 2, stride=1)
+        return self.head(functional.adaptive_avg_pool1d(self.line(h.flatten(2)), 5).flatten(1))
+
+
+class Frozen(nn.Module):
+    """A body of frozen layers of many kinds under a trained head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4)
+        self.conv = nn.Conv2d(1, 2, 2)
+        self.back = nn.Linear(18, 5)
+        self.middle = nn.Linear(5, 5)
+        self.head = nn.Linear(5, 3)
+        for part in (self.conv, self.back):
+            part.requires_grad_(False)
+        self.middle.bias.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.middle(torch.relu(self.back(self.conv(self.norm(x)).flatten(1))))))
+
+
 class Tied(nn.Module):
     """Embeds and scores words by one and the same matrix."""
 
@@ -222,6 +328,7 @@ class Kind:
         buffers: the model's rule.
         single: part of the reason why the fast path runs it one client at a time; None where it runs rows.
         rows: whether `Vectorized("rows")` can run it.
+        written: whether it has a program; else rows go through the batching transform.
         pairs: needs batches of at least two examples.
     """
 
@@ -233,6 +340,7 @@ class Kind:
     buffers: Any = "mean"
     single: str | None = None
     rows: bool = True
+    written: bool = True
     pairs: bool = False
     options: dict[str, Any] = field(default_factory=dict[str, Any])
 
@@ -302,14 +410,34 @@ MODELS: dict[str, Kind] = {
     "batch norm, cumulative": Kind(
         _normed(lambda: nn.BatchNorm1d(6, momentum=None)), single="batched forward fails", rows=False, pairs=True
     ),
-    "convolution": Kind(_images(), (2, 4, 4), single=_CONVOLUTION),
-    "convolution, batch norm": Kind(_images(norm=lambda: nn.BatchNorm2d(4)), (2, 4, 4), single=_CONVOLUTION),
-    "convolution, dropout of channels": Kind(_images(drop=lambda: nn.Dropout2d(0.5)), (2, 4, 4), single=_CONVOLUTION),
+    "convolution": Kind(_images(), (2, 4, 4)),
+    "convolution, batch norm": Kind(_images(norm=lambda: nn.BatchNorm2d(4)), (2, 4, 4)),
+    "convolution, group norm": Kind(_images(norm=lambda: nn.GroupNorm(2, 4)), (2, 4, 4)),
+    "convolution, dropout of channels": Kind(_images(drop=lambda: nn.Dropout2d(0.5)), (2, 4, 4)),
+    "convolutions of many kinds": Kind(Wild, (2, 9, 9)),
+    "convolutions in a row": Kind(
+        lambda: stack(
+            body=nn.Conv2d(2, 5, 3, padding=1), act=nn.ReLU(inplace=True), pool=nn.MaxPool2d(2),
+            more=nn.Conv2d(5, 4, 2, stride=2), silu=nn.SiLU(), flat=nn.Flatten(), head=nn.Linear(16, 3),
+        ),
+        (2, 8, 8),
+    ),
+    "convolution in space": Kind(
+        lambda: stack(body=nn.Conv3d(1, 2, 2), pool=nn.MaxPool3d(2), flat=nn.Flatten(), head=nn.Linear(2, 3)),
+        (1, 3, 3, 3),
+    ),
+    "frozen layers": Kind(Frozen, (1, 4, 4)),
     "convolution, instance norm": Kind(
         _images(norm=lambda: nn.InstanceNorm2d(4, affine=True, track_running_stats=True)), (2, 4, 4),
-        single=_CONVOLUTION,
+        single=_CONVOLUTION, written=False,
     ),
-    "recurrent": Kind(Recurrent, (5, 3), single="recurrent", rows=False),
+    "recurrent": Kind(Recurrent, (5, 3)),
+    "recurrent, gru": Kind(lambda: Last(nn.GRU, num_layers=2), (5, 3)),
+    "recurrent, relu": Kind(lambda: Last(nn.RNN, nonlinearity="relu", bias=False), (5, 3)),
+    "recurrent, both ways": Kind(lambda: Last(nn.LSTM, bidirectional=True), (5, 3)),
+    "recurrent, with projections": Kind(lambda: Projected(), (5, 3), single="recurrent", rows=False),
+    "time first": Kind(TimeFirst, (5, 3)),
+    "attention by hand": Kind(ByHand, (5, 4)),
     "recurrent, dropout": Kind(lambda: Recurrent(0.3), (5, 3), single="recurrent", rows=False),
     "attention": Kind(Attention, (5, 4)),
     "attention, dropout": Kind(lambda: Attention(0.3), (5, 4), single=_DRAWS, rows=False),

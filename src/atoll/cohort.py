@@ -2,13 +2,19 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from atoll.local import Plan
 from atoll.model import Batch, Model
 from atoll.vectors import Layout, Selection, Trained, Update
+
+if TYPE_CHECKING:
+    from atoll.data import Split
 
 
 class Cohort(ABC):
@@ -76,7 +82,7 @@ class Cohort(ABC):
             weight: [C, 1] instead of the aggregator's weights.
         """
         return Update(
-            mean=self.shared(trained.rows - start),
+            mean=self.shared(trained.minus(start)),
             layout=self.layout,
             sums=start.new_empty(len(self.clients), 0) if sums is None else sums,
             weight=self.weights if weight is None else weight,
@@ -126,6 +132,17 @@ class Cohort(ABC):
     @abstractmethod
     def predict(self, rows: Tensor) -> list[Tensor]:
         """Outputs [n_i, ...] of each row on its client's training examples, in eval mode."""
+
+    @abstractmethod
+    def forward(self, rows: Tensor, buffers: Tensor, split: "Split", places: NDArray[np.int64]) -> list[Tensor]:
+        """Outputs [n_i, ...] of each row on some client's examples, in eval mode.
+
+        Args:
+            rows: parameters [C, P].
+            buffers: floating buffers [C, B].
+            split: examples of clients.
+            places: whose examples each row sees, [C].
+        """
 
     @abstractmethod
     def features(self, rows: Tensor) -> list[Tensor]:

@@ -161,15 +161,24 @@ def batch_sums(
     model: Model, views: Batch, held: Batch, batch: Batch, owner: Tensor, clients: int
 ) -> tuple[Tensor, tuple[Any, ...]]:
     """Sums [clients, 2 + ...] of loss, examples and metrics over a batch whose examples belong to `owner [n]`."""
-    target = batch["y"]
     with torch.no_grad():
         output = model.call(views, held, batch, train=False)
-        sums = torch.zeros(clients, 2, dtype=torch.float64)
+    return output_sums(model, output, batch["y"], owner, clients)
+
+
+def output_sums(
+    model: Model, output: Tensor, target: Tensor, owner: Tensor, clients: int
+) -> tuple[Tensor, tuple[Any, ...]]:
+    """The same from outputs [n, ...]. A loss that gives a mean is asked client by client."""
+    with torch.no_grad():
+        sums = torch.zeros(clients, 2, dtype=torch.float64, device=output.device)
+        sums[:, 1] = torch.bincount(owner, minlength=clients).double()
         if model.loss.returns == "per_example":
             sums[:, 0].index_add_(0, owner, model.loss.per_example(output, target).double())
         else:
-            sums[:, 0] = model.loss.mean(output, target).double() * len(target)
-        sums[:, 1] = torch.bincount(owner, minlength=clients).double()
+            for client in torch.nonzero(sums[:, 1])[:, 0].tolist():
+                own = owner == client
+                sums[client, 0] = model.loss.mean(output[own], target[own]).double() * sums[client, 1]
         metrics = model.metrics(output)
         if metrics:
             sums = torch.cat((sums, metric_functions.evaluate_sums(metrics, output, target, owner, clients)), dim=1)

@@ -254,10 +254,9 @@ class Model:
             handle.remove()
         return seen[-1]
 
-    @property
-    def caller(self) -> nn.Module:
-        """The training copy behind the forward function, as engines trace it: the module is its child `module`."""
-        return self._training
+    def caller(self, *, train: bool) -> nn.Module:
+        """The copy behind the forward function, as engines trace it: the module is its child `module`."""
+        return self._training if train else self._evaluating
 
     def to(self, device: torch.device) -> None:
         """Move the constants (frozen parameters, buffers) to a device."""

@@ -128,9 +128,15 @@ def permutations(purpose: int, round: int, clients: NDArray[np.uint64], sizes: N
     """
     longest = int(sizes.max(initial=0))
     drawn = words(purpose, round, clients, longest)
+    # The place stands in the low bits: sorting numbers is many times faster than asking for the order of numbers.
+    low = np.uint64((1 << max(1, (longest - 1).bit_length())) - 1)
+    drawn &= ~low
+    drawn |= np.arange(longest, dtype=np.uint64)
     if len(sizes) and int(sizes.min()) != longest:
-        drawn = np.where(np.arange(longest) < sizes[:, None], drawn, np.uint64(0xFFFFFFFFFFFFFFFF))
-    return np.argsort(drawn, axis=1, kind="stable")
+        drawn[np.arange(longest) >= sizes[:, None]] |= ~low
+    drawn.sort(axis=1)
+    drawn &= low
+    return drawn.view(np.int64)
 
 
 def uniforms(purpose: int, index: int | NDArray[np.uint64], clients: NDArray[np.uint64], count: int) -> torch.Tensor:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,19 +22,19 @@ from atoll.cohort import Cohort
 from atoll.engines import Engine
 from atoll.engines import resolve as resolve_engine
 from atoll.errors import CompositionError, DataError, InvalidArgument, NonFiniteError, invalid
-from atoll.evaluation import Evaluation, batch_sums, choose, evaluate_vector, summarise
+from atoll.evaluation import Evaluation, choose, evaluate_vector, output_sums, summarise
 from atoll.memory import ClientMemory
-from atoll.model import Batch, Model
+from atoll.model import Model
 from atoll.spec import Spec, record
 from atoll.transforms.base import Codes, Keys, Transform, Wire
 from atoll.transforms.chain import Chain, compose
-from atoll.transforms.channel import Channel, add
+from atoll.transforms.channel import Channel, add, merge
 from atoll.transforms.channel import resolve as resolve_channel
 from atoll.tree import nbytes
 from atoll.vectors import Aggregate, Layout, Personal, Selection
 
 if TYPE_CHECKING:
-    from atoll.data import FederatedDataset
+    from atoll.data import FederatedDataset, Split
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +110,35 @@ class Report:
     weight: Tensor
     metrics: Tensor
     finite: Tensor
+    memory: Tensor
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Partial:
+    """A tile's report as far as it can be combined without the other tiles: what a worker sends to the driver.
+
+    Attributes:
+        clients: names.
+        broken: those whose update, loss or weight is not finite; nothing else may be used then.
+        parts: lengths of the averaged part, the averaged buffers and the summed part.
+        total: weighted sum of the averaged parts and sum of the summed parts, [L]; None where rows or codes stand.
+        rows: decoded rows [C, L] for a rule that needs them.
+        codes: sum of the sealed codes of a summing channel.
+        weight: of each client, [C, 1]; empty under a summing channel.
+        metrics: sums of loss and examples, [2].
+        memory: rows [C, M] the clients keep if the round is accepted.
+        bytes: bytes all clients send.
+    """
+
+    clients: tuple[str, ...]
+    broken: tuple[str, ...]
+    parts: tuple[int, int, int]
+    total: Tensor | None
+    rows: Tensor | None
+    codes: Codes | None
+    weight: Tensor
+    metrics: Tensor
     memory: Tensor
     bytes: int
 
@@ -335,17 +365,49 @@ class Process:
             if remembered
             else rows.new_empty(count, 0)
         )
-        # One pass: any NaN or infinity makes the row's sum non-finite, as does a row too large to add up.
         # What stays with a client counts too: a private head may overflow while the shared part is still finite.
-        finite = torch.isfinite(rows.sum(dim=1, dtype=torch.float64))
-        finite &= torch.isfinite(memory.sum(dim=1, dtype=torch.float64))
+        finite = _finite(rows) & _finite(memory)
         finite &= torch.isfinite(update.weight[:, 0]) & (update.weight[:, 0] >= 0)
         lengths = (width, split - width, update.sums.shape[1])
         size = nbytes(wire) // count + (8 if channel.seal is None else 0) + 16
         return Report(cohort.clients, wire, lengths, weight, update.metrics, finite, memory, size)
 
+    def combine(self, task: Task, report: Report) -> Partial:
+        """A tile's report, decoded and summed as far as the aggregator and the channel allow."""
+        good = report.finite & torch.isfinite(report.metrics).all(dim=1)
+        broken = tuple(c for c, fine in zip(report.clients, good.tolist(), strict=True) if not fine)
+        total = rows = codes = None
+        length, split = sum(report.parts), report.parts[0] + report.parts[1]
+        if self.chain.channel.sums_only:
+            assert not isinstance(report.wire, Tensor)
+            codes = add(report.wire)
+        else:
+            rows = self.chain.decode_each(report.wire, task.shared, length, self.model.dtype)
+            if self.aggregator.rule is not None:
+                rows = rows.clone()  # a tile's own memory is used again by the next
+            else:
+                # A tile's few rows are added up in single precision at least, tiles in double: thousands of clients
+                # do not drown each other, and no wide copy of the rows is made.
+                exact = torch.promote_types(rows.dtype, torch.float32)
+                wide = rows.to(exact)
+                weighted = report.weight.to(exact).T @ wide[:, :split]
+                total = torch.cat((weighted[0], wide[:, split:].sum(dim=0)))
+                rows = None
+        return Partial(
+            report.clients,
+            broken,
+            report.parts,
+            total,
+            rows,
+            codes,
+            report.weight,
+            report.metrics.sum(dim=0),
+            report.memory,
+            report.bytes * len(report.clients),
+        )
+
     def collector(self, task: Task) -> "Collector":
-        """What takes in a task's reports, in order."""
+        """What takes in a task's partials, in order."""
         return Collector(self, task)
 
     def close(self, state: State, task: Task, collected: Collected, expected: float | None = None) -> State:
@@ -418,9 +480,9 @@ class Process:
         collector = self.collector(task)
         try:
             with self.engine.threads():
-                for report in self.engine.run(self, task, data, state.memory):
-                    state.memory.stage(report.clients, report.memory)
-                    collector.add(report)
+                for partial in self.engine.run(self, task, data, state.memory):
+                    collector.add(partial)
+                    state.memory.stage(partial.clients, partial.memory)
             collected = collector.finish(expected)
             closed = self.close(state, task, collected)
             if collected.count and not bool(torch.isfinite(self.algorithm.model(closed.algorithm)).all()):
@@ -468,11 +530,12 @@ class Process:
         task = self.open(state, tuple(data.clients), len(data.clients), kind="evaluate")
         found: list[tuple[list[int], Tensor]] = []
         metrics: tuple[Any, ...] = ()
-        for cohort, remembered in self.engine.tiles(self, task, data, state.memory):
-            places = [data.index(c) for c in cohort.clients]
-            sums, used = self.examine(task, cohort, remembered, [part.client(p) for p in places], personal=True)
-            metrics = used or metrics
-            found.append((places, sums))
+        with self.engine.threads():
+            for cohort, remembered in self.engine.tiles(self, task, data, state.memory):
+                places = [data.index(c) for c in cohort.clients]
+                sums, used = self.examine(task, cohort, remembered, part, places, personal=True)
+                metrics = used or metrics
+                found.append((places, sums))
         width = max(sums.shape[1] for _, sums in found)
         total = torch.zeros(len(data.clients), width, dtype=torch.float64)
         for places, sums in found:
@@ -486,7 +549,8 @@ class Process:
         task: Task,
         cohort: Cohort,
         remembered: Mapping[str, Tensor],
-        examples: Sequence[Batch],
+        split: "Split",
+        places: Sequence[int],
         *,
         personal: bool,
     ) -> tuple[Tensor, tuple[Any, ...]]:
@@ -496,27 +560,24 @@ class Process:
             task: from `open(kind="evaluate")`.
             cohort: the tile.
             remembered: what its clients remember.
-            examples: of each client; a client without any gives zeros.
+            split: the examples to look at; a client without any gives zeros.
+            places: of the tile's clients in the split.
             personal: evaluate each client's own model instead of the global one.
         """
-        model = self.model
+        model, count = self.model, len(cohort.clients)
         if personal:
             rows, buffers = self.personal_rows(task, cohort, remembered)
         else:
             vector = self.selection.put(task.message.vector, task.private.clone())
-            rows, buffers = vector.expand(len(examples), -1), task.buffers.expand(len(examples), -1)
+            rows, buffers = vector.expand(count, -1), task.buffers.expand(count, -1)
         assert buffers is not None
-        out, metrics = torch.zeros(len(examples), 2, dtype=torch.float64), ()
-        for i, batch in enumerate(examples):
-            if not len(batch["y"]):
-                continue
-            views, held = model.layout.view(rows[i]), model.buffer_layout.view(buffers[i])
-            owner = torch.zeros(len(batch["y"]), dtype=torch.int64)
-            sums, metrics = batch_sums(model, views, held, batch, owner, 1)
-            if out.shape[1] < sums.shape[1]:
-                out = torch.nn.functional.pad(out, (0, sums.shape[1] - out.shape[1]))
-            out[i] = sums[0]
-        return out, metrics
+        sizes = split.sizes[torch.as_tensor(places)]
+        if not int(sizes.sum()):
+            return torch.zeros(count, 2, dtype=torch.float64), ()
+        outputs = [o for o in cohort.forward(rows, buffers, split, np.asarray(places)) if len(o)]
+        target = torch.cat([split.client(p)["y"] for p in places])
+        owner = torch.repeat_interleave(torch.arange(count), sizes)
+        return output_sums(model, torch.cat(outputs), target, owner, count)
 
     def personal(self, state: State, data: "FederatedDataset", clients: Sequence[str]) -> Personal:
         """The models clients would use: rows [C, P] and buffers [C, B]."""
@@ -529,7 +590,7 @@ class Process:
             found = self.personal_rows(task, cohort, remembered)
             for i, client in enumerate(cohort.clients):
                 assert found.buffers is not None
-                rows[client] = (found.rows[i], found.buffers[i])
+                rows[client] = (found.rows[i].clone(), found.buffers[i].clone())
         return Personal(torch.stack([rows[c][0] for c in clients]), torch.stack([rows[c][1] for c in clients]))
 
     def personal_rows(self, task: Task, cohort: Cohort, remembered: Mapping[str, Tensor]) -> Personal:
@@ -569,13 +630,12 @@ class Process:
 
 
 class Collector:
-    """Takes in a round's reports in order and combines them: a running sum, or rows where a rule needs them."""
+    """Takes in a round's partials in order and combines them: a running sum, or rows where a rule needs them."""
 
     def __init__(self, process: Process, task: Task) -> None:
         self._process = process
         self._task = task
-        self._weighted: Tensor | None = None
-        self._summed: Tensor | None = None
+        self._total: Tensor | None = None
         self._sealed: Codes | None = None
         self._rows: list[Tensor] = []
         self._weights: list[Tensor] = []
@@ -585,34 +645,31 @@ class Collector:
         self._metrics = torch.zeros(2, dtype=torch.float64)
         self._bytes = 0
 
-    def add(self, report: Report) -> None:
+    def add(self, partial: Partial) -> None:
         """Take in one tile.
 
         Raises:
             NonFiniteError: a client's update, loss or weight is not finite.
         """
-        process = self._process
-        self._refuse_nonfinite(report)
-        self._parts = report.parts
-        length, split = sum(report.parts), report.parts[0] + report.parts[1]
-        self._count += len(report.clients)
-        self._metrics += report.metrics.sum(dim=0).cpu()
-        self._bytes += report.bytes * len(report.clients)
-        if process.chain.channel.sums_only:
-            assert not isinstance(report.wire, Tensor)
-            self._sealed = add(self._sealed, report.wire)
+        if partial.broken:
+            self._refuse(partial.broken)
+        self._parts = partial.parts
+        self._count += len(partial.clients)
+        self._metrics += partial.metrics.cpu()
+        self._bytes += partial.bytes
+        if partial.codes is not None:
+            self._sealed = partial.codes if self._sealed is None else merge(self._sealed, partial.codes)
             return
-        rows = process.chain.decode_each(report.wire, self._task.shared, length, process.model.dtype)
-        if process.aggregator.rule is not None:
-            self._rows.append(rows)
-            self._weights.append(report.weight[:, 0])
+        if partial.rows is not None:
+            self._rows.append(partial.rows)
+            self._weights.append(partial.weight[:, 0])
             return
-        # Accumulated in float64, so that thousands of clients do not drown each other.
-        weighted = report.weight.double().T @ rows[:, :split].double()
-        summed = rows[:, split:].sum(dim=0, dtype=torch.float64)
-        self._weighted = weighted[0] if self._weighted is None else self._weighted + weighted[0]
-        self._summed = summed if self._summed is None else self._summed + summed
-        self._weight += float(report.weight.double().sum())
+        assert partial.total is not None
+        if self._total is None:
+            self._total = partial.total.double()
+        else:
+            self._total += partial.total
+        self._weight += float(partial.weight.double().sum())
 
     def finish(self, expected: float | None = None) -> Collected:
         """The round's aggregate.
@@ -643,8 +700,8 @@ class Collector:
                 opened = process.chain.channel.unseal(self._sealed, width, len(self._task.clients), self._count)
                 total, weight, saturated = torch.cat((opened.weighted, opened.sums)), opened.weight, opened.saturated
             else:
-                assert self._weighted is not None and self._summed is not None
-                total, weight = torch.cat((self._weighted, self._summed)), self._weight
+                assert self._total is not None
+                total, weight = self._total, self._weight
             total = process.chain.decode_sum(total, self._task.shared)
             divisor = weight
             if process.aggregator.denominator == "expected":
@@ -658,17 +715,20 @@ class Collector:
         loss, examples = self._metrics.tolist()
         return Collected(average.to(dtype), sums.to(dtype), weight, self._count, loss, examples, self._bytes, saturated)
 
-    def _refuse_nonfinite(self, report: Report) -> None:
-        good = report.finite.cpu() & torch.isfinite(report.metrics).all(dim=1).cpu()
-        if bool(good.all()):
-            return
-        names = [c for c, fine in zip(report.clients, good.tolist(), strict=True) if not fine]
+    def _refuse(self, names: Sequence[str]) -> None:
         shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
         raise NonFiniteError(
             f"round {self._task.round + 1}: training became non-finite at {shown}. Likely causes: a learning rate that "
             "is too high (halve lr), features that are not standardised, or a loss that takes the logarithm of zero. "
             "The model of the round before is kept."
         )
+
+
+def _finite(rows: Tensor) -> Tensor:
+    """Whether all numbers of each row [C, n] are finite, [C]: any NaN or infinity makes the row's sum one."""
+    finite = torch.isfinite(rows.sum(dim=1))
+    # Finite numbers may be too large to be added up in single precision.
+    return finite if bool(finite.all()) else torch.isfinite(rows.sum(dim=1, dtype=torch.float64))
 
 
 process = Process

@@ -132,24 +132,56 @@ class Selection:
         return into
 
 
-class Trained(NamedTuple):
+class Trained:
     """What local training gave, one row per client.
 
-    Fields:
-        rows: parameters after training, [C, P].
+    Attributes:
         buffers: floating buffers after training, [C, B].
         steps: local steps that really ran, [C, 1].
         rates: sum of the learning rates of these steps, [C, 1] (K * eta under a constant rate).
         loss: sum over steps of the mean batch loss times the batch size, [C, 1], float64.
         examples: examples processed, counting repeats, [C, 1], float64.
+
+    Args:
+        rows: parameters after training, [C, P], or what makes them when they are asked for.
+        buffers: see above, as the rest.
+        steps: local steps.
+        rates: sum of learning rates.
+        loss: sum of losses.
+        examples: examples processed.
+        minus: gives rows less a start [C, P]; None: by subtraction.
     """
 
-    rows: Tensor
-    buffers: Tensor
-    steps: Tensor
-    rates: Tensor
-    loss: Tensor
-    examples: Tensor
+    __slots__ = ("_changed", "_minus", "_rows", "buffers", "examples", "loss", "rates", "steps")
+
+    def __init__(
+        self,
+        rows: Tensor | Callable[[], Tensor],
+        buffers: Tensor,
+        steps: Tensor,
+        rates: Tensor,
+        loss: Tensor,
+        examples: Tensor,
+        *,
+        minus: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self._rows, self._minus = rows, minus
+        self._changed: tuple[Tensor, Tensor] | None = None
+        self.buffers, self.steps, self.rates, self.loss, self.examples = buffers, steps, rates, loss, examples
+
+    @property
+    def rows(self) -> Tensor:
+        """Parameters after training, [C, P]."""
+        if not isinstance(self._rows, Tensor):
+            self._rows = self._rows()
+        return self._rows
+
+    def minus(self, start: Tensor) -> Tensor:
+        """What training changed: rows less `start`, both [C, P]; kept for the next question about the same start."""
+        if self._changed is None or self._changed[0] is not start:
+            change = self._minus(start) if self._minus is not None else self.rows - start
+            self._changed = start, change
+        return self._changed[1]
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,7 +56,8 @@ def test_what_a_client_sends_does_not_depend_on_its_private_values_but_through_t
     state = process.init()
     task: Task = process.open(state, data.clients, 2)
     assert task.message.vector.shape == (process.selection.size,)
-    for report in process.engine.run(process, task, data, state.memory):
+    for cohort, remembered in process.engine.tiles(process, task, data, state.memory):
+        report = process.work(task, cohort, remembered)
         assert isinstance(report.wire, torch.Tensor) and report.wire.shape == (1, process.length)
         assert process.length == process.selection.size + process.averaged_buffers
     assert process.private_names.isdisjoint(process.selection.names)

@@ -6,11 +6,11 @@ import torch
 from torch.nn import functional
 
 from atoll import random
-from atoll.engines.dropout import KeyedDropout, SeededDraws
+from atoll.engines.dropout import Draw, KeyedDropout, SeededDraws
 
 
 def keyed(client: str = "a", *, seed: int = 0, purpose: str = "train", round: int = 0, step: int = 0) -> KeyedDropout:
-    return KeyedDropout(seed, purpose, round, random.client_keys([client]), np.array([step]))
+    return KeyedDropout(Draw(seed, purpose, round, random.client_keys([client]), np.array([step])))
 
 
 def test_kept_values_are_scaled_and_as_many_as_promised() -> None:
@@ -66,7 +66,7 @@ def test_eval_and_rate_zero_leave_the_input_alone_and_rate_one_nothing_of_it() -
 
 def test_rows_draw_what_single_clients_draw() -> None:
     names, steps = ["a", "b", "c"], np.array([0, 3, 5])
-    mode = KeyedDropout(7, "train", 2, random.client_keys(names), steps)
+    mode = KeyedDropout(Draw(7, "train", 2, random.client_keys(names), steps))
 
     def one(x: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
         mode.row = row
@@ -75,7 +75,7 @@ def test_rows_draw_what_single_clients_draw() -> None:
 
     together = torch.vmap(one)(torch.ones(3, 4, 5), torch.arange(3))
     for i, name in enumerate(names):
-        with KeyedDropout(7, "train", 2, random.client_keys([name]), steps[i : i + 1]):
+        with KeyedDropout(Draw(7, "train", 2, random.client_keys([name]), steps[i : i + 1])):
             assert torch.equal(together[i], functional.dropout(torch.ones(4, 5), 0.5))
 
 

@@ -17,7 +17,7 @@ from atoll.local import local_sgd
 from atoll.rounds import Process
 from atoll.transforms import Channel, clip_norm, ring_sum
 from atoll.transforms.base import Codes, Keys
-from atoll.transforms.channel import Opened, add
+from atoll.transforms.channel import Opened, add, merge
 
 
 def step(count: int, bits: int) -> float:
@@ -32,7 +32,7 @@ def seal(channel: Channel, rows: torch.Tensor, split: int, weights: torch.Tensor
 
 def through(channel: Channel, rows: torch.Tensor, split: int, weights: torch.Tensor) -> Opened:
     assert channel.unseal is not None
-    total = add(None, seal(channel, rows, split, weights, len(rows)))
+    total = add(seal(channel, rows, split, weights, len(rows)))
     return channel.unseal(total, split, len(rows), len(rows))
 
 
@@ -73,7 +73,7 @@ def test_a_smaller_cohort_than_announced_opens_the_same(bits: int) -> None:
     channel = ring_sum(clip=1.0, bits=bits)
     rows, weights = torch.full((4, 2), 0.5, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
     assert channel.unseal is not None
-    opened = channel.unseal(add(None, seal(channel, rows[:3], 2, weights[:3], 4)), 2, 4, 3)
+    opened = channel.unseal(add(seal(channel, rows[:3], 2, weights[:3], 4)), 2, 4, 3)
     assert float((opened.weighted - 1.5).abs().max()) <= 3 * step(4, bits) and abs(opened.weight - 3) <= 3 * step(
         4, bits
     )
@@ -85,12 +85,12 @@ def test_order_and_tiles_do_not_change_a_bit(order: list[int], cuts: set[int]) -
     rows, weights = torch.randn(8, 5, generator=draw), torch.rand(8, generator=draw)
     channel = ring_sum(clip=1.0)
     singles = [seal(channel, rows[i : i + 1], 3, weights[i : i + 1], 8, first=i) for i in range(8)]
-    expected = add(None, seal(channel, rows, 3, weights, 8))
+    expected = add(seal(channel, rows, 3, weights, 8))
     total: Codes | None = None
     bounds = [0, *sorted(cuts), 8]
     for a, b in itertools.pairwise(bounds):
         tile = {n: torch.cat([singles[i][n] for i in order[a:b]]) for n in singles[0]}
-        total = add(total, tile)
+        total = add(tile) if total is None else merge(total, add(tile))
     assert total is not None and all(torch.equal(total[n], expected[n]) for n in expected)
 
 

@@ -76,7 +76,7 @@ def scaffold(plan: Plan, *, option: Literal[1, 2] = 2, server: ServerOptimizer |
             renewed = cohort.gradient(start)
         else:
             # A client that has not moved, for want of steps or of a rate, has learnt nothing: its variate stays.
-            moved = (start - trained.rows) / trained.rates.clamp(min=torch.finfo(start.dtype).tiny)
+            moved = -trained.minus(start) / trained.rates.clamp(min=torch.finfo(start.dtype).tiny)
             renewed = torch.where(trained.rates > 0, own - message.variate + moved, own)
         return cohort.update(trained, start, sums=renewed - own), {"variate": renewed}
 

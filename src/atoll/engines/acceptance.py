@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from atoll import random
-from atoll.engines.dropout import KeyedDropout
+from atoll.engines.dropout import Draw, KeyedDropout
 from atoll.errors import DataError, InvalidArgument
 from atoll.local import Plan
 from atoll.model import Batch, Model, apply_to_x
@@ -71,10 +71,10 @@ def accept(model: Model, data: "FederatedDataset", plans: Sequence[Plan]) -> Tra
         )
 
     before = torch.default_generator.get_state()
-    mode = KeyedDropout(0, "acceptance", 0, np.zeros(1, np.uint64), np.zeros(1, np.int64))
+    draw = Draw(0, "acceptance", 0, np.zeros(1, np.uint64), np.zeros(1, np.int64))
     pairs = False
     try:
-        with mode:
+        with KeyedDropout(draw):
             doubled = {n: torch.cat((t[:1], t[:1], t[1:])) for n, t in sample.items()}
             _try(model, parameters, buffers, doubled, train=True)
         draws = not torch.equal(before, torch.default_generator.get_state())
@@ -102,7 +102,7 @@ def accept(model: Model, data: "FederatedDataset", plans: Sequence[Plan]) -> Tra
     if pairs:
         for plan in plans:
             _check_pairs(plan, data)
-    return Traits(mode.calls > 0, draws, pairs, sample)
+    return Traits(draw.calls > 0, draws, pairs, sample)
 
 
 def _spread(fields: Batch, count: int) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from atoll.memory import ClientMemory
 
 if TYPE_CHECKING:
     from atoll.data import FederatedDataset
-    from atoll.rounds import Process, Report, Task
+    from atoll.rounds import Partial, Process, Task
 
 Tile = tuple[Cohort, Mapping[str, Tensor]]
 """Clients at work and what they remember."""
@@ -54,10 +54,10 @@ class Engine(ABC):
 
     def run(
         self, process: "Process", task: "Task", data: "FederatedDataset", memory: ClientMemory
-    ) -> "Iterator[Report]":
+    ) -> "Iterator[Partial]":
         """Work of the whole cohort, tile by tile, in an order that depends on the cohort and the model alone."""
         for cohort, remembered in self.tiles(process, task, data, memory):
-            yield process.work(task, cohort, remembered)
+            yield process.combine(task, process.work(task, cohort, remembered))
 
     @contextmanager
     def threads(self) -> Generator[None]:
@@ -71,7 +71,7 @@ class Engine(ABC):
 
     @abstractmethod
     def tiles(self, process: "Process", task: "Task", data: "FederatedDataset", memory: ClientMemory) -> Iterator[Tile]:
-        """The cohort's clients, ready for work."""
+        """The cohort's clients, ready for work; what a tile gives may be overwritten when the next is asked for."""
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:

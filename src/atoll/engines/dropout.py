@@ -1,8 +1,8 @@
 """Dropout whose masks are keyed by (seed, purpose, round, client, step), so that every engine draws the same ones."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,8 +22,8 @@ _KINDS: dict[Callable[..., Tensor], int | None] = {
 }
 
 
-class KeyedDropout(TorchFunctionMode):
-    """While active, `functional.dropout` and its feature-wise kinds take their masks from keyed randomness.
+class Draw:
+    """Dropout masks of rows: each call takes the next purpose, so that the same forward takes the same masks.
 
     Args:
         seed: the experiment's seed.
@@ -31,29 +31,43 @@ class KeyedDropout(TorchFunctionMode):
         round: the round.
         clients: keys of the rows' clients, uint64 [C].
         steps: local step of each row, int64 [C].
-        row: number of the row a batched call works on (a batched scalar under vmap); "all" when tensors have the rows
-            as first axis; None for a single row without that axis.
     """
 
     def __init__(
-        self,
-        seed: int,
-        purpose: str,
-        round: int,
-        clients: NDArray[np.uint64],
-        steps: NDArray[np.int64],
-        row: Tensor | Literal["all"] | None = None,
+        self, seed: int, purpose: str, round: int, clients: NDArray[np.uint64], steps: NDArray[np.int64]
     ) -> None:
-        super().__init__()
-        self._key = (seed, "dropout", purpose, round)
-        self._clients = clients
-        self._steps = steps.astype(np.uint64)
-        self.row = row
+        self.seed, self.purpose, self.round, self.clients, self.steps = seed, purpose, round, clients, steps
         self.calls = 0
 
-    @property
-    def _all(self) -> bool:
-        return isinstance(self.row, str)
+    def masks(self, shape: Sequence[int], p: float, spatial: int | None, like: Tensor) -> Tensor:
+        """The next masks [C, ...]: 0, or 1 / (1 - p) for what stays.
+
+        Args:
+            shape: of one row's input [b, ...].
+            p: probability of a 0.
+            spatial: axes of one example that share a draw; None: none.
+            like: for dtype and device.
+        """
+        drawn_shape = tuple(shape) if spatial is None else (*shape[:-spatial], *(1,) * spatial)
+        purpose = random.key(self.seed, "dropout", self.purpose, self.round, self.calls)
+        self.calls += 1
+        drawn = random.uniforms(purpose, self.steps.astype(np.uint64), self.clients, int(np.prod(drawn_shape)))
+        mask = (drawn.to(like.device) >= p).to(like.dtype).div_(max(1.0 - p, torch.finfo(like.dtype).tiny))
+        return mask.view(-1, *drawn_shape)
+
+
+class KeyedDropout(TorchFunctionMode):
+    """While active, `functional.dropout` and its feature-wise kinds take their masks from a draw.
+
+    Args:
+        draw: of the rows.
+        row: number of the row a batched call works on (a batched scalar under vmap); None: a single row.
+    """
+
+    def __init__(self, draw: Draw, row: Tensor | None = None) -> None:
+        super().__init__()
+        self.draw = draw
+        self.row = row
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -67,17 +81,8 @@ class KeyedDropout(TorchFunctionMode):
     ) -> Tensor:
         if not training or p == 0.0:
             return input
-        own_shape = input.shape[1:] if self._all else input.shape
-        shape = own_shape if spatial is None else (*own_shape[:-spatial], *(1,) * spatial)
-        count = int(np.prod(shape))
-        purpose = random.key(*self._key, self.calls)
-        self.calls += 1
-        drawn = random.uniforms(purpose, self._steps, self._clients, count).to(input.device)
-        mask = (drawn >= p).to(input.dtype).div_(max(1.0 - p, torch.finfo(input.dtype).tiny)).view(-1, *shape)
-        if isinstance(self.row, Tensor):
-            own = mask.index_select(0, self.row.view(1)).squeeze(0)
-        else:
-            own = mask if self._all else mask[0]
+        masks = self.draw.masks(input.shape, p, spatial, input)
+        own = masks[0] if self.row is None else masks.index_select(0, self.row.view(1)).squeeze(0)
         return input.mul_(own) if inplace else input * own
 
 

@@ -9,19 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from atoll import random
 from atoll.cohort import Cohort
 from atoll.engines.base import Engine, Tile, orders
-from atoll.engines.dropout import KeyedDropout, SeededDraws
+from atoll.engines.dropout import Draw, KeyedDropout, SeededDraws
 from atoll.local import Plan
 from atoll.memory import ClientMemory
 from atoll.model import Batch
 from atoll.vectors import Trained
 
 if TYPE_CHECKING:
-    from atoll.data import FederatedDataset
+    from atoll.data import FederatedDataset, Split
     from atoll.rounds import Process, Task
 
 
@@ -135,9 +136,15 @@ class _Client(Cohort):
         return self.model.loss.mean(self.predict(rows)[0], self._train["y"]).reshape(1, 1)
 
     def predict(self, rows: Tensor) -> list[Tensor]:
-        held = self.model.buffer_layout.view(self.buffers[0])
+        return [self._output(rows[0], self.buffers[0], self._train)]
+
+    def forward(self, rows: Tensor, buffers: Tensor, split: "Split", places: NDArray[np.int64]) -> list[Tensor]:
+        return [self._output(rows[0], buffers[0], split.client(int(places[0])))]
+
+    def _output(self, row: Tensor, buffers: Tensor, batch: Batch) -> Tensor:
+        held = self.model.buffer_layout.view(buffers)
         with torch.no_grad():
-            return [self.model.call(self.model.layout.view(rows[0]), held, self._train, train=False)]
+            return self.model.call(self.model.layout.view(row), held, batch, train=False)
 
     def features(self, rows: Tensor) -> list[Tensor]:
         held = self.model.buffer_layout.view(self.buffers[0])
@@ -153,7 +160,8 @@ class _Client(Cohort):
             buffers = self.model.buffer_layout.view(held) | counters
             with ExitStack() as keyed:
                 if self._traits.dropout or self._traits.draws:
-                    keyed.enter_context(KeyedDropout(self._seed, purpose, self.round, self._key, np.array([step])))
+                    draw = Draw(self._seed, purpose, self.round, self._key, np.array([step]))
+                    keyed.enter_context(KeyedDropout(draw))
                     keyed.enter_context(SeededDraws(self._seed, purpose, self.round, int(self._key[0]), step))
                 output = self.model.call(self.model.layout.view(leaf), buffers, batch, train=True)
             loss = self.model.loss.mean(output, batch["y"])

@@ -122,10 +122,14 @@ def _narrow(values: Tensor, bits: int) -> Tensor:
     return torch.where(values >= 1 << 31, values - (1 << 32), values).to(torch.int32)
 
 
-def add(total: Codes | None, codes: Codes) -> Codes:
-    """Server half: add a tile's sealed rows to the running sum, modulo 2^64."""
-    summed = {name: tensor.to(torch.int64).sum(dim=0) for name, tensor in codes.items()}
-    return summed if total is None else {name: total[name] + tensor for name, tensor in summed.items()}
+def add(codes: Codes) -> Codes:
+    """Server half: the sum of a tile's sealed rows, modulo 2^64."""
+    return {name: tensor.to(torch.int64).sum(dim=0) for name, tensor in codes.items()}
+
+
+def merge(total: Codes, other: Codes) -> Codes:
+    """Server half: the sum of two sums, modulo 2^64."""
+    return {name: total[name] + tensor for name, tensor in other.items()}
 
 
 def resolve(channel: "str | Channel") -> Channel:

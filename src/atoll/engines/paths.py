@@ -1,0 +1,103 @@
+"""How the gradients of a group of rows are found: three forms of one function.
+
+`written` goes through a program (`program.py`), `batched` through torch's general batching transform, `single` runs one
+client through the module itself. All hand the gradients to a sink and give the mean losses.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from atoll.engines.dropout import Draw, KeyedDropout, SeededDraws
+from atoll.engines.objective import means, slopes
+from atoll.engines.program import Program
+from atoll.engines.steps import Sink
+from atoll.model import Batch, Model
+
+Named = Mapping[str, Tensor]
+
+
+def written(
+    model: Model,
+    program: Program,
+    parts: Sequence[Tensor],
+    held: Named,
+    batch: Batch,
+    draw: Draw | None,
+    sink: Sink,
+    trained: frozenset[int] | None,
+) -> Tensor:
+    """Mean losses [C] of rows on their batches; gradients go to the sink."""
+    output, run = program.forward(parts, held, batch, draw=draw, trained=trained)
+    found, slope = slopes(model.loss, output, batch["y"])
+    program.backward(run, slope, sink)
+    return found
+
+
+def by_autograd(
+    model: Model,
+    parts: Sequence[Tensor],
+    held: Named,
+    batch: Batch,
+    draw: Draw | None,
+    sink: Sink,
+    *,
+    batched: bool,
+    seeded: bool,
+) -> Tensor:
+    """The same through autograd: `batched` over rows, or for a single row."""
+    with torch.enable_grad():
+        leaves = {n: t.detach().requires_grad_(sink.wants(i)) for i, (n, t) in enumerate(named(model, parts).items())}
+        output = forward(model, leaves, held, batch, draw, batched=batched, seeded=seeded)
+        found = means(model.loss, output, batch["y"])
+        wanted = [t for t in leaves.values() if t.requires_grad]
+        if not wanted or not found.requires_grad:
+            return found.detach()
+        gradients = iter(cast("tuple[Tensor | None, ...]", torch.autograd.grad(found.sum(), wanted, allow_unused=True)))
+    for number, leaf in enumerate(leaves.values()):
+        if leaf.requires_grad and (gradient := next(gradients)) is not None:
+            sink.add(number, gradient)
+    return found.detach()
+
+
+def forward(
+    model: Model, leaves: Named, held: Named, batch: Batch, draw: Draw | None, *, batched: bool, seeded: bool
+) -> Tensor:
+    """Training outputs [C, b, ...] of rows; buffers are updated in place. `seeded` keys torch's own generator too."""
+    if batched:
+        return _batched(model, leaves, held, batch, draw)
+    parameters = {n: t[0] for n, t in leaves.items()}
+    own, inputs = {n: t[0] for n, t in held.items()}, {n: t[0] for n, t in batch.items()}
+    keyed = nullcontext() if draw is None else KeyedDropout(draw)
+    draws = nullcontext()
+    if seeded and draw is not None:
+        draws = SeededDraws(draw.seed, draw.purpose, draw.round, int(draw.clients[0]), int(draw.steps[0]))
+    with keyed, draws:
+        return model.call(parameters, own, inputs, train=True)[None]
+
+
+def named(model: Model, parts: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Parameters by name."""
+    return dict(zip(model.layout.names, parts, strict=True))
+
+
+def _batched(model: Model, leaves: Named, held: Named, batch: Batch, draw: Draw | None) -> Tensor:
+    mode = None if draw is None else KeyedDropout(draw)
+
+    def one(p: Named, b: Named, x: Batch, row: Tensor) -> Tensor:
+        if mode is not None:
+            mode.row = row
+        with mode or nullcontext():
+            return model.call(p, b, x, train=True)
+
+    # The batching rules flatten statistics before they update them, and would update a copy of anything that is not
+    # contiguous: they get contiguous copies, which are copied back.
+    copies = {n: t.clone(memory_format=torch.contiguous_format) for n, t in held.items()}
+    number = torch.arange(len(next(iter(leaves.values()))))
+    output = torch.vmap(one, randomness="error")(dict(leaves), copies, dict(batch), number)
+    for name, tensor in held.items():
+        tensor.copy_(copies[name])
+    return output

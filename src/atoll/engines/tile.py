@@ -1,0 +1,267 @@
+"""A tile of clients whose models are rows of one matrix.
+
+At every step rows are grouped by true batch size; clients that are done leave the group, and nothing is padded.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from atoll import random
+from atoll.cohort import Cohort
+from atoll.engines import paths
+from atoll.engines.base import orders
+from atoll.engines.blocks import Arena, Blocks, Members
+from atoll.engines.dropout import Draw
+from atoll.engines.program import Program
+from atoll.engines.schedule import schedule
+from atoll.engines.steps import Gradients, Rule, Sink
+from atoll.local import Plan
+from atoll.model import Batch, Model
+from atoll.vectors import Trained
+
+if TYPE_CHECKING:
+    from atoll.data import Split
+
+GATHER_BYTES = 4 * 2**20
+"""Examples of several steps are gathered at once up to this size."""
+
+LOOK = 64
+"""Examples of each client that go through a forward at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Paths:
+    """How a tile finds outputs and gradients.
+
+    Attributes:
+        program: of the training forward and backward; None: autograd.
+        evaluating: the program of the evaluating forward; None: the module itself, client by client.
+        batched: whether autograd goes through the batching transform; else tiles have one client.
+        dropout: whether the model has dropout that can be keyed.
+        draws: whether it draws from torch's own generator.
+    """
+
+    program: Program | None
+    evaluating: Program | None
+    batched: bool
+    dropout: bool
+    draws: bool
+
+    @property
+    def random(self) -> bool:
+        """Whether forwards draw random numbers."""
+        return self.dropout or self.draws
+
+
+class Buffers:
+    """Floating and integer buffers of a tile's rows, updated in place by forwards."""
+
+    def __init__(self, model: Model, floating: Tensor) -> None:
+        self.floating = floating
+        counts = len(floating)
+        self._all = model.buffer_layout.view(floating)
+        self._all |= {n: t.expand(counts, *t.shape).clone() for n, t in model.counters().items()}
+
+    def take(self, members: Members) -> dict[str, Tensor]:
+        """Buffers of some rows: views for a slice, copies for a list."""
+        return {n: t[members] for n, t in self._all.items()}
+
+    def put(self, members: Tensor, values: Mapping[str, Tensor]) -> None:
+        """Write copies back."""
+        for name, tensor in self._all.items():
+            tensor[members] = values[name]
+
+
+class Rows(Cohort):
+    """A tile of clients at work."""
+
+    def attach(
+        self, train: "Split", places: NDArray[np.int64], seed: int, how: Paths, arena: Arena | None = None
+    ) -> None:
+        """Give the clients their examples.
+
+        Args:
+            train: everybody's training examples.
+            places: of the clients in it, [C].
+            seed: of keyed randomness.
+            how: outputs and gradients are found.
+            arena: memory for what lives no longer than this tile; default torch's own.
+        """
+        self._train, self._places, self._seed, self._how, self._arena = train, places, seed, how, arena
+        self._keys = random.client_keys(self.clients)
+        offsets = train.offsets.numpy()
+        self._begin = offsets[places]
+        self._sizes = offsets[places + 1] - self._begin
+        self._example_bytes = sum(t.element_size() * math.prod(t.shape[1:]) for t in train.fields.values())
+
+    # --- training -----------------------------------------------------------------------------------------------------
+
+    def sgd(
+        self,
+        rows: Tensor,
+        plan: Plan,
+        *,
+        anchor: Tensor | None = None,
+        pull: float = 0.0,
+        shift: Tensor | None = None,
+        train: Tensor | None = None,
+        buffers: Tensor | None = None,
+        purpose: str = "train",
+    ) -> Trained:
+        model, count = self.model, len(self.clients)
+        y = Blocks.of(model.layout, rows, self._arena)
+        held = Buffers(model, (self.buffers if buffers is None else buffers).detach().clone())
+        rule = Rule(plan, model.layout, y, anchor=anchor, pull=pull, shift=shift, train=train)
+        totals = plan.total_steps(self._sizes)
+        loss_sum = torch.zeros(count, dtype=torch.float64, device=rows.device)
+        seen, rates = np.zeros(count), np.zeros(count)
+        number, index = -1, torch.empty(0, 0, dtype=torch.int64)
+        for group in schedule(plan.batch_size, self._sizes, totals):
+            if group.number != number:
+                number = group.number
+                order = orders(plan, self._seed, purpose, self.round, number, self._keys, self._sizes)
+                index = torch.from_numpy(order + self._begin[:, None])
+            members, size, keys = group.members, group.size, self._keys[group.rows]
+            parts, own = y.take(members), held.take(members)
+            group_loss, group_rates = loss_sum.new_zeros(len(keys)), np.zeros(len(keys))
+            steps_at_once = max(1, GATHER_BYTES // (len(group.rows) * size * self._example_bytes))
+            for first in range(0, group.count, steps_at_once):
+                steps = min(steps_at_once, group.count - first)
+                batches = self._gather(self._chosen(index, members, group.begins + first * size, steps * size))
+                for j in range(steps):
+                    numbers = group.steps + (first + j)
+                    batch = {n: t[:, j * size : (j + 1) * size] for n, t in batches.items()} if steps > 1 else batches
+                    draw = Draw(self._seed, purpose, self.round, keys, numbers) if self._how.random else None
+                    step_rates = plan.rate(self.round, numbers)
+                    step = rule.begin(parts, members, step_rates, numbers)
+                    losses = self._gradients(parts, own, batch, draw, step, rule.trained)
+                    step.finish()
+                    group_loss.add_(losses, alpha=size)
+                    group_rates += step_rates
+            if isinstance(members, Tensor):
+                y.put(members, parts)
+                held.put(members, own)
+            loss_sum[members] += group_loss
+            rates[group.rows] += group_rates
+            seen[group.rows] += size * group.count
+        return Trained(
+            y.rows,
+            held.floating,
+            torch.from_numpy(totals).to(rows)[:, None],
+            torch.from_numpy(rates).to(rows)[:, None],
+            loss_sum[:, None],
+            torch.as_tensor(seen, device=rows.device)[:, None],
+            minus=y.minus,
+        )
+
+    def gradient(self, rows: Tensor, batch: Batch | None = None) -> Tensor:
+        if batch is not None:
+            return self._gradient(rows, self.buffers, batch, self._keys)
+        out = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
+        for size in np.unique(self._sizes):
+            members = np.flatnonzero(self._sizes == size)
+            at = torch.from_numpy(members)
+            inputs = self._gather(torch.from_numpy(self._begin[members][:, None] + np.arange(size)))
+            out[at] = self._gradient(rows[at], self.buffers[at], inputs, self._keys[members])
+        return out
+
+    def _gradient(self, rows: Tensor, buffers: Tensor, batch: Batch, keys: NDArray[np.uint64]) -> Tensor:
+        """Gradients [k, P] at rows [k, P], one batch each."""
+        parts = Blocks.of(self.model.layout, rows).parts
+        own = Buffers(self.model, buffers.detach().clone()).take(slice(None))
+        draw = Draw(self._seed, "gradient", self.round, keys, np.zeros(len(keys), np.int64))
+        sink = Gradients(parts)
+        self._gradients(parts, own, batch, draw, sink, None)
+        return torch.cat([g.reshape(len(g), -1) for g in sink.filled()], dim=1)
+
+    def _gradients(
+        self,
+        parts: list[Tensor],
+        held: Mapping[str, Tensor],
+        batch: Batch,
+        draw: Draw | None,
+        sink: Sink,
+        trained: frozenset[int] | None,
+    ) -> Tensor:
+        """Mean losses [k] of each row's batch; gradients go to the sink."""
+        how = self._how
+        if how.program is not None:
+            return paths.written(self.model, how.program, parts, held, batch, draw, sink, trained)
+        return paths.by_autograd(self.model, parts, held, batch, draw, sink, batched=how.batched, seeded=how.draws)
+
+    def _chosen(self, index: Tensor, members: Members, begins: NDArray[np.int64], count: int) -> Tensor:
+        """Places [k, count] of the next examples of each row in the packed data."""
+        if bool((begins == begins[0]).all()):
+            return index[members, int(begins[0]) : int(begins[0]) + count]
+        return index[members].gather(1, torch.from_numpy(begins)[:, None] + torch.arange(count))
+
+    def _gather(self, places: Tensor) -> dict[str, Tensor]:
+        """Examples [k, b, ...] at places [k, b]."""
+        flat = places.reshape(-1).to(next(iter(self._train.fields.values())).device)
+        return {n: t.index_select(0, flat).view(*places.shape, *t.shape[1:]) for n, t in self._train.fields.items()}
+
+    # --- looking ------------------------------------------------------------------------------------------------------
+
+    def loss(self, rows: Tensor) -> Tensor:
+        outputs, target = self.predict(rows), self._train.fields["y"]
+        values = [
+            self.model.loss.mean(output, target[begin : begin + size])
+            for output, begin, size in zip(outputs, self._begin, self._sizes, strict=True)
+        ]
+        return torch.stack(values)[:, None]
+
+    def predict(self, rows: Tensor) -> list[Tensor]:
+        return self.forward(rows, self.buffers, self._train, self._places)
+
+    def forward(self, rows: Tensor, buffers: Tensor, split: "Split", places: NDArray[np.int64]) -> list[Tensor]:
+        program = self._how.evaluating
+        if program is None:
+            model = self.model
+            with torch.no_grad():
+                return [
+                    model.call(
+                        model.layout.view(row), model.buffer_layout.view(held), split.client(int(place)), train=False
+                    )
+                    for row, held, place in zip(rows, buffers, places, strict=True)
+                ]
+        offsets = split.offsets.numpy()
+        begins = offsets[places]
+        sizes = offsets[places + 1] - begins
+        order = np.argsort(-sizes, kind="stable")
+        y = Blocks.of(self.model.layout, rows[torch.from_numpy(order)], self._arena)
+        held = Buffers(self.model, buffers[torch.from_numpy(order)].detach().clone())
+        begins, sizes = begins[order], sizes[order]
+        pieces: list[list[Tensor]] = [[] for _ in order]
+        for first in range(0, int(sizes.max(initial=0)), LOOK):
+            # Examples do not see each other here, so that a short row's last one may stand in for what it lacks.
+            active = int((sizes > first).sum())
+            width = min(LOOK, int(sizes[0]) - first)
+            within = np.minimum(first + np.arange(width), sizes[:active, None] - 1)
+            taken = torch.from_numpy(begins[:active, None] + within)
+            batch = {n: t[taken.to(t.device)] for n, t in split.fields.items()}
+            members = slice(0, active)
+            output, _ = program.forward(y.take(members), held.take(members), batch, backward=False)
+            for i in range(active):
+                pieces[i].append(output[i, : int(min(width, sizes[i] - first))])
+        found: list[Tensor | None] = [None] * len(order)
+        for i, place in enumerate(order):
+            if pieces[i]:
+                found[int(place)] = pieces[i][0] if len(pieces[i]) == 1 else torch.cat(pieces[i])
+        like = next((f for f in found if f is not None), None)
+        nothing = rows.new_empty(0) if like is None else like[:0]
+        return [nothing if f is None else f for f in found]
+
+    def features(self, rows: Tensor) -> list[Tensor]:
+        model, outputs = self.model, list[Tensor]()
+        with torch.no_grad():
+            for row, held, place in zip(rows, self.buffers, self._places, strict=True):
+                views, own = model.layout.view(row), model.buffer_layout.view(held)
+                outputs.append(model.features(views, own, self._train.client(int(place))))
+        return outputs
