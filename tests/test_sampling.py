@@ -2,12 +2,14 @@
 
 import json
 import math
+import time
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from atoll import sampling
+from atoll import random, sampling
+from atoll.data.names import Numbered, PackedNames
 from atoll.errors import InvalidArgument
 
 CLIENTS = [f"c{i}" for i in range(12)]
@@ -89,6 +91,42 @@ def test_cyclic_visits_everybody_once_in_a_pass() -> None:
     rule = sampling.cyclic(shuffle=True)
     passes = [[rule.cohort(0, 12 * p + i, CLIENTS)[0] for i in range(12)] for p in range(3)]
     assert all(sorted(p) == sorted(CLIENTS) for p in passes) and passes[0] != passes[1]
+
+
+@rules
+def test_names_made_when_asked_for_are_drawn_alike(name: str) -> None:
+    rule, numbers = RULES[name], [str(i) for i in range(12)]
+    if name != "sequence":
+        for round in range(20):
+            drawn = rule.cohort(3, round, numbers)
+            assert drawn == rule.cohort(3, round, Numbered(12)) and all(type(client) is str for client in drawn)
+    packed = PackedNames.of(CLIENTS)
+    rule.check(packed)
+    assert [rule.cohort(3, r, CLIENTS) for r in range(20)] == [rule.cohort(3, r, packed) for r in range(20)]
+
+
+def test_draws_are_those_of_version_0_1() -> None:
+    # Runs are resumed with them, so a faster way to draw must draw the same.
+    assert sampling.fixed(3).cohort(3, 7, CLIENTS) == ("c2", "c7", "c8")
+    assert sampling.fixed(3).cohort(3, 7, Numbered(1_000_000)) == ("202724", "599120", "801360")
+    assert sampling.poisson(0.3).cohort(3, 7, CLIENTS) == ("c3", "c5", "c6")
+    rule = sampling.cyclic(shuffle=True)
+    for round in (30, 5, 25, 29):
+        order = random.numpy_generator(3, "cyclic", round // 12).permutation(12)
+        assert rule.cohort(3, round, CLIENTS) == (CLIENTS[order[round % 12]],)
+    assert sampling.cyclic().cohort(0, 1_234_567, Numbered(1_000_000)) == ("234567",)
+
+
+def test_a_round_among_a_million_costs_what_the_cohort_costs() -> None:
+    clients = Numbered(1_000_000)
+    for rule in (sampling.fixed(10), sampling.cyclic(), sampling.cyclic(shuffle=True)):
+        taken: list[float] = []
+        for round in range(5):
+            began = time.perf_counter()
+            rule.cohort(0, round, clients)
+            taken.append(time.perf_counter() - began)
+        # Going through a million numbers in numpy alone takes a millisecond.
+        assert min(taken) < 0.001, rule.spec
 
 
 def test_a_cohort_larger_than_the_population_is_refused() -> None:

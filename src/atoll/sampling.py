@@ -1,7 +1,13 @@
-"""Who takes part in a round: samplers, keyed by seed and round, never by history."""
+"""Who takes part in a round: samplers, keyed by seed and round, never by history.
+
+A cohort costs what the cohort costs. Only `poisson` asks every client, in one array operation; `cyclic(shuffle=True)`
+shuffles the population once for each pass over it.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import cast
 
 import numpy as np
 
@@ -30,9 +36,11 @@ class Sampler:
     def cohort(self, seed: int, round: int, clients: Sequence[str]) -> tuple[str, ...]:
         """Names of the clients that take part in a round."""
         drawn = self.draw(seed, round, len(clients))
-        if isinstance(drawn, np.ndarray):
-            return tuple(clients[int(i)] for i in drawn)
-        return tuple(drawn)
+        if not isinstance(drawn, np.ndarray):
+            return tuple(drawn)
+        # Populations that make their names when asked make many at once.
+        take = cast("Callable[[np.ndarray], tuple[str, ...]] | None", getattr(clients, "take", None))
+        return tuple([clients[int(i)] for i in drawn.tolist()]) if take is None else take(drawn)
 
 
 def fixed(size: int) -> Sampler:
@@ -92,7 +100,7 @@ def sequence(cohorts: Sequence[Sequence[str]]) -> Sampler:
             raise InvalidArgument(f"cohorts[{i}]={cohorts[i]!r} must be a list of distinct client names.")
 
     def check(clients: Sequence[str]) -> None:
-        strangers = sorted({c for names in given for c in names} - set(clients))
+        strangers = sorted({c for names in given for c in names}.difference(clients))
         if strangers:
             raise InvalidArgument(f"cohorts name clients that are not in the data: {', '.join(strangers[:5])}.")
 
@@ -107,8 +115,7 @@ def cyclic(shuffle: bool = False) -> Sampler:
 
     def draw(seed: int, round: int, population: int) -> np.ndarray:
         turn, place = divmod(round, population)
-        order = numpy_generator(seed, "cyclic", turn).permutation(population) if shuffle else np.arange(population)
-        return order[place : place + 1]
+        return _shuffled(seed, turn, population)[place : place + 1] if shuffle else np.array([place])
 
     return Sampler(record("cyclic", shuffle=shuffle), draw, lambda population: 1.0, _anyone)
 
@@ -122,6 +129,12 @@ def resolve(cohort: "int | float | Sampler | None") -> Sampler:
     if isinstance(cohort, bool) or not isinstance(cohort, int | float):
         raise invalid("cohort", cohort, "a number of clients, a fraction in (0, 1], or an atoll.sampling rule")
     return fixed(cohort) if isinstance(cohort, int) else fraction(cohort)
+
+
+@lru_cache(maxsize=1)
+def _shuffled(seed: int, turn: int, population: int) -> "np.ndarray":
+    """The order of a pass over the population; kept for the rounds of the pass. Not to be written to."""
+    return numpy_generator(seed, "cyclic", turn).permutation(population)
 
 
 def _anyone(clients: Sequence[str]) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.utils.data import Dataset, TensorDataset
 
 from atoll.data import FederatedDataset, Split
-from atoll.data.dataset import Numbered
+from atoll.data.names import Numbered
 from atoll.errors import DataError, InvalidArgument
 
 

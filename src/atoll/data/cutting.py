@@ -4,6 +4,7 @@ The cut of a client is keyed by the seed and the client's name alone: a site tha
 exactly as a simulation over everybody's rows does.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 
 import numpy as np
@@ -101,12 +102,15 @@ def _keyed(purpose: int, keys: NDArray[np.uint64], offsets: NDArray[np.int64]) -
     sizes = np.diff(offsets)
     out = np.empty(int(offsets[-1]), dtype=np.uint64)
     by_size = np.argsort(sizes, kind="stable")
+    ascending = sizes[by_size].tolist()
     done = 0
     while done < len(by_size):
-        # Neighbours in size share a tile, so that the padding to the tile's longest client stays small.
-        stop = done + 1
-        while stop < len(by_size) and (stop + 1 - done) * int(sizes[by_size[stop]]) <= _TILE:
-            stop += 1
+        # Neighbours in size share a tile, so that the padding to the tile's longest client stays small. The padded
+        # size grows with the tile: the largest that fits is found by bisection.
+        first = done
+        stop = bisect_right(
+            range(len(by_size)), _TILE, lo=done + 1, key=lambda last: (last + 1 - first) * ascending[last]
+        )
         tile = by_size[done:stop]
         longest = int(sizes[tile[-1]])
         drawn = words(purpose, 0, keys[tile], longest)

@@ -6,10 +6,11 @@ a tile of clients is a slice or a gather of one tensor.
 
 import difflib
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, overload
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,124 +19,19 @@ from torch import Tensor
 
 from atoll.data.arrays import TARGET, fields_of, stack_items
 from atoll.data.cutting import TEST, TRAIN, VALIDATION, check_fractions, cut
+from atoll.data.files import Seen, check_files
 from atoll.data.frames import Frame, pandas
+from atoll.data.names import Numbered, PackedNames, Population, named, some
+from atoll.data.packed import Split, check_finite, digest_fields, divide, labels_of, offsets_of, same_fields
 from atoll.errors import DataError, invalid
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from atoll.data.lazy import LazyDataset
+    from atoll.data.storage import Stored
+
 _FEW_CLASSES = 50
-
-
-class Numbered(Sequence[str]):
-    """The names "0" to "n-1" of clients that have none of their own, made when asked for."""
-
-    __slots__ = ("_count",)
-
-    def __init__(self, count: int) -> None:
-        self._count = count
-
-    def __len__(self) -> int:
-        return self._count
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> tuple[str, ...]: ...
-    def __getitem__(self, index: int | slice) -> str | tuple[str, ...]:
-        if isinstance(index, slice):
-            return tuple(str(i) for i in range(self._count)[index])
-        return str(range(self._count)[index])
-
-    def __iter__(self) -> Iterator[str]:
-        return map(str, range(self._count))
-
-    def __contains__(self, value: object) -> bool:
-        return self.find(value) is not None
-
-    def find(self, value: object) -> int | None:
-        """The place of a name, or None."""
-        if isinstance(value, str) and value.isascii() and value.isdigit() and (value == "0" or value[0] != "0"):
-            place = int(value)
-            return place if place < self._count else None
-        return None
-
-    def __eq__(self, other: object) -> bool:
-        if isinstance(other, Numbered):
-            return self._count == other._count
-        if isinstance(other, (tuple, list)):
-            named = cast(Sequence[object], other)
-            return len(named) == self._count and all(a == b for a, b in zip(self, named, strict=True))
-        return NotImplemented
-
-    def __hash__(self) -> int:
-        return hash(("Numbered", self._count))
-
-    def __repr__(self) -> str:
-        return f"Numbered({self._count})"
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Split:
-    """The examples of all clients for one purpose, packed.
-
-    Attributes:
-        fields: one tensor [N, ...] per field, all clients one after the other.
-        offsets: int64 [clients + 1] on the CPU; client i holds the rows from offsets[i] to offsets[i + 1].
-    """
-
-    fields: Mapping[str, Tensor]
-    offsets: Tensor
-
-    def __post_init__(self) -> None:
-        if not self.fields:
-            raise DataError("fields is empty: a split needs at least one field, such as 'x'.")
-        lengths = {name: (len(tensor) if tensor.ndim else 0) for name, tensor in self.fields.items()}
-        total = next(iter(lengths.values()))
-        if len(set(lengths.values())) > 1:
-            listed = ", ".join(f"{name} has {count}" for name, count in lengths.items())
-            raise DataError(f"Fields of different lengths: {listed}. Every field needs one row per example.")
-        offsets = torch.as_tensor(self.offsets, dtype=torch.int64, device="cpu")
-        if offsets.ndim != 1 or len(offsets) == 0:
-            raise invalid("offsets", tuple(offsets.shape), "of shape [clients + 1]")
-        steps = offsets.diff()
-        if int(offsets[0]) != 0 or int(offsets[-1]) != total:
-            raise invalid(
-                "offsets",
-                (int(offsets[0]), int(offsets[-1])),
-                f"0 at the start and the number of examples ({total}) at the end",
-            )
-        if len(steps) and int(steps.min()) < 0:
-            place = int(steps.argmin())
-            raise invalid("offsets", offsets[place : place + 2].numpy(), f"never decreasing (client {place})")
-        object.__setattr__(self, "offsets", offsets)
-
-    @property
-    def sizes(self) -> Tensor:
-        """Examples of each client: int64 [clients]."""
-        return self.offsets.diff()
-
-    def __len__(self) -> int:
-        return int(self.offsets[-1])
-
-    def client(self, index: int) -> dict[str, Tensor]:
-        """The examples of the client at a place in [0, clients), as views."""
-        if not 0 <= index < len(self.offsets) - 1:
-            raise invalid("index", index, f"in [0, {len(self.offsets) - 1})")
-        start, stop = int(self.offsets[index]), int(self.offsets[index + 1])
-        return {name: tensor[start:stop] for name, tensor in self.fields.items()}
-
-    def to(self, device: torch.device | str) -> "Split":
-        """The same split with its fields on a device; the offsets stay on the CPU."""
-        return Split({name: tensor.to(device) for name, tensor in self.fields.items()}, self.offsets)
-
-    def take(self, clients: Tensor) -> "Split":
-        """The split of some clients, in the order given: int64 [k] places, gathered into new tensors."""
-        sizes = self.sizes[clients]
-        offsets = _offsets(sizes)
-        within = torch.arange(int(offsets[-1])) - offsets[:-1].repeat_interleave(sizes)
-        rows = self.offsets[:-1][clients].repeat_interleave(sizes) + within
-        return Split(gather(self.fields, rows), offsets)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -148,7 +44,7 @@ class ClientData:
     test: dict[str, Tensor] | None
 
 
-class FederatedDataset:
+class FederatedDataset(Population):
     """The examples of a population of clients.
 
     Attributes:
@@ -163,9 +59,9 @@ class FederatedDataset:
     """
 
     __slots__ = (
+        "_damaged",
+        "_files",
         "_fingerprint",
-        "_places",
-        "clients",
         "features",
         "holdout",
         "name",
@@ -175,7 +71,6 @@ class FederatedDataset:
         "validation",
     )
 
-    clients: Sequence[str]
     train: Split
     validation: Split | None
     test: Split | None
@@ -213,7 +108,7 @@ class FederatedDataset:
                 differ between splits.
         """
         self._set(
-            clients if isinstance(clients, Numbered) else tuple(clients),
+            clients if isinstance(clients, Numbered | PackedNames) else tuple(clients),
             train,
             validation,
             test,
@@ -243,8 +138,33 @@ class FederatedDataset:
         self.name = name
         self.features = features
         self.preprocessing = preprocessing
-        self._places: dict[str, int] | None = None
+        self._places = None
         self._fingerprint: str | None = None
+        self._files: tuple[Seen, ...] = ()
+        self._damaged: Callable[[], list[str]] | None = None
+
+    @staticmethod
+    def trusted(
+        clients: Sequence[str],
+        train: Split,
+        *,
+        validation: Split | None,
+        test: Split | None,
+        holdout: Mapping[str, Tensor] | None,
+        name: str,
+        features: tuple[str, ...],
+        preprocessing: Any = None,
+        files: tuple[Seen, ...] = (),
+    ) -> "FederatedDataset":
+        """A dataset made of parts that were checked already, for those who checked them; arguments as in `__init__`.
+
+        Args:
+            files: what the files looked like from which parts are mapped; the rest as for the class.
+        """
+        made = object.__new__(FederatedDataset)
+        made._set(clients, train, validation, test, holdout, name, features, preprocessing)
+        made._files = files
+        return made
 
     def _derive(
         self,
@@ -255,9 +175,18 @@ class FederatedDataset:
         holdout: Mapping[str, Tensor] | None,
     ) -> "FederatedDataset":
         """A dataset made of parts already checked."""
-        made = object.__new__(FederatedDataset)
-        made._set(clients, train, validation, test, holdout, self.name, self.features, self.preprocessing)
-        return made
+        return FederatedDataset.trusted(
+            clients,
+            train,
+            validation=validation,
+            test=test,
+            holdout=holdout,
+            name=self.name,
+            features=self.features,
+            preprocessing=self.preprocessing,
+            # Views of mapped files, or a holdout that is one, may be among the parts.
+            files=self._files,
+        )
 
     # --- construction ------------------------------------------------------------------------------------------------
 
@@ -296,7 +225,7 @@ class FederatedDataset:
             raise invalid(
                 "clients", type(clients).__name__, "a mapping of client names to (x, y)", 'Pass {"a": (x, y), ...}.'
             )
-        names = tuple(_named(client) for client in clients)
+        names = tuple(named(client) for client in clients)
         if not names:
             raise DataError("clients is empty: a federated dataset needs at least one client with one example.")
         owned = [fields_of(value, f"client {client!r}") for client, value in clients.items()]
@@ -458,16 +387,230 @@ class FederatedDataset:
         )
         return recipe.bind(source)
 
+    @staticmethod
+    def from_source(
+        clients: int | Sequence[str],
+        load: Callable[[str], Any],
+        *,
+        sizes: Any = None,
+        validation: Split | float | None = None,
+        test: Split | float | None = None,
+        seed: int = 0,
+        stratify: bool = False,
+        holdout: Any = None,
+        name: str = "",
+        features: Sequence[str] = (),
+        version: str = "",
+    ) -> "LazyDataset":
+        """A population whose examples are made when a cohort asks for them, and forgotten after its round.
+
+        Args:
+            clients: names, or how many clients "0" to "n-1" there are.
+            load: called with a client's name; returns (x, y) or a mapping of named fields, each [n, ...], n >= 1, the
+                same for the same client whenever it is called. The first client is loaded at once, to learn the form.
+            sizes: int64 [clients], examples `load` returns for each client, where that is known; it is then checked.
+            validation: a split of all clients, or the fraction to cut from each client.
+            test: a split of all clients, or the fraction to cut from each client. The cut of a client depends on the
+                seed and its name alone.
+            seed: of the cut, where a fraction is given.
+            stratify: whether the cut keeps each client's label shares.
+            holdout: (x, y) or named fields that belong to no client.
+            name: what the data are.
+            features: names of the columns of "x".
+            version: part of the fingerprint; change it when `load` begins to return other examples.
+
+        Returns:
+            The population; `draw(cohort)` gives a packed dataset.
+
+        Raises:
+            DataError: when what `load` returns for the first client cannot be used.
+        """
+        from atoll.data.lazy import LazyDataset, Loaded
+
+        if isinstance(clients, bool) or (isinstance(clients, int) and clients < 1):
+            raise invalid("clients", clients, "names, or a number of clients of at least 1")
+        names = Numbered(clients) if isinstance(clients, int) else clients
+        return LazyDataset(
+            names,
+            Loaded(names, load, version),
+            sizes=sizes,
+            validation=validation,
+            test=test,
+            seed=seed,
+            stratify=stratify,
+            holdout=None if holdout is None else fields_of(holdout, "holdout"),
+            name=name,
+            features=features,
+        )
+
+    @staticmethod
+    def from_parquet(
+        source: str | Path,
+        *,
+        client: str,
+        target: str | None = None,
+        features: Sequence[str] | None = None,
+        fields: Mapping[str, str | Sequence[str]] | None = None,
+        validation: Split | float | None = None,
+        test: Split | float | None = None,
+        seed: int = 0,
+        stratify: bool = False,
+        holdout: Any = None,
+        name: str = "",
+    ) -> "LazyDataset":
+        """A population whose examples stay in Parquet files; a cohort reads the row groups it needs.
+
+        The column of clients is read once, to learn whose rows are where. Columns are taken as they are, without the
+        encoding and scaling of `from_frame`: they must be numbers, or lists of numbers of one length. Clients stand in
+        the order of their first row. Reading is fast where a client's rows are neighbours and row groups are small
+        (some ten thousand rows); for many rounds over large row groups, `save` the population once and `open` it.
+
+        Args:
+            source: a .parquet file, or a directory of them, read in the order of their names.
+            client: the column that names the client: text or whole numbers.
+            target: the column that becomes "y".
+            features: the columns that become "x", float32 [n, columns]; by default all others. One column of lists
+                becomes [n, length].
+            fields: instead of target and features, which column becomes which field: a name for [n] (or a column of
+                lists, [n, length]), a list of names for [n, columns].
+            validation: a split of all clients, or the fraction to cut from each client.
+            test: a split of all clients, or the fraction to cut from each client.
+            seed: of the cut, where a fraction is given.
+            stratify: whether the cut keeps each client's label shares.
+            holdout: (x, y) or named fields that belong to no client.
+            name: what the data are.
+
+        Returns:
+            The population; `draw(cohort)` gives a packed dataset.
+
+        Raises:
+            DataError: when a file or a column is missing or cannot be used; the message names it and the remedy.
+        """
+        from atoll.data.lazy import LazyDataset
+        from atoll.data.parquet import open_parquet
+
+        found = open_parquet(source, client=client, target=target, features=features, fields=fields)
+        return LazyDataset(
+            found.clients,
+            found,
+            sizes=found.sizes,
+            validation=validation,
+            test=test,
+            seed=seed,
+            stratify=stratify,
+            holdout=None if holdout is None else fields_of(holdout, "holdout"),
+            name=name,
+            features=found.features,
+        )
+
+    # --- on disk -----------------------------------------------------------------------------------------------------
+
+    def save(self, directory: str | Path) -> None:
+        """Write the data to a directory from which `open` maps them.
+
+        Args:
+            directory: where; must not exist, or be empty. It appears when everything is written.
+
+        Raises:
+            InvalidArgument: when the directory holds something.
+            DataError: when a dtype cannot be stored.
+        """
+        from atoll.data.storage import write
+
+        splits = {label: split for label, split in self._splits().items() if split is not None}
+        write(
+            directory,
+            self.clients,
+            [splits],
+            tuple(splits),
+            holdout=self.holdout,
+            name=self.name,
+            features=self.features,
+            preprocessing=self.preprocessing,
+            fingerprint=self.fingerprint(),
+        )
+
+    @staticmethod
+    def open(directory: str | Path) -> "FederatedDataset":
+        """Map data that `save` wrote.
+
+        Nothing but offsets is read: examples come from the disk when they are used, and can be more than fit into
+        memory. The fingerprint is the one stored; `verify` compares it with the contents. What is written to the
+        tensors stays in this process.
+
+        Args:
+            directory: where.
+
+        Returns:
+            The dataset.
+
+        Raises:
+            DataError: when the directory holds no dataset, or a damaged one; the message names the file.
+        """
+        from atoll.data.storage import read
+
+        stored = read(directory)
+        made = FederatedDataset.restored(stored)
+        made._fingerprint = stored.fingerprint
+        return made
+
+    @staticmethod
+    def restored(stored: "Stored") -> "FederatedDataset":
+        """The dataset of a directory that was read, not knowing its fingerprint yet."""
+        made = FederatedDataset.trusted(
+            stored.clients,
+            stored.splits["train"],
+            validation=stored.splits.get("validation"),
+            test=stored.splits.get("test"),
+            holdout=stored.holdout,
+            name=stored.name,
+            features=stored.features,
+            preprocessing=stored.preprocessing,
+            files=stored.files,
+        )
+        made._damaged = stored.damaged
+        return made
+
+    @property
+    def directory(self) -> Path | None:
+        """Where these data were opened from, for another process to open them too; None for any others."""
+        return None if self._damaged is None else self._files[0].path.parent
+
+    def verify(self) -> None:
+        """Read all the data and compare them with the fingerprint they were saved with.
+
+        Data that were not opened from a directory have nothing to be compared with, and pass.
+
+        Raises:
+            DataError: naming the files that are damaged.
+        """
+        if self._damaged is None:
+            return
+        self.check_unchanged()
+        if self._digest() == self._fingerprint:
+            return
+        folder, damaged = str(self._files[0].path.parent), self._damaged()
+        if damaged:
+            raise DataError(
+                f"{', '.join(damaged)}: the contents are not those that were saved. Write the dataset again, or copy "
+                "it again from where it is whole."
+            )
+        raise DataError(
+            f"the data opened from {folder!r} are not those that were saved, although its files are: the header was "
+            "changed, or this program wrote to the tensors. Open the directory again."
+        )
+
+    def check_unchanged(self) -> None:
+        """Refuse to go on when a file these data are mapped from is not as it was; a few microseconds for each file.
+
+        Data in memory never change behind a run's back: nothing is done.
+
+        Raises:
+            DataError: naming the file, what changed and the way out.
+        """
+        check_files(self._files)
+
     # --- looking up --------------------------------------------------------------------------------------------------
-
-    def __len__(self) -> int:
-        return len(self.clients)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.clients)
-
-    def __contains__(self, client: object) -> bool:
-        return self._find(client) is not None
 
     def __getitem__(self, client: str) -> ClientData:
         place = self.index(client)
@@ -488,26 +631,34 @@ class FederatedDataset:
         title = f"{self.name!r}, " if self.name else ""
         return f"FederatedDataset({title}clients={len(self.clients)}, {counts})"
 
-    def _find(self, client: object) -> int | None:
-        if isinstance(self.clients, Numbered):
-            return self.clients.find(client)
-        if self._places is None:
-            self._places = {name: place for place, name in enumerate(self.clients)}
-        return self._places.get(client) if isinstance(client, str) else None
+    # --- in a round --------------------------------------------------------------------------------------------------
 
-    def index(self, client: str) -> int:
-        """The place of a client in [0, clients).
+    def draw(self, clients: Sequence[str]) -> "FederatedDataset":
+        """Examples of a cohort: packed data are at hand already, so this is the dataset itself."""
+        return self
 
-        Raises:
-            InvalidArgument: when there is no such client.
+    def sample(self) -> "FederatedDataset":
+        """Examples to try a model on: packed data are at hand already, so this is the dataset itself."""
+        return self
+
+    def has(self, split: str) -> bool:
+        """Whether there are examples for "train", "validation" or "test"."""
+        part = self._splits()[split]
+        return part is not None and len(part) > 0
+
+    def chunks(self, split: str) -> Iterator[tuple[Sequence[str], Split]]:
+        """All clients and their examples of a split, in the order of the clients: for packed data, in one piece.
+
+        Args:
+            split: "train", "validation" or "test", one the data have.
         """
-        place = self._find(client)
-        if place is None:
-            shown = ", ".join(repr(name) for name in self.clients[:5]) + (", ..." if len(self) > 5 else "")
-            close = difflib.get_close_matches(str(client), self.clients, n=1) if len(self) <= 10_000 else []
-            hint = f"Did you mean {close[0]!r}?" if close else ""
-            raise invalid("client", client, f"one of the {len(self)} clients ({shown})", hint)
-        return place
+        part = self._splits()[split]
+        if part is None:
+            raise invalid("split", split, "one the data have", f"Cut it with data.split({split}=0.2).")
+        yield self.clients, part
+
+    def _splits(self) -> dict[str, Split | None]:
+        return {"train": self.train, "validation": self.validation, "test": self.test}
 
     # --- deriving ----------------------------------------------------------------------------------------------------
 
@@ -525,10 +676,7 @@ class FederatedDataset:
         """
         if isinstance(clients, str) or len(clients) == 0:
             raise invalid("clients", clients, "a sequence of at least one client name", 'For example ["a", "b"].')
-        places = [self.index(client) for client in clients]
-        if len(set(places)) < len(places):
-            raise invalid("clients", clients, "names that are all different")
-        rows = torch.tensor(places, dtype=torch.int64)
+        rows = torch.from_numpy(self.places(clients))
         return self._derive(
             tuple(clients),
             self.train.take(rows),
@@ -664,20 +812,24 @@ class FederatedDataset:
     def fingerprint(self) -> str:
         """The identity of the data: BLAKE2b over names, offsets and contents, as hex; kept after the first call."""
         if self._fingerprint is None:
-            digest = hashlib.blake2b(digest_size=32)
-            digest.update(f"{len(self.clients)};".encode())
-            for client in self.clients:
-                digest.update(f"{len(client)}:{client}".encode())
-            for label, split in (("train", self.train), ("validation", self.validation), ("test", self.test)):
-                if split is not None:
-                    digest.update(f"|{label}|".encode())
-                    digest.update(split.offsets.contiguous().numpy().tobytes())
-                    _digest_fields(digest, split.fields)
-            if self.holdout is not None:
-                digest.update(b"|holdout|")
-                _digest_fields(digest, self.holdout)
-            self._fingerprint = digest.hexdigest()
+            self._fingerprint = self._digest()
         return self._fingerprint
+
+    def _digest(self) -> str:
+        digest = hashlib.blake2b(digest_size=32)
+        digest.update(f"{len(self.clients)};".encode())
+        names = iter(self.clients)
+        while part := "".join([f"{len(client)}:{client}" for client in islice(names, 1 << 16)]):
+            digest.update(part.encode())
+        for label, split in self._splits().items():
+            if split is not None:
+                digest.update(f"|{label}|".encode())
+                digest.update(split.offsets.contiguous().numpy().data)
+                digest_fields(digest, split.fields)
+        if self.holdout is not None:
+            digest.update(b"|holdout|")
+            digest_fields(digest, self.holdout)
+        return digest.hexdigest()
 
     # --- checking ----------------------------------------------------------------------------------------------------
 
@@ -686,15 +838,15 @@ class FederatedDataset:
             raise DataError("clients is empty: a federated dataset needs at least one client with one example.")
         if not isinstance(self.clients, Numbered):
             for client in self.clients:
-                _named(client)
-            self._places = {name: place for place, name in enumerate(self.clients)}
-            if len(self._places) < len(self.clients):
-                twice = next(name for place, name in enumerate(self.clients) if self._places[name] != place)
+                named(client)
+            places = self._index()
+            if len(places) < len(self.clients):
+                twice = next(name for place, name in enumerate(self.clients) if places[name] != place)
                 raise DataError(
                     f"client {twice!r} appears more than once. Give every client a name of its own, or join its "
                     "examples."
                 )
-        for label, split in (("train", self.train), ("validation", self.validation), ("test", self.test)):
+        for label, split in self._splits().items():
             if split is None:
                 continue
             if len(split.offsets) - 1 != len(self.clients):
@@ -702,120 +854,33 @@ class FederatedDataset:
                     f"{label} has {len(split.offsets) - 1} clients, clients has {len(self.clients)} names. "
                     "Give one name and one pair of offsets per client; equal offsets mean no examples."
                 )
-            _same_fields(self.train.fields, split.fields, label)
-            self._check_finite(label, split.fields, split.offsets)
+            same_fields(self.train.fields, split.fields, label)
+            check_finite(label, split.fields, split.offsets, self.clients, self.features)
         empty = torch.nonzero(self.train.sizes == 0).reshape(-1)
         if len(empty):
             raise DataError(
-                f"{_listed([self.clients[int(i)] for i in empty[:3]], len(empty))} no training examples. "
+                f"{some([self.clients[int(i)] for i in empty[:3]], len(empty))} no training examples. "
                 "One is enough; leave clients without any out."
             )
         if self.holdout is not None:
             lengths = {len(tensor) for tensor in self.holdout.values()}
             if len(lengths) != 1 or 0 in lengths:
                 raise DataError("holdout: fields must have one length, at least 1. Pass holdout=None for none.")
-            _same_fields(self.train.fields, self.holdout, "holdout")
-            self._check_finite("holdout", self.holdout, None)
-
-    def _check_finite(self, label: str, fields: Mapping[str, Tensor], offsets: Tensor | None) -> None:
-        for name, tensor in fields.items():
-            # A NaN or an infinity survives every sum, so a finite sum clears the field in one pass without a mask.
-            if not tensor.is_floating_point() or bool(torch.isfinite(tensor.sum())):
-                continue
-            bad = ~torch.isfinite(tensor)
-            if not bool(bad.any()):
-                continue
-            rows = torch.nonzero(bad.reshape(len(tensor), -1).any(dim=1)).reshape(-1).cpu()
-            where = "holdout"
-            if offsets is not None:
-                owners = np.unique(np.searchsorted(offsets.numpy(), rows.numpy(), side="right") - 1)
-                where = _listed([self.clients[int(i)] for i in owners[:3]], len(owners), verb=False)
-            column = ""
-            if tensor.ndim == 2:
-                columns = [int(c) for c in torch.nonzero(bad.any(dim=0)).reshape(-1)]
-                shown = [f"{c} ({self.features[c]!r})" if c < len(self.features) else str(c) for c in columns]
-                column = f", feature column {', '.join(shown[:5])}{', ...' if len(shown) > 5 else ''}"
-            raise DataError(
-                f"{where}, {label} field {name!r}{column}: {int(bad.sum())} NaN or infinite values in {len(rows)} "
-                "examples. Remove or impute them; FederatedDataset.from_frame imputes missing values by federated "
-                "statistics."
-            )
-
-
-def labels_of(fields: Mapping[str, Tensor], why: str) -> Tensor:
-    """The integer labels int64 [N] of packed fields.
-
-    Raises:
-        DataError: when "y" is missing, not integer or not one label per example.
-    """
-    target = fields.get(TARGET)
-    if target is None or target.ndim != 1 or target.is_floating_point() or target.is_complex():
-        found = "missing" if target is None else f"{target.dtype} of shape {tuple(target.shape)}"
-        raise DataError(
-            f"{why} needs integer class labels: field 'y' is {found}. Pass labels as integers, one per example."
-        )
-    return target
-
-
-def gather(fields: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
-    """Rows int64 [k] of every field, in the order given."""
-    return {name: tensor.index_select(0, rows.to(tensor.device)) for name, tensor in fields.items()}
-
-
-def divide(
-    fields: Mapping[str, Tensor], offsets: Tensor, codes: NDArray[np.int8], order: Tensor | None = None
-) -> dict[int, Split]:
-    """Gather examples into training, validation and test.
-
-    Args:
-        fields: one tensor [N, ...] per field.
-        offsets: int64 [clients + 1] of the packed order.
-        codes: int8 [N] in the packed order, TRAIN, VALIDATION or TEST.
-        order: int64 [N], which row of the fields stands at each packed place; None: they are packed already.
-
-    Returns:
-        A split for each of TRAIN, VALIDATION and TEST; the fields are returned as they are where nothing moves.
-    """
-    if order is None and not codes.any():
-        empty = Split({name: tensor[:0] for name, tensor in fields.items()}, torch.zeros_like(offsets))
-        return {TRAIN: Split(fields, offsets), VALIDATION: empty, TEST: empty}
-    owner = torch.arange(len(offsets) - 1).repeat_interleave(offsets.diff())
-    out: dict[int, Split] = {}
-    for code in (TRAIN, VALIDATION, TEST):
-        packed = torch.as_tensor(np.flatnonzero(codes == code))
-        sizes = torch.bincount(owner[packed], minlength=len(offsets) - 1)
-        out[code] = Split(gather(fields, packed if order is None else order[packed]), _offsets(sizes))
-    return out
-
-
-def _offsets(sizes: Tensor) -> Tensor:
-    return torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
-
-
-def _named(client: object) -> str:
-    if not isinstance(client, str) or not client:
-        raise invalid("client", client, "a name: a string that is not empty", "Pass str(name).")
-    return client
-
-
-def _listed(names: Sequence[str], count: int, *, verb: bool = True) -> str:
-    shown = ", ".join(repr(name) for name in names)
-    more = f" and {count - len(names)} more" if count > len(names) else ""
-    has = (" has" if count == 1 else " have") if verb else ""
-    return f"client{'' if count == 1 else 's'} {shown}{more}{has}"
+            same_fields(self.train.fields, self.holdout, "holdout")
+            check_finite("holdout", self.holdout, None, self.clients, self.features)
 
 
 def _packed(names: Sequence[str], owned: Sequence[Mapping[str, Tensor]], label: str) -> Split:
     first = owned[0]
     for name, fields in zip(names, owned, strict=True):
-        _same_fields(first, fields, f"client {name!r}", f"client {names[0]!r}")
+        same_fields(first, fields, f"client {name!r}", f"client {names[0]!r}")
     sizes = torch.tensor([len(next(iter(fields.values()))) for fields in owned], dtype=torch.int64)
     if label == "train" and int(sizes.min()) == 0:
         without = [name for name, size in zip(names, sizes, strict=True) if int(size) == 0]
         raise DataError(
-            f"{_listed(without[:3], len(without))} no training examples. One is enough; leave clients without any out."
+            f"{some(without[:3], len(without))} no training examples. One is enough; leave clients without any out."
         )
-    return Split({field: torch.cat([fields[field] for fields in owned]) for field in first}, _offsets(sizes))
+    return Split({field: torch.cat([fields[field] for fields in owned]) for field in first}, offsets_of(sizes))
 
 
 def _aligned(
@@ -834,26 +899,3 @@ def _aligned(
     return [
         fields_of(given[client], f"client {client!r} ({label})") if client in given else nothing for client in names
     ]
-
-
-def _same_fields(
-    first: Mapping[str, Tensor], other: Mapping[str, Tensor], label: str, reference: str = "train"
-) -> None:
-    if first.keys() != other.keys():
-        raise DataError(
-            f"{label} has fields {sorted(other)}, {reference} has {sorted(first)}. All examples need the same fields."
-        )
-    for name, tensor in first.items():
-        mine = other[name]
-        if mine.shape[1:] != tensor.shape[1:] or mine.dtype != tensor.dtype:
-            raise DataError(
-                f"{label}, field {name!r}: shape [n, {', '.join(map(str, mine.shape[1:]))}] and dtype {mine.dtype}, "
-                f"but {reference} has [n, {', '.join(map(str, tensor.shape[1:]))}] and {tensor.dtype}. "
-                "Give all clients and splits the same columns and dtype."
-            )
-
-
-def _digest_fields(digest: Any, fields: Mapping[str, Tensor]) -> None:
-    for name, tensor in fields.items():
-        digest.update(f"{len(name)}:{name};{tensor.dtype};{tuple(tensor.shape)};".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from atoll.data.arrays import fields_of
 from atoll.data.cutting import TEST, TRAIN, VALIDATION, check_fractions, cut
-from atoll.data.dataset import FederatedDataset, Numbered, divide, labels_of
+from atoll.data.dataset import FederatedDataset
+from atoll.data.names import Numbered
+from atoll.data.packed import divide, labels_of
 from atoll.errors import DataError, invalid
 from atoll.random import numpy_generator
 

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from atoll.data.cells import Raw, raw, text
 from atoll.data.cutting import TEST, TRAIN, VALIDATION, check_fractions, cut
-from atoll.data.dataset import FederatedDataset, divide
+from atoll.data.dataset import FederatedDataset
 from atoll.data.frames import Frame, need_columns, one_of, read_frame
+from atoll.data.packed import divide
 from atoll.data.preprocessing import Label, Preprocessing, settle
 from atoll.errors import DataError, invalid
 

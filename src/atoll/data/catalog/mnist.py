@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from atoll.data.catalog.dealing import dealt
-from atoll.data.dataset import FederatedDataset, Split
+from atoll.data.dataset import FederatedDataset
 from atoll.data.frames import need
+from atoll.data.packed import Split
 from atoll.errors import DataError
 
 URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
