@@ -13,8 +13,8 @@ PACKAGE = Path(__file__).parent.parent / "src" / "atoll"
 # From the bottom up; a module may import what stands in a lower row or in its own package.
 LAYERS = (
     ("errors",),
-    ("spec", "random", "tree"),
-    ("vectors", "losses", "rate", "analytics", "history"),
+    ("spec", "random", "tree", "mapped"),
+    ("vectors", "losses", "rate", "analytics", "history", "messages"),
     ("local", "server", "sampling", "memory", "journal", "metrics"),
     ("model", "data", "report"),
     ("partition", "datasets", "cohort"),

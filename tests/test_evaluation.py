@@ -40,7 +40,7 @@ def test_one_stream_of_batches_equals_client_by_client(
     found = process.evaluate(state, data, split="train")
     task = process.open(state, data.clients, 3, kind="evaluate")
     for cohort, remembered in process.engine.tiles(process, task, data, state.memory):
-        places = [data.index(c) for c in cohort.clients]
+        places = data.places(cohort.clients)
         sums, _ = process.examine(task, cohort, remembered, data.train, places, personal=False)
         for client, row in zip(cohort.clients, sums, strict=True):
             assert found.client(client)["loss"] == pytest.approx(float(row[0] / row[1]), rel=1e-6)

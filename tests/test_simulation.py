@@ -326,14 +326,15 @@ def test_killed_at_every_write_the_run_ends_with_the_same_bits(tmp_path: Path) -
         assert done.stdout.split()[-1] == expected
 
 
-def test_killed_with_sigkill_the_run_ends_with_the_same_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [1, 2])
+def test_killed_with_sigkill_the_run_ends_with_the_same_bits(workers: int, tmp_path: Path) -> None:
     script = tmp_path / "child.py"
     script.write_text(
         "import sys, time\nimport torch\ntorch.set_num_threads(1)\n"
         f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "from test_simulation import run\n"
         "def tell(record):\n    print(record.round, flush=True)\n    time.sleep(0.05)\n"
-        f"run(directory={str(tmp_path / 'run')!r}, checkpoint_every=2, callbacks=(tell,))\n"
+        f"run(directory={str(tmp_path / 'run')!r}, checkpoint_every=2, callbacks=(tell,), workers={workers})\n"
     )
     child = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
@@ -343,6 +344,6 @@ def test_killed_with_sigkill_the_run_ends_with_the_same_bits(tmp_path: Path) -> 
             break
     assert child.wait() == -signal.SIGKILL
     child.stdout.close()
-    result = run(directory=tmp_path / "run", resume=True)
+    result = run(directory=tmp_path / "run", resume=True, workers=3 - workers)
     assert torch.equal(result.vector, run().vector)
     assert [r.round for r in result.history] == list(range(1, ROUNDS + 1))

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from atoll import metrics as metric_functions
 from atoll.errors import DataError, invalid
 from atoll.model import Batch, Model
 
 if TYPE_CHECKING:
-    from atoll.data import FederatedDataset, Split
+    from atoll.data import FederatedDataset, LazyDataset, Split
 
 CHUNK = 8192
 """Examples that go through a model at once."""
@@ -73,7 +74,12 @@ class Evaluation:
 
 
 def evaluate(
-    model: Model, vector: Tensor, data: "FederatedDataset", *, split: str = "test", buffers: Tensor | None = None
+    model: Model,
+    vector: Tensor,
+    data: "FederatedDataset | LazyDataset",
+    *,
+    split: str = "test",
+    buffers: Tensor | None = None,
 ) -> Evaluation:
     """Evaluate a model on every client's examples.
 
@@ -86,16 +92,11 @@ def evaluate(
     """
     if vector.shape != (model.size,):
         raise invalid("vector", tuple(vector.shape), f"the {model.size} parameters of the model")
-    part = choose(data, split)
-    return evaluate_vector(model, vector, model.init_buffers() if buffers is None else buffers, part, data.clients)
+    return evaluate_vector(model, vector, model.init_buffers() if buffers is None else buffers, data, split)
 
 
 def evaluate_vector(
-    model: Model,
-    vector: Tensor,
-    buffers: Tensor,
-    split: "Split",
-    clients: Sequence[str],
+    model: Model, vector: Tensor, buffers: Tensor, data: "FederatedDataset | LazyDataset", split: str
 ) -> Evaluation:
     """Evaluate one model on every client's examples.
 
@@ -103,16 +104,32 @@ def evaluate_vector(
         model: the model.
         vector: its parameters, [P].
         buffers: its floating buffers, [B].
-        split: the clients' examples.
-        clients: names of the split's clients, in order.
+        data: clients and their examples.
+        split: "train", "validation" or "test".
+
+    Raises:
+        DataError: the data has no such examples.
     """
+    check_split(data, split)
+    return _summary([split_sums(model, vector, buffers, part) for _, part in data.chunks(split)], data.clients)
+
+
+def evaluate_holdout(model: Model, vector: Tensor, buffers: Tensor, holdout: Batch) -> Evaluation:
+    """Evaluate one model on examples that are no client's."""
+    from atoll.data import Split
+
+    split = Split(dict(holdout), torch.tensor([0, len(holdout["y"])]))
+    return _summary([split_sums(model, vector, buffers, split)], ("",))
+
+
+def split_sums(model: Model, vector: Tensor, buffers: Tensor, split: "Split") -> tuple[Tensor, tuple[Any, ...]]:
+    """Sums [clients, 2 + ...] of one model over clients' examples, in one stream of batches, and the metrics."""
     views, held = model.layout.view(vector), model.buffer_layout.view(buffers)
-    owner = torch.repeat_interleave(torch.arange(len(clients)), split.sizes)
-    total: Tensor | None = None
-    metrics: tuple[Any, ...] = ()
-    count = len(split)
+    clients, count = len(split.sizes), len(split)
+    total, metrics = torch.zeros(clients, 2, dtype=torch.float64), ()
     if not count:
-        raise DataError("there is nothing to evaluate: no client has an example in this split.")
+        return total, metrics
+    owner = torch.repeat_interleave(torch.arange(clients), split.sizes)
     if model.loss.returns is None:
         first_few = {n: t[:4] for n, t in split.fields.items()}
         with torch.no_grad():
@@ -126,35 +143,42 @@ def evaluate_vector(
         batch = {n: t[begin:end] for n, t in split.fields.items()}
         first = int(owner[begin])
         sums, metrics = batch_sums(model, views, held, batch, owner[begin:end] - first, int(owner[end - 1]) - first + 1)
-        if total is None:
-            total = torch.zeros(len(clients), sums.shape[1], dtype=torch.float64)
+        if total.shape[1] < sums.shape[1]:
+            total = torch.zeros(clients, sums.shape[1], dtype=torch.float64)
         total[first : first + len(sums)] += sums
-    assert total is not None
-    return summarise(metrics, total, clients)
+    return total, metrics
 
 
-def evaluate_holdout(model: Model, vector: Tensor, buffers: Tensor, holdout: Batch) -> Evaluation:
-    """Evaluate one model on examples that are no client's."""
-    from atoll.data import Split
-
-    split = Split(dict(holdout), torch.tensor([0, len(holdout["y"])]))
-    return evaluate_vector(model, vector, buffers, split, ("",))
+def _summary(pieces: Sequence[tuple[Tensor, tuple[Any, ...]]], clients: Sequence[str]) -> Evaluation:
+    """What follows from sums of several groups of clients, in order."""
+    return summarise(next((m for _, m in pieces if m), ()), joined([sums for sums, _ in pieces]), clients)
 
 
-def choose(data: "FederatedDataset", split: str) -> "Split":
-    """The split of a dataset by name.
+def joined(pieces: Sequence[Tensor]) -> Tensor:
+    """Sums of groups of clients, one after the other; of groups without examples only their two zeros are known.
+
+    Raises:
+        DataError: no client of any group has an example.
+    """
+    width = max((p.shape[1] for p in pieces), default=2)
+    total = torch.cat([functional.pad(p, (0, width - p.shape[1])) for p in pieces])
+    if not bool(total[:, 1].any()):
+        raise DataError("there is nothing to evaluate: no client has an example in this split.")
+    return total
+
+
+def check_split(data: "FederatedDataset | LazyDataset", split: str) -> None:
+    """Refuse a split that the data does not have.
 
     Raises:
         DataError: the dataset has no such split.
     """
     if split not in ("train", "validation", "test"):
         raise invalid("split", split, '"train", "validation" or "test"')
-    part: Split | None = getattr(data, split)
-    if part is None:
+    if split != "train" and getattr(data, split) is None and not data.has(split):
         raise DataError(
             f"the data has no {split} examples: cut some with data.split({split}=0.2), or name another split."
         )
-    return part
 
 
 def batch_sums(

@@ -8,13 +8,12 @@ in place: a new value takes a free slot, so that the slots a checkpoint refers t
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from atoll.errors import RunError
+from atoll.mapped import Region
 from atoll.vectors import Layout
 
 PINS = 2
@@ -44,13 +43,14 @@ class ClientMemory:
         self._pinned: frozenset[int] = self._pins[0]
         self._capacity = 0
         self._table = torch.empty(0, layout.size, dtype=dtype)
-        self._mapped: np.memmap[Any, Any] | None = None
+        self._region: Region | None = None
         used = max(self._pinned, default=-1) + 1
         if path is not None and used and layout.size:
             row = layout.size * dtype.itemsize
             self._capacity = path.stat().st_size // row if path.exists() else 0
             if self._capacity < used:
                 raise RunError(f"{path} is missing or shorter than its checkpoint says: the client memory is damaged.")
+            self._region = Region(path)
             self._map()
         self._free = sorted(set(range(self._capacity)) - self._pinned, reverse=True)
 
@@ -67,25 +67,59 @@ class ClientMemory:
 
     def rows(self, clients: Sequence[str], default: Tensor) -> Tensor:
         """Committed rows of clients [C, M]; `default [M]` for those never visited."""
-        if not self.layout.size:
-            return default.new_empty(len(clients), 0)
-        out = default.expand(len(clients), -1).clone()
-        seen = [(i, self._index[c]) for i, c in enumerate(clients) if c in self._index]
-        if seen:
-            at, slots = (torch.tensor(column) for column in zip(*seen, strict=True))
-            out[at.to(out.device)] = self._table[slots].to(out.device)
-        return out
+        return read_rows(self._table, [self._index.get(c, -1) for c in clients], default)
 
     def stage(self, clients: Sequence[str], rows: Tensor) -> None:
         """Hold new rows [C, M] for clients until `commit` or `discard`."""
+        if self.layout.size:
+            slots = torch.tensor(self.reserve(clients))  # may make a new table
+            self._table[slots] = rows.detach().to("cpu", self._dtype)
+
+    def reserve(self, clients: Sequence[str]) -> list[int]:
+        """Stage a slot for each client, to be written by whoever shares the table, before `commit` or `discard`."""
         if not self.layout.size:
-            return
+            return []
         slots = [self._take() for _ in clients]
-        self._table[torch.tensor(slots)] = rows.detach().to("cpu", self._dtype)
         for client, slot in zip(clients, slots, strict=True):
             if client in self._staged:
                 self._release(self._staged[client])
             self._staged[client] = slot
+        return slots
+
+    def slots(self, clients: Sequence[str]) -> list[int]:
+        """Where the committed rows of clients are; -1 for those never visited."""
+        return [self._index.get(c, -1) for c in clients] if self.layout.size else []
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        """Files a process must keep open to share the table."""
+        return () if self._region is None else (self._region.descriptor,)
+
+    @property
+    def capacity(self) -> int:
+        """Rows the table has room for."""
+        return self._capacity
+
+    def share(self) -> None:
+        """Open the table, so that processes forked from now on see the same rows."""
+        if self.layout.size and not self._capacity:
+            self._grow()
+
+    def window(self, clients: Sequence[str], read: Sequence[int], write: Sequence[int], capacity: int) -> "Window":
+        """Some clients' rows for a process that was forked from the one that owns this memory.
+
+        Args:
+            clients: whose rows.
+            read: their `slots` with the owner.
+            write: what the owner has `reserve`d for them; empty where nothing will be written.
+            capacity: of the owner's table now.
+        """
+        if capacity != self._capacity and self._region is not None:
+            self._capacity = capacity
+            self._map()
+        return Window(
+            self.layout, self._table, dict(zip(clients, read, strict=False)), dict(zip(clients, write, strict=False))
+        )
 
     def commit(self) -> None:
         """Make the staged rows the clients' memory."""
@@ -107,8 +141,8 @@ class ClientMemory:
 
     def flush(self) -> None:
         """Write mapped rows to disk, before a checkpoint that refers to them."""
-        if self._mapped is not None:
-            self._mapped.flush()
+        if self._region is not None and self._path is not None:
+            self._region.flush()
 
     def pin(self) -> None:
         """Keep the present slots untouched: a durable checkpoint refers to them. Frees those of the oldest one."""
@@ -130,20 +164,47 @@ class ClientMemory:
     def _grow(self) -> None:
         old = self._capacity
         self._capacity = max(16, 2 * old)
-        if self._path is None:
-            table = torch.empty(self._capacity, self.layout.size, dtype=self._dtype)
-            table[:old] = self._table
-            self._table = table
-        else:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            row = self.layout.size * self._dtype.itemsize
-            with open(self._path, "ab") as file:
-                file.truncate(self._capacity * row)
-            self._map()
+        if self._region is None:
+            self._region = Region(self._path)
+        self._region.grow(self._capacity * self.layout.size * self._dtype.itemsize)
+        self._map()
         self._free.extend(range(self._capacity - 1, old - 1, -1))
 
     def _map(self) -> None:
-        # Mapped as bytes: numpy has no name for some of torch's dtypes.
-        shape = (self._capacity, self.layout.size * self._dtype.itemsize)
-        self._mapped = np.memmap(str(self._path), dtype=np.uint8, mode="r+", shape=shape)
-        self._table = torch.from_numpy(self._mapped).view(self._dtype)
+        assert self._region is not None
+        count = self._capacity * self.layout.size
+        self._region.follow(count * self._dtype.itemsize)
+        self._table = self._region.tensor(self._dtype, count).view(self._capacity, self.layout.size)
+
+
+class Window:
+    """Some clients' rows as a forked process sees them: it writes no slot but those reserved for it."""
+
+    def __init__(self, layout: Layout, table: Tensor, read: Mapping[str, int], write: Mapping[str, int]) -> None:
+        self.layout = layout
+        self._table, self._read, self._write = table, read, write
+
+    def rows(self, clients: Sequence[str], default: Tensor) -> Tensor:
+        """As of the whole memory."""
+        return read_rows(
+            self._table, [self._read[c] for c in clients] if self.layout.size else [-1] * len(clients), default
+        )
+
+    def stage(self, clients: Sequence[str], rows: Tensor) -> None:
+        """Write new rows [C, M] to the reserved slots."""
+        if self.layout.size:
+            self._table[torch.tensor([self._write[c] for c in clients])] = rows.detach().to("cpu", self._table.dtype)
+
+
+def read_rows(table: Tensor, slots: Sequence[int], default: Tensor) -> Tensor:
+    """Rows [C, M] at slots of a table; `default [M]` where a slot is -1."""
+    if not default.numel():
+        return default.new_empty(len(slots), 0)
+    places = torch.tensor(slots, dtype=torch.int64)
+    if not len(slots) or int(places.min()) >= 0:
+        return table[places].to(default.device)
+    out = default.expand(len(slots), -1).clone()
+    seen = torch.nonzero(places >= 0)[:, 0]
+    if len(seen):
+        out[seen.to(out.device)] = table[places[seen]].to(out.device)
+    return out

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from atoll.errors import InvalidArgument, RunError, invalid
 from atoll.evaluation import Evaluation, evaluate_vector
-from atoll.evaluation import choose as choose_split
 from atoll.history import Record, plain
 from atoll.journal import write_atomically
 from atoll.model import Model
@@ -19,7 +18,7 @@ from atoll.spec import Spec
 if TYPE_CHECKING:
     import pandas
 
-    from atoll.data import FederatedDataset
+    from atoll.data import FederatedDataset, LazyDataset
     from atoll.rounds import Process, State
 
 
@@ -56,7 +55,7 @@ class Result:
     model: Model | None = None
     _process: "Process | None" = None
     _state: "State | None" = None
-    _data: "FederatedDataset | None" = None
+    _data: "FederatedDataset | LazyDataset | None" = None
     _personal: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     # --- the model ----------------------------------------------------------------------------------------------------
@@ -82,12 +81,13 @@ class Result:
         with torch.no_grad():
             return model.call(model.layout.view(vector), model.buffer_layout.view(buffers), batch, train=False)
 
-    def evaluate(self, data: "FederatedDataset", *, split: str = "test", personal: bool = False) -> Evaluation:
+    def evaluate(
+        self, data: "FederatedDataset | LazyDataset", *, split: str = "test", personal: bool = False
+    ) -> Evaluation:
         """Metrics per client and overall on a split: of the global model, or of each client's personal one."""
         if not personal:
             model = self._model("evaluate")
-            part = choose_split(data, split)
-            return evaluate_vector(model, self.vector, self.buffers, part, data.clients)
+            return evaluate_vector(model, self.vector, self.buffers, data, split)
         if self._process is None or self._state is None:
             raise InvalidArgument("personal models of a loaded result cannot be evaluated: resume the run instead.")
         return self._process.evaluate(self._state, data, split=split, personal=True)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from atoll import random
@@ -21,12 +22,13 @@ from atoll.algorithms.base import Algorithm
 from atoll.cohort import Cohort
 from atoll.engines import Engine
 from atoll.engines import resolve as resolve_engine
-from atoll.errors import CompositionError, DataError, InvalidArgument, NonFiniteError, invalid
-from atoll.evaluation import Evaluation, choose, evaluate_vector, output_sums, summarise
-from atoll.memory import ClientMemory
+from atoll.errors import CompositionError, InvalidArgument, NonFiniteError, invalid
+from atoll.evaluation import Evaluation, check_split, evaluate_vector, joined, output_sums, summarise
+from atoll.memory import ClientMemory, Window
+from atoll.messages import Partial, Report, Task
 from atoll.model import Model
 from atoll.spec import Spec, record
-from atoll.transforms.base import Codes, Keys, Transform, Wire
+from atoll.transforms.base import Codes, Keys, Transform
 from atoll.transforms.chain import Chain, compose
 from atoll.transforms.channel import Channel, add, merge
 from atoll.transforms.channel import resolve as resolve_channel
@@ -34,7 +36,7 @@ from atoll.tree import nbytes
 from atoll.vectors import Aggregate, Layout, Personal, Selection
 
 if TYPE_CHECKING:
-    from atoll.data import FederatedDataset, Split
+    from atoll.data import FederatedDataset, LazyDataset, Split
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,87 +65,6 @@ class State:
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
-    """What a cohort is asked to do.
-
-    Attributes:
-        kind: "train" or "evaluate". (A statistics task is an `analytics.Statistic`: it needs no model.)
-        seed: of keyed randomness.
-        round: the round, from 0.
-        clients: the cohort, in order.
-        population: clients there are.
-        message: the algorithm's broadcast.
-        buffers: global floating buffers [B].
-        private: start values [P] of parameters a client has not trained yet.
-        shared: what each transform tells the clients.
-    """
-
-    kind: Literal["train", "evaluate"]
-    seed: int
-    round: int
-    clients: tuple[str, ...]
-    population: int
-    message: Any
-    buffers: Tensor
-    private: Tensor
-    shared: tuple[Any, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """A tile's answer to a training task.
-
-    Attributes:
-        clients: names, one for each row.
-        wire: encoded rows; with a summing channel the sealed codes.
-        parts: lengths of the averaged part, the averaged buffers and the summed part.
-        weight: [C, 1]; empty under a summing channel, which carries weights inside.
-        metrics: sums of loss and examples, [C, 2].
-        finite: whether everything a client sends is finite, [C].
-        memory: rows [C, M] the clients keep if the round is accepted.
-        bytes: bytes each client sends.
-    """
-
-    clients: tuple[str, ...]
-    wire: Wire
-    parts: tuple[int, int, int]
-    weight: Tensor
-    metrics: Tensor
-    finite: Tensor
-    memory: Tensor
-    bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Partial:
-    """A tile's report as far as it can be combined without the other tiles: what a worker sends to the driver.
-
-    Attributes:
-        clients: names.
-        broken: those whose update, loss or weight is not finite; nothing else may be used then.
-        parts: lengths of the averaged part, the averaged buffers and the summed part.
-        total: weighted sum of the averaged parts and sum of the summed parts, [L]; None where rows or codes stand.
-        rows: decoded rows [C, L] for a rule that needs them.
-        codes: sum of the sealed codes of a summing channel.
-        weight: of each client, [C, 1]; empty under a summing channel.
-        metrics: sums of loss and examples, [2].
-        memory: rows [C, M] the clients keep if the round is accepted.
-        bytes: bytes all clients send.
-    """
-
-    clients: tuple[str, ...]
-    broken: tuple[str, ...]
-    parts: tuple[int, int, int]
-    total: Tensor | None
-    rows: Tensor | None
-    codes: Codes | None
-    weight: Tensor
-    metrics: Tensor
-    memory: Tensor
-    bytes: int
-
-
-@dataclass(frozen=True, slots=True)
 class Collected:
     """A round's updates, combined."""
 
@@ -167,6 +88,8 @@ class Process:
         channel: "plain" or a channel from `atoll.transforms`.
         aggregator: default `atoll.aggregators.mean()`, weights by examples.
         engine: what executes cohorts: "auto", "vectorized", "loop" or an engine.
+        workers: processes that share the work; "auto": the machine's cores, where rounds are long enough to gain. The
+            result has the same bits for any number.
 
     Raises:
         CompositionError: parts that do not fit, with both names and the way out.
@@ -182,6 +105,7 @@ class Process:
         channel: str | Channel = "plain",
         aggregator: Aggregator | None = None,
         engine: str | Engine = "auto",
+        workers: int | Literal["auto"] = "auto",
     ) -> None:
         if not isinstance(model, Model):
             raise invalid("model", model, "an atoll.Model", 'Wrap a module: atoll.Model(module, loss="cross_entropy").')
@@ -202,7 +126,7 @@ class Process:
         self.selection: Selection = model.layout.without(self.private_names)
         self.kept = Selection(model.layout, tuple(n for n in model.layout.names if n in self.private_names))
         self.buffer_rule = algorithm.buffers or model.buffer_rule
-        self.engine: Engine = resolve_engine(engine)
+        self.engine: Engine = resolve_engine(engine, workers)
 
     # --- pure parts ---------------------------------------------------------------------------------------------------
 
@@ -295,7 +219,7 @@ class Process:
             self.chain.share(state.transforms),
         )
 
-    def remembered(self, task: Task, clients: Sequence[str], memory: ClientMemory) -> dict[str, Tensor]:
+    def remembered(self, task: Task, clients: Sequence[str], memory: ClientMemory | Window) -> dict[str, Tensor]:
         """Memory fields [C, ...] of clients, with first-visit values for those never seen."""
         if not memory.layout.size:
             return {}
@@ -402,7 +326,6 @@ class Process:
             codes,
             report.weight,
             report.metrics.sum(dim=0),
-            report.memory,
             report.bytes * len(report.clients),
         )
 
@@ -455,7 +378,7 @@ class Process:
     def next(
         self,
         state: State,
-        data: "FederatedDataset",
+        data: "FederatedDataset | LazyDataset",
         cohort: Sequence[str] | None = None,
         *,
         expected: float | None = None,
@@ -472,17 +395,20 @@ class Process:
             InvalidArgument: a stranger in the cohort; a state whose client memory has moved on.
             NonFiniteError: an update is not finite; nothing was changed.
         """
+        data.check_unchanged()
         clients = tuple(data.clients) if cohort is None else tuple(cohort)
         self._check_cohort(clients, data)
         self._check_fresh(state)
         self.engine.prepare(self, data)
-        task = self.open(state, clients, len(data.clients))
+        drawn = data.draw(clients)
+        if drawn is not data:
+            self.engine.inspect(self, drawn)
+        task = self.open(state, clients, len(data))
         collector = self.collector(task)
         try:
             with self.engine.threads():
-                for partial in self.engine.run(self, task, data, state.memory):
+                for partial in self.engine.run(self, task, drawn, state.memory):
                     collector.add(partial)
-                    state.memory.stage(partial.clients, partial.memory)
             collected = collector.finish(expected)
             closed = self.close(state, task, collected)
             if collected.count and not bool(torch.isfinite(self.algorithm.model(closed.algorithm)).all()):
@@ -511,7 +437,7 @@ class Process:
         return nbytes(task.message) + buffers + nbytes(task.shared)
 
     def evaluate(
-        self, state: State, data: "FederatedDataset", *, split: str = "test", personal: bool = False
+        self, state: State, data: "FederatedDataset | LazyDataset", *, split: str = "test", personal: bool = False
     ) -> Evaluation:
         """Metrics on a split of every client's examples: of the global model, or of the clients' personal ones.
 
@@ -521,28 +447,28 @@ class Process:
             split: "train", "validation" or "test".
             personal: evaluate the model each client would use.
         """
-        part = choose(data, split)
+        data.check_unchanged()
         self.engine.prepare(self, data)
         if not personal:
             with self.engine.threads():
-                return evaluate_vector(self.model, self.vector(state), state.buffers, part, data.clients)
+                return evaluate_vector(self.model, self.vector(state), state.buffers, data, split)
         self._check_fresh(state)
-        task = self.open(state, tuple(data.clients), len(data.clients), kind="evaluate")
-        found: list[tuple[list[int], Tensor]] = []
+        check_split(data, split)
+        pieces: list[Tensor] = []
         metrics: tuple[Any, ...] = ()
         with self.engine.threads():
-            for cohort, remembered in self.engine.tiles(self, task, data, state.memory):
-                places = [data.index(c) for c in cohort.clients]
-                sums, used = self.examine(task, cohort, remembered, part, places, personal=True)
-                metrics = used or metrics
-                found.append((places, sums))
-        width = max(sums.shape[1] for _, sums in found)
-        total = torch.zeros(len(data.clients), width, dtype=torch.float64)
-        for places, sums in found:
-            total[places, : sums.shape[1]] = sums
-        if not bool(total[:, 1].any()):
-            raise DataError("there is nothing to evaluate: no client has an example in this split.")
-        return summarise(metrics, total, data.clients)
+            for clients, _ in data.chunks(split):
+                drawn = data.draw(clients)
+                task = self.open(state, tuple(clients), len(data), kind="evaluate")
+                own: list[tuple[Tensor, Tensor]] = []
+                for places, sums, used in self.engine.examine(self, task, drawn, state.memory, split):
+                    metrics = metrics or used
+                    own.append((torch.from_numpy(places), sums))
+                total = torch.zeros(len(clients), max(sums.shape[1] for _, sums in own), dtype=torch.float64)
+                for places, sums in own:
+                    total[places, : sums.shape[1]] = sums
+                pieces.append(total)
+        return summarise(metrics, joined(pieces), data.clients)
 
     def examine(
         self,
@@ -550,7 +476,7 @@ class Process:
         cohort: Cohort,
         remembered: Mapping[str, Tensor],
         split: "Split",
-        places: Sequence[int],
+        places: NDArray[np.int64],
         *,
         personal: bool,
     ) -> tuple[Tensor, tuple[Any, ...]]:
@@ -571,22 +497,23 @@ class Process:
             vector = self.selection.put(task.message.vector, task.private.clone())
             rows, buffers = vector.expand(count, -1), task.buffers.expand(count, -1)
         assert buffers is not None
-        sizes = split.sizes[torch.as_tensor(places)]
+        sizes = split.sizes[torch.from_numpy(places)]
         if not int(sizes.sum()):
             return torch.zeros(count, 2, dtype=torch.float64), ()
-        outputs = [o for o in cohort.forward(rows, buffers, split, np.asarray(places)) if len(o)]
-        target = torch.cat([split.client(p)["y"] for p in places])
+        outputs = [o for o in cohort.forward(rows, buffers, split, places) if len(o)]
+        target = torch.cat([split.client(int(p))["y"] for p in places])
         owner = torch.repeat_interleave(torch.arange(count), sizes)
         return output_sums(model, torch.cat(outputs), target, owner, count)
 
-    def personal(self, state: State, data: "FederatedDataset", clients: Sequence[str]) -> Personal:
+    def personal(self, state: State, data: "FederatedDataset | LazyDataset", clients: Sequence[str]) -> Personal:
         """The models clients would use: rows [C, P] and buffers [C, B]."""
         self._check_cohort(tuple(clients), data)
         self._check_fresh(state)
         self.engine.prepare(self, data)
-        task = self.open(state, clients, len(data.clients), kind="evaluate")
+        drawn = data.draw(clients)
+        task = self.open(state, clients, len(data), kind="evaluate")
         rows: dict[str, tuple[Tensor, Tensor]] = {}
-        for cohort, remembered in self.engine.tiles(self, task, data, state.memory):
+        for cohort, remembered in self.engine.tiles(self, task, drawn, state.memory):
             found = self.personal_rows(task, cohort, remembered)
             for i, client in enumerate(cohort.clients):
                 assert found.buffers is not None
@@ -620,13 +547,15 @@ class Process:
                 "latest state, or begin a new one with init()."
             )
 
-    def _check_cohort(self, clients: tuple[str, ...], data: "FederatedDataset") -> None:
-        strangers = [c for c in clients if c not in data]
-        if strangers:
-            raise invalid("cohort", strangers[:5], "names of clients in the data")
-        if len(set(clients)) != len(clients):
+    def _check_cohort(self, clients: tuple[str, ...], data: "FederatedDataset | LazyDataset") -> None:
+        try:
+            data.places(clients)
+        except InvalidArgument:
+            strangers = [c for c in clients if c not in data]
+            if strangers:
+                raise invalid("cohort", strangers[:5], "names of clients in the data") from None
             twice = sorted({c for c in clients if clients.count(c) > 1})
-            raise invalid("cohort", twice[:5], "distinct clients")
+            raise invalid("cohort", twice[:5], "distinct clients") from None
 
 
 class Collector:
@@ -666,7 +595,7 @@ class Collector:
             return
         assert partial.total is not None
         if self._total is None:
-            self._total = partial.total.double()
+            self._total = partial.total.to(torch.float64, copy=True)  # a partial is valid until the next
         else:
             self._total += partial.total
         self._weight += float(partial.weight.double().sum())

@@ -19,8 +19,8 @@ from atoll import sampling
 from atoll.aggregators import Aggregator
 from atoll.algorithms import Algorithm
 from atoll.engines import Engine
-from atoll.errors import Interrupted, InvalidArgument, NonFiniteError, RunError, invalid
-from atoll.evaluation import Evaluation, choose, evaluate_holdout, evaluate_vector
+from atoll.errors import DataError, Interrupted, InvalidArgument, NonFiniteError, RunError, invalid
+from atoll.evaluation import Evaluation, evaluate_holdout, evaluate_vector
 from atoll.history import Record
 from atoll.journal import (
     Checkpoint,
@@ -43,7 +43,7 @@ from atoll.transforms import Channel, Transform
 from atoll.tree import leaves, rebuild
 
 if TYPE_CHECKING:
-    from atoll.data import FederatedDataset
+    from atoll.data import FederatedDataset, LazyDataset
 
 CHECKPOINT_SECONDS = 5.0
 """A run directory gets a checkpoint about this often, and never spends more than a tenth of the time on them."""
@@ -54,7 +54,7 @@ CLIENTS_LISTED = 10_000
 
 def simulate(
     model: Model,
-    data: "FederatedDataset",
+    data: "FederatedDataset | LazyDataset",
     *,
     algorithm: Algorithm,
     rounds: int,
@@ -67,6 +67,7 @@ def simulate(
     splits: Sequence[str] | None = None,
     seed: int = 0,
     engine: str | Engine = "auto",
+    workers: int | Literal["auto"] = "auto",
     directory: str | Path | None = None,
     resume: bool = False,
     checkpoint_every: int | None = None,
@@ -91,6 +92,8 @@ def simulate(
         splits: which examples to evaluate on; default those of "validation" and "test" that the data has.
         seed: of all keyed randomness.
         engine: "auto" or "vectorized", "loop" (the specification), or an engine.
+        workers: processes that share the work; "auto": the machine's cores, where rounds are long enough to gain. The
+            result has the same bits for any number.
         directory: where to keep the journal and checkpoints; None keeps nothing.
         resume: continue the run in `directory`, or begin it if it was killed before it wrote anything; the result
             has the same bits as that of an uninterrupted run.
@@ -118,7 +121,9 @@ def simulate(
             raise invalid("callbacks", callback, "a sequence of callables that take a record")
     if resume and directory is None:
         raise invalid("resume", resume, "False without a directory", "Give directory= the run to continue.")
-    process = Process(model, algorithm, transforms=transforms, channel=channel, aggregator=aggregator, engine=engine)
+    process = Process(
+        model, algorithm, transforms=transforms, channel=channel, aggregator=aggregator, engine=engine, workers=workers
+    )
     if algorithm.sampler is not None and cohort is not None:
         raise invalid("cohort", cohort, f"left out with {algorithm.name}", "The method prescribes its own order.")
     sampler = algorithm.sampler or sampling.resolve(cohort)
@@ -148,6 +153,7 @@ def simulate(
                 return run.rounds(rounds, callbacks, progress)
         finally:
             run.journal.close()
+            process.engine.stop()
 
 
 class _Run:
@@ -156,8 +162,8 @@ class _Run:
     def __init__(
         self,
         process: Process,
-        data: "FederatedDataset",
-        training: "FederatedDataset",
+        data: "FederatedDataset | LazyDataset",
+        training: "FederatedDataset | LazyDataset",
         sampler: Sampler,
         spec: Spec,
         directory: Path | None,
@@ -229,6 +235,10 @@ class _Run:
             while self.state.round < total:
                 try:
                     record = self._round(last=self.state.round + 1 == total)
+                except DataError as error:
+                    self.journal.append("failed", {"round": self.state.round + 1, "error": str(error)})
+                    self._save()
+                    raise
                 except NonFiniteError as error:
                     self.journal.append("failed", {"round": self.state.round + 1, "error": str(error)})
                     self._save()
@@ -280,8 +290,7 @@ class _Run:
         process, state, found = self.process, self.state, dict[str, Any]()
         vector, notes = process.vector(state), list[str]()
         for split in self.splits:
-            part = choose(self.data, split)
-            evaluation = evaluate_vector(process.model, vector, state.buffers, part, self.data.clients)
+            evaluation = evaluate_vector(process.model, vector, state.buffers, self.data, split)
             found[split] = evaluation.metrics
             if split == "test":
                 found["spread"] = evaluation.spread
@@ -305,8 +314,7 @@ class _Run:
         clients: dict[str, dict[str, dict[str, float]]] = {}
         if final and self._has_test and self.evaluate_every and len(self.data.clients) <= CLIENTS_LISTED:
             vector = process.vector(state)
-            test = choose(self.data, "test")
-            evaluations = {"global": evaluate_vector(process.model, vector, state.buffers, test, self.data.clients)}
+            evaluations = {"global": evaluate_vector(process.model, vector, state.buffers, self.data, "test")}
             if process.personalised:
                 evaluations["personal"] = self._personal()
             clients = {k: {c: e.client(c) for c in e.clients} for k, e in evaluations.items()}
@@ -406,18 +414,19 @@ def _deferred_interrupt() -> Generator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _splits(data: "FederatedDataset", asked: Sequence[str] | None) -> tuple[str, ...]:
+def _splits(data: "FederatedDataset | LazyDataset", asked: Sequence[str] | None) -> tuple[str, ...]:
     if isinstance(asked, str):
         raise invalid("splits", asked, "a sequence of names", f"Write splits=({asked!r},).")
     for name in asked or ():
         if name not in ("train", "validation", "test"):
             raise invalid("splits", name, 'made of "train", "validation" and "test"')
-        if getattr(data, name) is None:
+        if not data.has(name):
             raise InvalidArgument(
                 f"splits names {name!r}, but the data has no {name} examples: cut some with data.split()."
             )
     given = ("validation", "test") if asked is None else tuple(asked)
-    return tuple(n for n in given if getattr(data, n) is not None and len(getattr(data, n)))
+    # What a lazy population would have to draw for it is evaluated only when it is asked for.
+    return tuple(n for n in given if data.has(n) and (asked is not None or getattr(data, n) is not None))
 
 
 def _positive(name: str, value: object) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from atoll import transforms
 from atoll.algorithms import Algorithm, fedavg, fedper, scaffold
 from atoll.data import FederatedDataset
-from atoll.engines import Engine, Loop, Vectorized
+from atoll.engines import Engine, Loop, Vectorized, Workers
 from atoll.errors import InvalidArgument
 from atoll.local import Plan, local_sgd
 from atoll.model import Model
@@ -269,9 +269,15 @@ def test_engines_are_found_by_name() -> None:
     from atoll.engines import resolve
 
     assert isinstance(resolve("loop"), Loop)
-    assert isinstance(resolve("auto"), Vectorized) and isinstance(resolve("vectorized"), Vectorized)
+    for name in ("auto", "vectorized"):
+        found = resolve(name)
+        assert isinstance(found, Workers) and isinstance(found.inner, Vectorized)
     own = Loop()
     assert resolve(own) is own
+    shared = resolve(own, 2)
+    assert isinstance(shared, Workers) and shared.inner is own and resolve(shared) is shared
+    with pytest.raises(InvalidArgument, match="workers=2"):
+        resolve(shared, 2)
     with pytest.raises(InvalidArgument, match=r"engine='lop' is unknown.*Did you mean 'loop'"):
         resolve("lop")
 

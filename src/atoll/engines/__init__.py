@@ -1,20 +1,35 @@
-"""Engines execute cohorts: `loop` is the specification, `vectorized` the fast path on one device."""
+"""Engines execute cohorts.
+
+`loop` is the specification, `vectorized` the fast path on one device, `workers` spreads tiles over processes.
+"""
+
+from typing import Literal
 
 from atoll.engines.base import Engine
 from atoll.engines.loop import Loop
 from atoll.engines.vectorized import Vectorized
-from atoll.errors import unknown
+from atoll.engines.workers import Workers
+from atoll.errors import invalid, unknown
 
 
-def resolve(engine: "str | Engine") -> Engine:
-    """The engine meant by `engine=`: "auto" and "vectorized" for the fast path, "loop" for the specification."""
-    if isinstance(engine, Engine):
+def resolve(engine: "str | Engine", workers: int | Literal["auto"] = "auto") -> Engine:
+    """The engine meant by `engine=` and `workers=`.
+
+    Args:
+        engine: "auto" and "vectorized" for the fast path, "loop" for the specification, or an engine.
+        workers: processes that share the work; the loop is one process unless a number is given.
+    """
+    if isinstance(engine, Workers):
+        if workers != "auto":
+            raise invalid("workers", workers, "left out with an engine that has workers of its own")
         return engine
+    if isinstance(engine, Engine):
+        return engine if workers == "auto" else Workers(engine, workers)
     if engine in ("auto", "vectorized"):
-        return Vectorized()
+        return Workers(Vectorized(), workers)
     if engine == "loop":
-        return Loop()
+        return Loop() if workers == "auto" else Workers(Loop(), workers)
     raise unknown("engine", engine, ("auto", "vectorized", "loop"))
 
 
-__all__ = ["Engine", "Loop", "Vectorized", "resolve"]
+__all__ = ["Engine", "Loop", "Vectorized", "Workers", "resolve"]

@@ -105,10 +105,23 @@ def accept(model: Model, data: "FederatedDataset", plans: Sequence[Plan]) -> Tra
     return Traits(draw.calls > 0, draws, pairs, sample)
 
 
+def recheck(model: Model, data: "FederatedDataset", plans: Sequence[Plan], traits: Traits) -> None:
+    """Refuse what clients' examples make impossible, for a model that was accepted on others.
+
+    Raises:
+        DataError: labels outside the classes; batches of one example for a model that needs two.
+    """
+    if len(data.clients):
+        output = _try(model, model.layout.view(model.init()), model.init_buffers(), traits.sample, train=False)
+        _check_targets(model, output, data)
+        for plan in plans if traits.pairs else ():
+            _check_pairs(plan, data)
+
+
 def _spread(fields: Batch, count: int) -> dict[str, Tensor]:
     """Copies of examples spread over a split; a single one stands twice, as of one a loss and a mean look alike."""
     total = len(fields["y"])
-    places = torch.linspace(0, total - 1, min(count, max(total, 2))).long()
+    places = torch.linspace(0, total - 1, min(count, max(total, 2)), dtype=torch.float64).long()
     return {n: t[places] for n, t in fields.items()}
 
 

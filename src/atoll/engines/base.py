@@ -12,17 +12,28 @@ from torch import Tensor
 
 from atoll import random
 from atoll.cohort import Cohort
-from atoll.engines.acceptance import Traits, accept
+from atoll.engines.acceptance import Traits, accept, recheck
 from atoll.errors import invalid
 from atoll.local import Plan
-from atoll.memory import ClientMemory
+from atoll.memory import ClientMemory, Window
+from atoll.messages import Partial, Task
 
 if TYPE_CHECKING:
-    from atoll.data import FederatedDataset
-    from atoll.rounds import Partial, Process, Task
+    from atoll.data import FederatedDataset, LazyDataset
+    from atoll.data.dataset import Split
+    from atoll.rounds import Process
 
 Tile = tuple[Cohort, Mapping[str, Tensor]]
 """Clients at work and what they remember."""
+
+Chosen = NDArray[np.int64]
+"""Places of a tile's clients in a task's cohort, int64 [C]."""
+
+Looked = tuple[NDArray[np.int64], Tensor, tuple[Any, ...]]
+"""What a tile's evaluation gives: places of its clients in the data, sums [C, ...], the metrics."""
+
+Remembering = ClientMemory | Window
+"""Where what clients remember is read from."""
 
 
 class Engine(ABC):
@@ -34,8 +45,24 @@ class Engine(ABC):
         if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
             raise invalid("threads", threads, "a number of threads of at least 1")
         self._threads = threads
-        self._prepared: tuple[Process, FederatedDataset] | None = None
+        self._prepared: tuple[Process, FederatedDataset | LazyDataset] | None = None
+        self.notes: dict[str, None] = {}  # what happened that a reader of the result should know, once each
         self._traits: Traits | None = None
+
+    @property
+    def thread_count(self) -> int:
+        """Torch's threads while this engine works."""
+        return self._threads
+
+    @property
+    def told(self) -> dict[str, list[str]]:
+        """What happened on the way, for `describe`."""
+        return {"notes": list(self.notes)} if self.notes else {}
+
+    @property
+    def prepared(self) -> "tuple[Process, FederatedDataset | LazyDataset] | None":
+        """What the last `prepare` was for."""
+        return self._prepared
 
     @property
     def traits(self) -> Traits:
@@ -43,21 +70,77 @@ class Engine(ABC):
         assert self._traits is not None, "prepare() comes first"
         return self._traits
 
-    def prepare(self, process: "Process", data: "FederatedDataset") -> None:
+    def prepare(self, process: "Process", data: "FederatedDataset | LazyDataset") -> None:
         """Check the model against the data and choose how to run it; done once for the same process and data."""
         if self._prepared is not None and self._prepared[0] is process and self._prepared[1] is data:
             return
-        self._traits = accept(process.model, data, process.algorithm.plans)
-        process.check(data)
-        self._choose(process, data)
+        sample = data.sample()
+        self._traits = accept(process.model, sample, process.algorithm.plans)
+        process.check(sample)
+        self._choose(process, sample)
         self._prepared = (process, data)
 
-    def run(
-        self, process: "Process", task: "Task", data: "FederatedDataset", memory: ClientMemory
-    ) -> "Iterator[Partial]":
-        """Work of the whole cohort, tile by tile, in an order that depends on the cohort and the model alone."""
-        for cohort, remembered in self.tiles(process, task, data, memory):
-            yield process.combine(task, process.work(task, cohort, remembered))
+    def inspect(self, process: "Process", drawn: "FederatedDataset") -> None:
+        """Check clients that were drawn for this round, whom `prepare` could not see."""
+        recheck(process.model, drawn, process.algorithm.plans, self.traits)
+        process.check(drawn)
+
+    def run(self, process: "Process", task: Task, data: "FederatedDataset", memory: ClientMemory) -> Iterator[Partial]:
+        """Work of the whole cohort, tile by tile, in an order that depends on the cohort and the model alone.
+
+        What clients keep is staged in the memory. A partial is valid until the next is asked for.
+        """
+        for chosen in self.split(task, data):
+            yield from self.train(process, task, data, memory, chosen)
+
+    def train(
+        self, process: "Process", task: Task, data: "FederatedDataset", memory: ClientMemory, chosen: Chosen
+    ) -> Iterator[Partial]:
+        """A tile's work; in two halves where the memory of the machine does not suffice for the whole."""
+        try:
+            cohort, remembered = self.tile(process, task, data, memory, chosen)
+            report = process.work(task, cohort, remembered)
+        except (MemoryError, RuntimeError) as error:
+            if not _exhausted(error) or len(chosen) == 1:
+                raise
+        else:
+            memory.stage(report.clients, report.memory)
+            yield process.combine(task, report)
+            return
+        self.notes[f"out of memory: tiles of {len(chosen)} clients were halved"] = None
+        half = (len(chosen) + 1) // 2
+        for part in (chosen[:half], chosen[half:]):
+            yield from self.train(process, task, data, memory, part)
+
+    def examine(
+        self, process: "Process", task: Task, data: "FederatedDataset", memory: ClientMemory, split: str
+    ) -> "Iterator[Looked]":
+        """Sums of every tile's own models on a split: places of the clients, sums [C, ...], the metrics."""
+        for chosen in self.split(task, data):
+            yield self.looked(process, task, data, memory, split, chosen)
+
+    def looked(
+        self,
+        process: "Process",
+        task: Task,
+        data: "FederatedDataset",
+        memory: Remembering,
+        split: str,
+        chosen: Chosen,
+    ) -> "Looked":
+        """The same for one tile."""
+        cohort, remembered = self.tile(process, task, data, memory, chosen)
+        places = data.places(cohort.clients)
+        part: Split = getattr(data, split)
+        return places, *process.examine(task, cohort, remembered, part, places, personal=True)
+
+    def tiles(self, process: "Process", task: Task, data: "FederatedDataset", memory: ClientMemory) -> Iterator[Tile]:
+        """The cohort's clients, ready for work; what a tile gives may be overwritten when the next is asked for."""
+        for chosen in self.split(task, data):
+            yield self.tile(process, task, data, memory, chosen)
+
+    def stop(self) -> None:  # noqa: B027 - most engines have nothing to end
+        """End what works in the background; whatever needs it again starts it again."""
 
     @contextmanager
     def threads(self) -> Generator[None]:
@@ -70,8 +153,14 @@ class Engine(ABC):
             torch.set_num_threads(before)
 
     @abstractmethod
-    def tiles(self, process: "Process", task: "Task", data: "FederatedDataset", memory: ClientMemory) -> Iterator[Tile]:
-        """The cohort's clients, ready for work; what a tile gives may be overwritten when the next is asked for."""
+    def split(self, task: Task, data: "FederatedDataset") -> list[Chosen]:
+        """The tiles of a cohort: places in `task.clients`. They depend on the cohort and the model alone."""
+
+    @abstractmethod
+    def tile(
+        self, process: "Process", task: Task, data: "FederatedDataset", memory: Remembering, chosen: Chosen
+    ) -> Tile:
+        """A tile's clients, ready for work, and what they remember; valid until the next tile is made."""
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
@@ -80,6 +169,14 @@ class Engine(ABC):
     def _choose(self, process: "Process", data: "FederatedDataset") -> None:
         """Choose a strategy for this model; engines with only one have nothing to choose."""
         return
+
+
+def _exhausted(error: Exception) -> bool:
+    """Whether an error says that there is no memory left."""
+    text = str(error)
+    return (
+        isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text or "out of memory" in text
+    )
 
 
 def orders(

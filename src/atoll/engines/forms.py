@@ -170,10 +170,11 @@ def function(build: "Builder", target: Callable[..., Any], args: tuple[Any, ...]
     if target in WRITTEN and all(a is args[0] for a in args) and set(kwargs) <= {"inplace"}:
         return elementwise(build, value(build, args[0]), WRITTEN[target])
     if target is functional.linear:
-        weight, bias = args[1], (args[2] if len(args) > 2 else kwargs.get("bias"))
+        named = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
+        weight, bias = named.get("weight"), named.get("bias")
         if not isinstance(weight, Attribute) or not (bias is None or isinstance(bias, Attribute)):
             raise Unsupported("the function linear with a computed weight")
-        return build.emit(Linear(build.slot(), value(build, args[0]), weight, bias))
+        return build.emit(Linear(build.slot(), value(build, named["input"]), weight, bias))
     if target in DROPOUT_FUNCTIONS:
         named = dict(zip(("input", "p", "training", "inplace"), args, strict=False)) | kwargs
         training = named.get("training", True)

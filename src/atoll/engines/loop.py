@@ -3,7 +3,6 @@
 Every other engine is tested against this one.
 """
 
-from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -14,16 +13,16 @@ from torch import Tensor
 
 from atoll import random
 from atoll.cohort import Cohort
-from atoll.engines.base import Engine, Tile, orders
+from atoll.engines.base import Chosen, Engine, Remembering, Tile, orders
 from atoll.engines.dropout import Draw, KeyedDropout, SeededDraws
 from atoll.local import Plan
-from atoll.memory import ClientMemory
+from atoll.messages import Task
 from atoll.model import Batch
 from atoll.vectors import Trained
 
 if TYPE_CHECKING:
     from atoll.data import FederatedDataset, Split
-    from atoll.rounds import Process, Task
+    from atoll.rounds import Process
 
 
 class Loop(Engine):
@@ -31,31 +30,37 @@ class Loop(Engine):
 
     name = "loop"
 
-    def tiles(self, process: "Process", task: "Task", data: "FederatedDataset", memory: ClientMemory) -> Iterator[Tile]:
+    def split(self, task: Task, data: "FederatedDataset") -> list[Chosen]:
         """One client after the other."""
-        for client in task.clients:
-            remembered = process.remembered(task, [client], memory)
-            buffers, own = process.start(task, remembered, 1)
-            train = data.train.client(data.index(client))
-            examples = torch.full((1, 1), float(len(train["y"])), dtype=torch.float64)
-            weights = process.aggregator.weigh(examples, [client])
-            cohort = _Client(
-                process.model,
-                process.selection,
-                clients=[client],
-                round=task.round,
-                population=task.population,
-                examples=examples,
-                weights=weights,
-                buffers=buffers,
-                own=own,
-            )
-            cohort.attach(train, task.seed, self)
-            yield cohort, remembered
+        return [np.array([i]) for i in range(len(task.clients))]
+
+    def tile(
+        self, process: "Process", task: Task, data: "FederatedDataset", memory: Remembering, chosen: Chosen
+    ) -> Tile:
+        """A single client."""
+        client = task.clients[int(chosen[0])]
+        remembered = process.remembered(task, [client], memory)
+        buffers, own = process.start(task, remembered, 1)
+        train = data.train.client(data.index(client))
+        examples = torch.full((1, 1), float(len(train["y"])), dtype=torch.float64)
+        weights = process.aggregator.weigh(examples, [client])
+        cohort = _Client(
+            process.model,
+            process.selection,
+            clients=[client],
+            round=task.round,
+            population=task.population,
+            examples=examples,
+            weights=weights,
+            buffers=buffers,
+            own=own,
+        )
+        cohort.attach(train, task.seed, self)
+        return cohort, remembered
 
     def describe(self) -> dict[str, Any]:
         """Which path ran."""
-        return {"engine": self.name, "strategy": "one client at a time", "reason": "chosen by hand"}
+        return {"engine": self.name, "strategy": "one client at a time", "reason": "chosen by hand", **self.told}
 
 
 class _Client(Cohort):

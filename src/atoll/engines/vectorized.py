@@ -18,7 +18,7 @@ clients. Found by measurement: narrower tiles only pay for more calls, wider one
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from atoll import random
 from atoll.engines import paths
-from atoll.engines.base import Engine, Tile
+from atoll.engines.base import Chosen, Engine, Remembering, Tile
 from atoll.engines.blocks import Arena
 from atoll.engines.dropout import Draw
 from atoll.engines.forms import Unsupported
@@ -36,12 +36,12 @@ from atoll.engines.steps import Gradients
 from atoll.engines.tile import Buffers, Paths, Rows
 from atoll.errors import invalid
 from atoll.local import Plan
-from atoll.memory import ClientMemory
+from atoll.messages import Task
 from atoll.model import Batch, Model
 
 if TYPE_CHECKING:
     from atoll.data import FederatedDataset
-    from atoll.rounds import Process, Task
+    from atoll.rounds import Process
 
 LARGE = 2_000_000
 TILE_BYTES = 8 * 2**20
@@ -81,33 +81,37 @@ class Vectorized(Engine):
         """Which path ran, and why."""
         one = self._width == 1 and self._tile is None
         how = "one client at a time" if one else "rows of one matrix"
-        return {"engine": self.name, "strategy": how, "tile": self._width, "reason": self._reason}
+        return {"engine": self.name, "strategy": how, "tile": self._width, "reason": self._reason, **self.told}
 
-    def tiles(self, process: "Process", task: "Task", data: "FederatedDataset", memory: ClientMemory) -> Iterator[Tile]:
-        """Tiles of the cohort's clients, the largest first. What a tile's work gives is valid until the next tile."""
+    def split(self, task: Task, data: "FederatedDataset") -> list[Chosen]:
+        """Tiles of the cohort's clients, the largest first: clients that are done leave a tile from its end."""
+        order = np.argsort(-data.train.sizes.numpy()[data.places(task.clients)], kind="stable")
+        return np.array_split(order, tile_count(len(order), self._width)) if len(order) else []
+
+    def tile(
+        self, process: "Process", task: Task, data: "FederatedDataset", memory: Remembering, chosen: Chosen
+    ) -> Tile:
+        """A tile, whose work is valid until the next is made."""
         assert self._paths is not None, "prepare() comes first"
-        sizes, places = data.train.sizes.numpy(), np.array([data.index(c) for c in task.clients], dtype=np.int64)
-        # Largest first: clients that are done leave a tile from its end.
-        order = np.argsort(-sizes[places], kind="stable")
-        for chosen in np.array_split(order, tile_count(len(order), self._width)) if len(order) else ():
-            clients = [task.clients[i] for i in chosen]
-            remembered = process.remembered(task, clients, memory)
-            buffers, own = process.start(task, remembered, len(clients))
-            examples = torch.from_numpy(sizes[places[chosen]]).double()[:, None]
-            cohort = Rows(
-                process.model,
-                process.selection,
-                clients=clients,
-                round=task.round,
-                population=task.population,
-                examples=examples,
-                weights=process.aggregator.weigh(examples, clients),
-                buffers=buffers,
-                own=own,
-            )
-            cohort.attach(data.train, places[chosen], task.seed, self._paths, self._arena)
-            yield cohort, remembered
-            self._arena.reset()
+        self._arena.reset()
+        clients = [task.clients[i] for i in chosen]
+        places = data.places(clients)
+        remembered = process.remembered(task, clients, memory)
+        buffers, own = process.start(task, remembered, len(clients))
+        examples = data.train.sizes[torch.from_numpy(places)].double()[:, None]
+        cohort = Rows(
+            process.model,
+            process.selection,
+            clients=clients,
+            round=task.round,
+            population=task.population,
+            examples=examples,
+            weights=process.aggregator.weigh(examples, clients),
+            buffers=buffers,
+            own=own,
+        )
+        cohort.attach(data.train, places, task.seed, self._paths, self._arena)
+        return cohort, remembered
 
     def _choose(self, process: "Process", data: "FederatedDataset") -> None:
         model, traits = process.model, self.traits
