@@ -44,7 +44,7 @@ class Report:
         parts: lengths of the averaged part, the averaged buffers and the summed part.
         weight: [C, 1]; empty under a summing channel, which carries weights inside.
         metrics: sums of loss and examples, [C, 2].
-        finite: whether everything a client sends is finite, [C].
+        finite: whether what the server cannot see is finite, [C]: rows under codes, memory, weights.
         memory: rows [C, M] the clients keep if the round is accepted.
         bytes: bytes each client sends.
     """

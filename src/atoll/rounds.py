@@ -289,17 +289,22 @@ class Process:
             if remembered
             else rows.new_empty(count, 0)
         )
-        # What stays with a client counts too: a private head may overflow while the shared part is still finite.
-        finite = _finite(rows) & _finite(memory)
+        # What stays with a client counts too: a private head may overflow while the shared part is still finite. Rows
+        # that the server sees as they are it checks itself, by their sum.
+        finite = _finite(memory) if self._adds_rows else _finite(rows) & _finite(memory)
         finite &= torch.isfinite(update.weight[:, 0]) & (update.weight[:, 0] >= 0)
         lengths = (width, split - width, update.sums.shape[1])
         size = nbytes(wire) // count + (8 if channel.seal is None else 0) + 16
         return Report(cohort.clients, wire, lengths, weight, update.metrics, finite, memory, size)
 
+    @property
+    def _adds_rows(self) -> bool:
+        """Whether the server adds up the very rows that clients computed."""
+        return not self.chain.stages and not self.chain.channel.sums_only and self.aggregator.rule is None
+
     def combine(self, task: Task, report: Report) -> Partial:
         """A tile's report, decoded and summed as far as the aggregator and the channel allow."""
         good = report.finite & torch.isfinite(report.metrics).all(dim=1)
-        broken = tuple(c for c, fine in zip(report.clients, good.tolist(), strict=True) if not fine)
         total = rows = codes = None
         length, split = sum(report.parts), report.parts[0] + report.parts[1]
         if self.chain.channel.sums_only:
@@ -316,7 +321,14 @@ class Process:
                 wide = rows.to(exact)
                 weighted = report.weight.to(exact).T @ wide[:, :split]
                 total = torch.cat((weighted[0], wide[:, split:].sum(dim=0)))
+                if not bool(torch.isfinite(total.sum())):
+                    good &= _finite(rows)
+                    if bool(good.all()):  # each is finite, but not their sum: it needs a wider one
+                        wide = rows.double()
+                        weighted = report.weight.double().T @ wide[:, :split]
+                        total = torch.cat((weighted[0], wide[:, split:].sum(dim=0)))
                 rows = None
+        broken = tuple(c for c, fine in zip(report.clients, good.tolist(), strict=True) if not fine)
         return Partial(
             report.clients,
             broken,

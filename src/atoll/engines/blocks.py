@@ -95,9 +95,9 @@ class Blocks:
         return cls(layout, list(layout.view(rows.detach()[None] if rows.ndim == 1 else rows.detach()).values()))
 
     @classmethod
-    def held(cls, layout: Layout, rows: Tensor) -> "Blocks":
+    def held(cls, layout: Layout, rows: Tensor, arena: Arena | None = None) -> "Blocks":
         """Rows [C, P] or a vector [P], to be read many times: contiguous, and one row stands for all of a vector."""
-        return cls.shown(layout, rows) if rows.ndim == 1 else cls.of(layout, rows)
+        return cls.shown(layout, rows) if rows.ndim == 1 else cls.of(layout, rows, arena)
 
     def __len__(self) -> int:
         return len(self.parts[0])
@@ -111,19 +111,19 @@ class Blocks:
         for own, part in zip(self.parts, parts, strict=True):
             own[members] = part
 
-    def rows(self) -> Tensor:
-        """Rows [C, P]; of a single row without a copy where its blocks are one piece of memory."""
+    def rows(self, into: Tensor | None = None) -> Tensor:
+        """Rows [C, P], written to `into`; a single row without a copy where its blocks are one piece of memory."""
         first = self.parts[0]
-        if len(first) == 1 and self._whole():
+        if into is None and len(first) == 1 and self._whole():
             return first.as_strided((1, self.layout.size), (self.layout.size, 1))
-        rows = self._arena.empty(len(first), self.layout.size, like=first)
+        rows = self._arena.empty(len(first), self.layout.size, like=first) if into is None else into
         for part, view in zip(self.parts, _views(self.layout, rows), strict=True):
             view.copy_(part)
         return rows
 
-    def minus(self, start: Tensor) -> Tensor:
-        """Rows [C, P] less `start` [C, P], in one pass."""
-        rows = self._arena.empty(len(self), self.layout.size, like=start)
+    def minus(self, start: Tensor, into: Tensor | None = None) -> Tensor:
+        """Rows [C, P] less `start` [C, P], in one pass, written to `into`."""
+        rows = self._arena.empty(len(self), self.layout.size, like=start) if into is None else into
         for part, view, begun in zip(
             self.parts, _views(self.layout, rows), _views(self.layout, start.detach()), strict=True
         ):

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from atoll.engines.blocks import Blocks, Members
+from atoll.engines.blocks import Arena, Blocks, Members
 from atoll.errors import invalid
 from atoll.local import Plan
 from atoll.vectors import Layout
@@ -93,6 +93,7 @@ class Rule:
         pull: strength of the pull towards the anchor.
         shift: rows [C, P] or a vector [P] added to every gradient.
         train: mask [P] of the parameters that change; None: all.
+        arena: memory for what lives no longer than the tile.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class Rule:
         pull: float = 0.0,
         shift: Tensor | None = None,
         train: Tensor | None = None,
+        arena: Arena | None = None,
     ) -> None:
         if pull and anchor is None:
             raise invalid("anchor", None, "given when pull is not 0")
@@ -118,7 +120,7 @@ class Rule:
             constant = pull * anchor.detach() if shift is None else pull * anchor.detach() - shift.detach()
         elif shift is not None:
             constant = -shift.detach()
-        self.constant = None if constant is None else Blocks.held(layout, constant)
+        self.constant = None if constant is None else Blocks.held(layout, constant, arena)
         adaptive = plan.optimizer != "sgd"
         self.first = Blocks.zeros(layout, len(y), y.parts[0]) if adaptive or plan.momentum else None
         self.second = Blocks.zeros(layout, len(y), y.parts[0]) if adaptive else None
@@ -135,7 +137,7 @@ class Rule:
             steps: local step of each row, from 0, [k].
         """
         if self.plan.optimizer == "sgd" and self.mask is None and bool((rates == rates[0]).all()):
-            return InProduct(self, parts, members, float(rates[0]))
+            return InProduct(self, parts, members, rates)
         return Whole(self, parts, members, rates, steps)
 
 
@@ -154,6 +156,10 @@ class Step(Sink):
     def finish(self) -> None:
         """Take the step of whatever is left."""
 
+    def again(self, rates: NDArray[np.float64], steps: NDArray[np.int64]) -> "Step":
+        """The group's next step; arguments as for `Rule.begin`."""
+        return self._rule.begin(self._parts, self._members, rates, steps)
+
 
 class InProduct(Step):
     """Sgd, with or without momentum, at one rate for all rows: the step is taken as each gradient comes.
@@ -162,15 +168,18 @@ class InProduct(Step):
     velocity takes the product in: v <- momentum v + gradient + ..., then y <- y - rate v.
     """
 
-    def __init__(self, rule: Rule, parts: list[Tensor], members: Members, rate: float) -> None:
+    def __init__(self, rule: Rule, parts: list[Tensor], members: Members, rates: NDArray[np.float64]) -> None:
         super().__init__(rule, parts, members)
-        self._rate, self._decay = rate, rule.pull + rule.plan.weight_decay
+        rate = float(rates[0])
+        self._rates, self._rate, self._decay = rates, rate, rule.pull + rule.plan.weight_decay
         self._velocity = None if rule.first is None else rule.first.take(members)
         if self._velocity is None:
             self._beta, self._alpha = 1.0 - rate * self._decay, -rate
         else:
             self._beta, self._alpha = rule.plan.momentum, 1.0
         self._came = [False] * len(parts)
+        # Nothing is left to do once every gradient has come.
+        self._plain = self._velocity is None and self._constant is None
 
     def product(self, number: int, left: Tensor, right: Tensor) -> None:
         own = self._taking(number)
@@ -192,7 +201,15 @@ class InProduct(Step):
         table = own.view(rows * size, width)
         table.index_add_(0, _global(places, size), values.reshape(-1, width), alpha=self._alpha)
 
+    def again(self, rates: NDArray[np.float64], steps: NDArray[np.int64]) -> Step:
+        if rates is not self._rates:
+            return super().again(rates, steps)
+        self._came = [False] * len(self._parts)
+        return self
+
     def finish(self) -> None:
+        if self._plain and all(self._came):
+            return
         for number, (part, came) in enumerate(zip(self._parts, self._came, strict=True)):
             if not self.wants(number):
                 continue

@@ -6,6 +6,7 @@ At every step rows are grouped by true batch size; clients that are done leave t
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -34,6 +35,10 @@ GATHER_BYTES = 4 * 2**20
 
 LOOK = 64
 """Examples of each client that go through a forward at once."""
+
+
+STRIP_BYTES = 4 * 2**20
+"""Parameters of clients that are trained from their first step to their last before the next ones begin."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,50 +121,93 @@ class Rows(Cohort):
         purpose: str = "train",
     ) -> Trained:
         model, count = self.model, len(self.clients)
-        y = Blocks.of(model.layout, rows, self._arena)
-        held = Buffers(model, (self.buffers if buffers is None else buffers).detach().clone())
-        rule = Rule(plan, model.layout, y, anchor=anchor, pull=pull, shift=shift, train=train)
+        floating = (self.buffers if buffers is None else buffers).detach().clone()
         totals = plan.total_steps(self._sizes)
-        loss_sum = torch.zeros(count, dtype=torch.float64, device=rows.device)
+        loss = torch.zeros(count, dtype=torch.float64, device=rows.device)
         seen, rates = np.zeros(count), np.zeros(count)
+        strips = self._strips()
+        trained: list[Blocks] = []
+        for strip in strips:
+            y = Blocks.of(model.layout, rows[strip], self._arena)
+            own = {n: t if t is None or t.ndim == 1 else t[strip] for n, t in (("anchor", anchor), ("shift", shift))}
+            rule = Rule(plan, model.layout, y, **own, pull=pull, train=train, arena=self._arena)
+            held = Buffers(model, floating[strip])
+            self._train_strip(strip, y, held, rule, totals, purpose, loss, seen, rates)
+            trained.append(y)
+
+        def whole(start: Tensor | None = None) -> Tensor:
+            if len(trained) == 1:
+                return trained[0].rows() if start is None else trained[0].minus(start)
+            out = (self._arena or Arena()).empty(count, model.size, like=rows)
+            for strip, y in zip(strips, trained, strict=True):
+                y.rows(out[strip]) if start is None else y.minus(start[strip], out[strip])
+            return out
+
+        return Trained(
+            whole,
+            floating,
+            torch.from_numpy(totals).to(rows)[:, None],
+            torch.from_numpy(rates).to(rows)[:, None],
+            loss[:, None],
+            torch.as_tensor(seen, device=rows.device)[:, None],
+            minus=whole,
+        )
+
+    def _strips(self) -> list[slice]:
+        """The tile in pieces whose parameters stay in the cache from a client's first step to its last."""
+        count = len(self.clients)
+        width = max(1, STRIP_BYTES // (self.model.size * self.model.dtype.itemsize))
+        bounds = np.linspace(0, count, math.ceil(count / width) + 1).round().astype(int).tolist()
+        return [slice(a, b) for a, b in pairwise(bounds)]
+
+    def _train_strip(
+        self,
+        strip: slice,
+        y: Blocks,
+        held: Buffers,
+        rule: Rule,
+        totals: NDArray[np.int64],
+        purpose: str,
+        loss: Tensor,
+        seen: NDArray[np.float64],
+        rates: NDArray[np.float64],
+    ) -> None:
+        """Train some of the rows; `loss`, `seen` and `rates` of the whole tile are added to."""
+        plan, how = rule.plan, self._how
+        sizes, begin, all_keys = self._sizes[strip], self._begin[strip], self._keys[strip]
+        loss, seen, rates = loss[strip], seen[strip], rates[strip]
         number, index = -1, torch.empty(0, 0, dtype=torch.int64)
-        for group in schedule(plan.batch_size, self._sizes, totals):
+        for group in schedule(plan.batch_size, sizes, totals[strip]):
             if group.number != number:
                 number = group.number
-                order = orders(plan, self._seed, purpose, self.round, number, self._keys, self._sizes)
-                index = torch.from_numpy(order + self._begin[:, None])
-            members, size, keys = group.members, group.size, self._keys[group.rows]
+                order = orders(plan, self._seed, purpose, self.round, number, all_keys, sizes)
+                index = torch.from_numpy(order + begin[:, None])
+            members, size, keys = group.members, group.size, all_keys[group.rows]
             parts, own = y.take(members), held.take(members)
-            group_loss, group_rates = loss_sum.new_zeros(len(keys)), np.zeros(len(keys))
-            steps_at_once = max(1, GATHER_BYTES // (len(group.rows) * size * self._example_bytes))
+            group_loss = loss.new_zeros(len(keys))
+            step_rates = plan.rate(self.round, group.steps)
+            step = rule.begin(parts, members, step_rates, group.steps)
+            steps_at_once = max(1, GATHER_BYTES // (len(keys) * size * self._example_bytes))
             for first in range(0, group.count, steps_at_once):
                 steps = min(steps_at_once, group.count - first)
-                batches = self._gather(self._chosen(index, members, group.begins + first * size, steps * size))
+                batches = self._gather(_chosen(index, members, group.begins + first * size, steps * size))
                 for j in range(steps):
-                    numbers = group.steps + (first + j)
                     batch = {n: t[:, j * size : (j + 1) * size] for n, t in batches.items()} if steps > 1 else batches
-                    draw = Draw(self._seed, purpose, self.round, keys, numbers) if self._how.random else None
-                    step_rates = plan.rate(self.round, numbers)
-                    step = rule.begin(parts, members, step_rates, numbers)
+                    numbers = group.steps
+                    if first + j:
+                        numbers = numbers + (first + j)
+                        step_rates = step_rates if plan.schedule is None else plan.rate(self.round, numbers)
+                        step = step.again(step_rates, numbers)
+                    draw = Draw(self._seed, purpose, self.round, keys, numbers) if how.random else None
                     losses = self._gradients(parts, own, batch, draw, step, rule.trained)
                     step.finish()
                     group_loss.add_(losses, alpha=size)
-                    group_rates += step_rates
+                    rates[group.rows] += step_rates
             if isinstance(members, Tensor):
                 y.put(members, parts)
                 held.put(members, own)
-            loss_sum[members] += group_loss
-            rates[group.rows] += group_rates
+            loss[members] += group_loss
             seen[group.rows] += size * group.count
-        return Trained(
-            y.rows,
-            held.floating,
-            torch.from_numpy(totals).to(rows)[:, None],
-            torch.from_numpy(rates).to(rows)[:, None],
-            loss_sum[:, None],
-            torch.as_tensor(seen, device=rows.device)[:, None],
-            minus=y.minus,
-        )
 
     def gradient(self, rows: Tensor, batch: Batch | None = None) -> Tensor:
         if batch is not None:
@@ -195,12 +243,6 @@ class Rows(Cohort):
         if how.program is not None:
             return paths.written(self.model, how.program, parts, held, batch, draw, sink, trained)
         return paths.by_autograd(self.model, parts, held, batch, draw, sink, batched=how.batched, seeded=how.draws)
-
-    def _chosen(self, index: Tensor, members: Members, begins: NDArray[np.int64], count: int) -> Tensor:
-        """Places [k, count] of the next examples of each row in the packed data."""
-        if bool((begins == begins[0]).all()):
-            return index[members, int(begins[0]) : int(begins[0]) + count]
-        return index[members].gather(1, torch.from_numpy(begins)[:, None] + torch.arange(count))
 
     def _gather(self, places: Tensor) -> dict[str, Tensor]:
         """Examples [k, b, ...] at places [k, b]."""
@@ -265,3 +307,10 @@ class Rows(Cohort):
                 views, own = model.layout.view(row), model.buffer_layout.view(held)
                 outputs.append(model.features(views, own, self._train.client(int(place))))
         return outputs
+
+
+def _chosen(index: Tensor, members: Members, begins: NDArray[np.int64], count: int) -> Tensor:
+    """Places [k, count] of the next examples of each row in the packed data."""
+    if bool((begins == begins[0]).all()):
+        return index[members, int(begins[0]) : int(begins[0]) + count]
+    return index[members].gather(1, torch.from_numpy(begins)[:, None] + torch.arange(count))
