@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+
+from atoll.bench.figures import cpu
+from atoll.bench.figures import interval as interval  # what the benchmarks take from here
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -89,7 +91,7 @@ def machine() -> dict[str, str]:
     import atoll
 
     return {
-        "CPU": f"{_cpu()}, {os.cpu_count()} cores",
+        "CPU": f"{cpu()}, {os.cpu_count()} cores",
         "load": f"{os.getloadavg()[0]:.1f} processes at work in the last minute, this one included",
         "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB",
         "system": f"{platform.system()} {platform.machine()}",
@@ -137,22 +139,6 @@ def finish(name: str, found: Findings, *, quick: bool, out: Path | None, argumen
     return 0 if found.passed or quick else 1
 
 
-def interval(
-    values: Sequence[float], statistic: Callable[[NDArray[np.float64]], Any] = np.median, *, draws: int = 4000
-) -> tuple[float, float]:
-    """The 95 % percentile bootstrap interval of a statistic.
-
-    Args:
-        values: independent measurements, [n].
-        statistic: of an array [draws, n] along its last axis (takes `axis=`).
-        draws: resamples.
-    """
-    array = np.asarray(values, dtype=np.float64)
-    places = np.random.default_rng(0).integers(0, len(array), (draws, len(array)))
-    low, high = np.quantile(statistic(array[places], axis=1), [0.025, 0.975])  # pyright: ignore[reportCallIssue]
-    return float(low), float(high)
-
-
 def pyplot() -> Any:
     """matplotlib, drawing to files only."""
     import matplotlib
@@ -184,12 +170,3 @@ def _without_out(arguments: Sequence[str]) -> list[str]:
             kept.append(argument)
         skip = argument == "--out"
     return kept
-
-
-def _cpu() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -24,7 +24,7 @@ LAYERS = (
     ("result",),
     ("simulation",),
     ("experiment",),
-    ("study",),
+    ("study", "bench"),
     ("cli",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -4,16 +4,22 @@ import importlib
 import json
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 
+from atoll.bench import figures, workloads
+
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-NAMES = ("flamby_heart", "long_run", "mnist_2nn", "round_time")
+NAMES = ("flamby_heart", "long_run", "mnist_2nn", "round_time", "scale")
+SPEED = ("run", "scaling", "environments", "figures", "workloads", "networks", "modules", "harness", "digest")
 MNIST_FILES = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz")
 
 Load = Callable[[str], ModuleType]
@@ -23,8 +29,9 @@ Load = Callable[[str], ModuleType]
 def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
     """Import a benchmark as its script would be."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.syspath_prepend(str(BENCHMARKS / "speed"))
     yield importlib.import_module
-    for name in (*NAMES, "reporting"):
+    for name in (*NAMES, *SPEED, "reporting"):
         sys.modules.pop(name, None)
 
 
@@ -114,3 +121,179 @@ def test_client_memory_does_not_grow_once_all_have_been_visited(load: Load, tmp_
     # A row for every client and round would be 7 MiB, a copy of the data for every round hundreds.
     assert found["anonymous"][-1] - found["anonymous"][settled] < 4
     assert found["resident"][-1] - found["resident"][settled] < 16
+
+
+# --- scale ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_client_has_the_same_examples_in_every_population(load: Load) -> None:
+    scale = load("scale")
+    whole = scale.packed(50)
+    x, y = scale.load("37")
+    assert torch.equal(whole["37"].train["x"], x) and torch.equal(whole["37"].train["y"], y)
+    everything = whole.train.fields["x"]
+    assert everything.min() >= -1 and everything.max() < 1 and abs(float(everything.mean())) < 0.1
+    assert len(everything.unique()) > 0.99 * everything.numel()
+
+
+def test_memory_is_counted_in_vectors_of_a_model_that_is_trained_alone(load: Load) -> None:
+    scale = load("scale")
+    small = replace(scale.FULL, width=1200)  # 5.8 million parameters: as the large model, one client at a time
+    large = scale.fresh("large", small, Path())
+    assert large["engine"]["strategy"] == "one client at a time"
+    assert large["parameters"] == 2 * 1200 * 2400 + 3600
+    # Beside vectors there is what the libraries load for the first round, some 120 MiB.
+    assert large["peak"] - large["given"] < (scale.VECTORS + 1) * large["vector"] + 128
+
+
+# --- speed ------------------------------------------------------------------------------------------------------------
+
+HASHES = """
+import hashlib
+import sys
+import numpy as np
+
+def hashes(workloads, names):
+    for name in names:
+        load = workloads.smaller(workloads.WORKLOADS[name])
+        data = workloads.examples(load, folder="/nonexistent")
+        parts = (data.x, data.y, data.offsets, workloads.cohort(load, 3), workloads.order(load, 2, 5, 40),
+                 workloads.flat(workloads.initial(load), load))
+        yield name, hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in parts)).hexdigest()
+"""
+
+
+def test_workloads_are_the_same_in_an_environment_with_numpy_alone() -> None:
+    names = ("W1", "W4", "N5")
+    found: dict[str, object] = {}
+    exec(HASHES, found)
+    here = dict(found["hashes"](workloads, names))  # type: ignore[operator]
+    folder = Path(workloads.__file__).parent
+    script = (
+        "import sys\nfor name in ('torch', 'atoll', 'pandas'):\n    sys.modules[name] = None\n"
+        f"sys.path.insert(0, {str(folder)!r})\nimport workloads\n{HASHES}\n"
+        f"for name, value in hashes(workloads, {names!r}):\n    print(name, value)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert dict(line.split() for line in done.stdout.splitlines()) == here
+
+
+def test_workloads_have_the_shapes_they_are_known_by() -> None:
+    known = {
+        "W1": (1000, 100, 100, 10, 2114), "W2": (1000, 60, 50, 20, 159010), "W3": (200, 100, 10, 20, 608702),
+        "W4": (1000, 60, 50, 20, 159010), "W5": (1000, 60, 10, 10, 7850), "W6": (1000, 50, 50, 10, 1626442),
+    }  # fmt: skip
+    for name, (clients, examples, cohort, batch, parameters) in known.items():
+        load = workloads.WORKLOADS[name]
+        assert (load.clients, load.examples, load.cohort, load.batch) == (clients, examples, cohort, batch), name
+        assert sum(int(np.prod(shape)) for shape in workloads.shapes(load).values()) == parameters, name
+        chosen = workloads.cohort(load, 0)
+        assert len(set(chosen.tolist())) == cohort and chosen.max() < clients and (np.diff(chosen) > 0).all()
+        assert not np.array_equal(chosen, workloads.cohort(load, 1))
+    sizes = workloads.sizes(workloads.WORKLOADS["W4"])
+    assert sizes.min() >= 5 and sizes.max() <= 1000 and 55 <= np.median(sizes) <= 65 and len(set(sizes.tolist())) > 100
+    equal = workloads.sizes(workloads.WORKLOADS["W4E"])
+    assert len(set(equal.tolist())) == 1 and abs(equal.sum() / sizes.sum() - 1) < 0.01
+    assert set(workloads.ROUNDS) == set(workloads.WORKLOADS)
+
+
+@pytest.mark.parametrize("name", sorted(workloads.WORKLOADS))
+def test_networks_and_the_digest_are_of_one_model(name: str, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The torch module and the forward in numpy, which compares everybody's models, give the same outputs."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS / "speed" / "contestants"))
+    harness, modules = load("harness"), load("modules")
+    small = workloads.smaller(workloads.WORKLOADS[name])
+    module = modules.module(small).eval()
+    assert {n: tuple(p.shape) for n, p in module.named_parameters()} == workloads.shapes(small)
+    data = workloads.examples(small, folder="/nonexistent")
+    with torch.no_grad():
+        outputs = module(torch.from_numpy(data.x[:20]))
+    again = harness.digest.forward(small, workloads.initial(small), data.x[:20])
+    torch.testing.assert_close(outputs, torch.from_numpy(again.astype(np.float32)), rtol=1e-4, atol=1e-5)
+    vector = workloads.flat(workloads.initial(small), small)
+    found = harness.digest.digest(small, vector, data)
+    assert found["norm"] == pytest.approx(float(np.linalg.norm(vector)), rel=1e-5) and found["loss"] > 0
+
+
+def test_the_contest_runs_and_everybody_trains_the_same_model(load: Load, tmp_path: Path) -> None:
+    kept = figures.RECORDED.read_bytes() if figures.RECORDED.exists() else None
+    contest = load("run")
+    names = ["atoll", "batched-1"]
+    words = [
+        "--quick",
+        "--workloads",
+        "W1",
+        "--repeats",
+        "1",
+        "--out",
+        str(tmp_path / "speed"),
+        "--contestants",
+        *names,
+    ]
+    assert contest.main(words) == 0
+    body, page = json.loads((tmp_path / "speed.json").read_text()), (tmp_path / "speed.md").read_text()
+    assert [run["contestant"] for run in body["runs"]] == names
+    for run in body["runs"]:
+        (line,) = run["lines"]
+        assert len(line["seconds"]) == 2 and line["first"] > 0 and line["peak_mib"] > 50
+        assert run["difference"] < 1e-5
+    assert body["left out"] == [] and "A quick run" in page and "Atoll" in page
+    assert (tmp_path / "speed-rounds.png").read_bytes().startswith(b"\x89PNG")
+    assert kept == (figures.RECORDED.read_bytes() if figures.RECORDED.exists() else None), "a quick run records nothing"
+
+
+def test_what_a_contest_records_is_what_atoll_bench_reads(load: Load, tmp_path: Path) -> None:
+    contest = load("run")
+    line = {"seconds": [0.2, 0.1, 0.3], "engine": {"engine": "vectorized"}}
+    found = {
+        ("W1", "atoll"): contest.Measured(lines=[line, line]),
+        ("W1", "atoll-2"): contest.Measured(lines=[{"seconds": [0.05]}]),
+        ("W1", "batched-1"): contest.Measured(lines=[{"seconds": [0.4]}]),
+        ("W1", "rows-1"): contest.Measured(lines=[{"seconds": [0.5]}]),
+        ("W1", "flower"): contest.Measured(failure="not built"),
+    }
+    contest.record(found, {"CPU": "this"}, tmp_path / "recorded.json")
+    read = figures.read(tmp_path / "recorded.json")
+    assert read is not None and read.context == {"CPU": "this"} and len(read.figures) == 4
+    what = str(workloads.WORKLOADS["W1"])
+    own, two, hand = read.atoll(what), read.atoll(what, ("--workers", "2")), read.best(what, "hand")
+    assert own is not None and two is not None and hand is not None
+    assert own.milliseconds == pytest.approx((200, 200, 200)) and own.engine == {"engine": "vectorized"}
+    assert two.milliseconds[0] == pytest.approx(50)
+    assert hand.shown == "batched products, 1 thread"
+    assert read.atoll("another") is None and read.best(what, "framework") is None
+    assert figures.read(tmp_path / "none.json") is None
+
+
+def test_recorded_figures_are_those_of_the_results() -> None:
+    result = BENCHMARKS / "results" / "speed.json"
+    read = figures.read()
+    assert (read is not None) == result.exists(), "benchmarks/speed/run.py writes both"
+    if read is not None:
+        body = json.loads(result.read_text())
+        assert read.context == body["context"]
+        medians = {
+            (run["workload"], run["contestant"]): float(
+                np.median([np.median(line["seconds"]) for line in run["lines"]])
+            )
+            for run in body["runs"]
+        }
+        shown = {(f.workload, f.arguments): f.milliseconds[0] for f in read.figures if f.kind == "atoll"}
+        for name in ("W1", "W2", "W3"):
+            assert shown[name, ()] == pytest.approx(1e3 * medians[name, "atoll"])
+
+
+def test_the_cost_of_a_round_is_charted(load: Load, tmp_path: Path) -> None:
+    load("scaling").main(["--quick", "--out", str(tmp_path / "scaling")])
+    body = json.loads((tmp_path / "scaling.json").read_text())
+    assert [point["clients"] for point in body["cohort"]] == [10, 20, 40]
+    assert (tmp_path / "scaling-chart.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_readme_names_the_contest() -> None:
+    readme = (BENCHMARKS / "README.md").read_text()
+    for script in ("speed/run.py", "speed/scaling.py"):
+        assert script in readme
+    about = (BENCHMARKS / "speed" / "README.md").read_text()
+    for path in (*(BENCHMARKS / "speed").glob("*.py"), *(BENCHMARKS / "speed" / "contestants").glob("*.py")):
+        assert path.name in about or path.parent.name == "contestants", path

@@ -15,7 +15,7 @@ from torch import nn
 
 import atoll
 import atoll.journal
-from atoll.errors import AtollError, Interrupted, NonFiniteError, RunError
+from atoll.errors import AtollError, DataError, Interrupted, NonFiniteError, RunError
 
 ROUNDS = 6
 
@@ -347,3 +347,51 @@ def test_killed_with_sigkill_the_run_ends_with_the_same_bits(workers: int, tmp_p
     result = run(directory=tmp_path / "run", resume=True, workers=3 - workers)
     assert torch.equal(result.vector, run().vector)
     assert [r.round for r in result.history] == list(range(1, ROUNDS + 1))
+
+
+# --- data that is not at hand -----------------------------------------------------------------------------------------
+
+
+def packed() -> atoll.FederatedDataset:
+    return atoll.FederatedDataset.from_arrays({c: (data()[c].train["x"], data()[c].train["y"]) for c in data().clients})
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_lazy_population_gives_the_bits_of_the_packed_one(workers: int) -> None:
+    whole = packed()
+    lazy = atoll.FederatedDataset.from_source(
+        whole.clients, lambda c: (whole[c].train["x"], whole[c].train["y"]), test=0.4, seed=3
+    )
+    cut = whole.split(test=0.4, seed=3)
+    engine = atoll.engines.Vectorized(tile=1)
+    plan = {"rounds": 4, "cohort": 3, "splits": ("train", "test"), "algorithm": atoll.scaffold(atoll.local_sgd(0.1))}
+    ends = [
+        atoll.simulate(model(), d, engine=engine, workers=workers, progress=False, **plan)  # type: ignore[arg-type]
+        for d in (cut, lazy)
+    ]
+    assert torch.equal(ends[0].vector, ends[1].vector)
+    for one, other in zip(ends[0].history, ends[1].history, strict=True):
+        assert one.test == pytest.approx(other.test) and one.train == pytest.approx(other.train)
+    quiet = atoll.simulate(model(), lazy, progress=False, **{**plan, "splits": None})  # type: ignore[arg-type]
+    assert not quiet.history[-1].test, "what must be drawn for it is evaluated only when it is asked for"
+
+
+def test_a_file_that_changes_under_a_run_stops_it_and_the_run_can_go_on(tmp_path: Path) -> None:
+    packed().save(tmp_path / "data")
+    held = atoll.FederatedDataset.open(tmp_path / "data")
+    name = next(p for p in sorted((tmp_path / "data").iterdir()) if p.suffix == ".bin")
+    before, stamp = name.read_bytes(), name.stat().st_mtime_ns
+
+    def spoil(record: atoll.Record) -> None:
+        if record.round == 2:
+            name.write_bytes(before)
+            os.utime(name, ns=(stamp + 10**9, stamp + 10**9))
+
+    plan = {"rounds": 4, "algorithm": atoll.fedavg(atoll.local_sgd(0.1)), "progress": False}
+    with pytest.raises(DataError, match=rf"{name.name}.*changed"):
+        atoll.simulate(model(), held, directory=tmp_path / "run", callbacks=(spoil,), **plan)  # type: ignore[arg-type]
+    os.utime(name, ns=(stamp, stamp))
+    again = atoll.FederatedDataset.open(tmp_path / "data")
+    result = atoll.simulate(model(), again, directory=tmp_path / "run", resume=True, **plan)  # type: ignore[arg-type]
+    assert torch.equal(result.vector, atoll.simulate(model(), packed(), **plan).vector)  # type: ignore[arg-type]
+    assert [r.round for r in result.history] == [1, 2, 3, 4]

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+BENCH = HERE.parents[1] / "src" / "atoll" / "bench"
+sys.path[:0] = [str(HERE), str(BENCH), str(HERE.parent)]
 
 import environments  # noqa: E402 - the path above comes first
 import numpy as np  # noqa: E402
 import workloads  # noqa: E402
+from figures import RECORDED  # noqa: E402
 from reporting import RESULTS, Findings, Table, finish, interval, parser, pyplot  # noqa: E402
 
 AGREEMENT = 1e-3
@@ -117,11 +119,8 @@ CONTESTANTS: Mapping[str, Contestant] = {
 }
 QUICK = ("atoll", "batched-1", "rows-1", "loop-1")
 
-PACE: Mapping[str, tuple[int, int]] = {
-    "W1": (40, 6), "W2": (20, 5), "W3": (5, 4), "W4": (15, 5), "W4E": (15, 5), "W5": (100, 10), "W6": (1, 1),
-    **dict.fromkeys(MODELS, (20, 6)),
-}  # fmt: skip
-"""Rounds that a contestant times in one run, and that a slow one does."""
+SLOW: Mapping[str, int] = {"W1": 6, "W2": 5, "W3": 4, "W4": 5, "W4E": 5, "W5": 10, "W6": 1, **dict.fromkeys(MODELS, 6)}
+"""Rounds that a slow contestant times in one run, instead of the workload's."""
 
 REFERENCES: Mapping[str, tuple[str, ...]] = {
     "W1": ("batched-1", "batched-2"),
@@ -246,8 +245,8 @@ def race(
                 if measured.failure:
                     continue
                 whole = load == "W5" and who.kind == "atoll"  # a published experiment: one run of 100 rounds
-                rounds = 2 if quick else PACE[load][who.slow]
-                warmup = 0 if whole else 1 if who.slow else 3
+                rounds = 2 if quick else (SLOW if who.slow else workloads.ROUNDS)[load]
+                warmup = 0 if whole else 1 if who.slow else workloads.WARMUP
                 extra = (*small, *(("--api", "simulate") if whole else ()))
                 if repetition == 0:
                     rounds, warmup, extra = 1, 0, (*extra, "--fixed")
@@ -339,7 +338,7 @@ def _per_example(measured: Measured, name: str) -> list[float]:
     load = workloads.WORKLOADS[name]
     sizes, made = workloads.sizes(load), list[float]()
     for line in measured.lines:
-        played = range(3, 3 + len(line["seconds"]))  # three rounds of warm-up came before
+        played = range(workloads.WARMUP, workloads.WARMUP + len(line["seconds"]))
         made.append(sum(line["seconds"]) / sum(int(sizes[workloads.cohort(load, i)].sum()) for i in played))
     return made
 
@@ -435,7 +434,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quick = options.quick
     loads = ["W1", "N4"] if quick and options.workloads == list(DEFAULT) else options.workloads
     names = options.contestants or list(QUICK if quick else CONTESTANTS)
-    repeats = 2 if quick else options.repeats
+    repeats = min(2, options.repeats) if quick else options.repeats
     found = race(loads, names, repeats=repeats, quick=quick, cache=options.cache, agree=not options.skip_agreement)
     found = {key: found[key] for load in loads for key in found if key[0] == load}
     apart = differences(found)
@@ -519,7 +518,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         figures=figures,
     )
     out = options.out or (None if quick else RESULTS / "speed")
-    return finish("speed/run", findings, quick=quick, out=out, arguments=arguments)
+    status = finish("speed/run", findings, quick=quick, out=out, arguments=arguments)
+    if not quick and out is not None and out.resolve() == RESULTS / "speed":
+        record(found, json.loads(out.with_suffix(".json").read_text())["context"])
+    return status
+
+
+def record(found: Results, context: Mapping[str, str], path: Path = RECORDED) -> None:
+    """Write down what `atoll bench` compares with, in the package.
+
+    Args:
+        found: everybody's runs.
+        context: the machine, versions, command and date of the result they belong to.
+        path: where to.
+    """
+    figures = [
+        {
+            "workload": load,
+            "what": str(workloads.WORKLOADS[load]),
+            "shown": CONTESTANTS[name].shown,
+            "kind": CONTESTANTS[name].kind,
+            "arguments": CONTESTANTS[name].arguments,
+            "milliseconds": [1e3 * s for s in (float(np.median(m.medians())), *interval(m.medians()))],
+            "engine": m.lines[-1].get("engine", {}),
+        }
+        for (load, name), m in found.items()
+        if m.lines
+    ]
+    path.write_text(json.dumps({"context": context, "figures": figures}, indent=1) + "\n")
+    print(f"Written: {path}")
 
 
 def _one_line(text: str) -> str:

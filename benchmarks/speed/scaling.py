@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE / "contestants"), str(HERE), str(HERE.parent)]
+BENCH = HERE.parents[1] / "src" / "atoll" / "bench"
+sys.path[:0] = [str(HERE / "contestants"), str(BENCH), str(HERE.parent)]
 
 import numpy as np  # noqa: E402 - the path above comes first
 import torch  # noqa: E402

@@ -114,7 +114,8 @@ def local_sgd(
         weight_decay: at least 0.
         betas: of adam and adamw, each in [0, 1).
         eps: of adam and adamw, above 0.
-        schedule: (round, step) -> multiplier of lr, for instance from `atoll.rate`.
+        schedule: (round, step) -> multiplier of lr, for instance from `atoll.rate`. A pure function: workers have
+            copies of whatever it looks at.
 
     Returns:
         The plan, for any algorithm.

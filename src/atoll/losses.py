@@ -97,8 +97,7 @@ class Loss:
             A scalar tensor.
         """
         self._require_tried()
-        value = self.function(output, target)
-        return value if self.returns == "mean" else value.mean()
+        return self.function(output, target).mean()
 
     def check(self, output: Tensor, target: Tensor) -> None:
         """Refuse outputs and targets that this loss does not fit.
@@ -184,7 +183,7 @@ def classify(function: LossFunction, output: Tensor, target: Tensor) -> Returns:
         if not value.is_floating_point():
             raise InvalidArgument(f"loss gave a tensor of {value.dtype}: it must be {allowed}, in floats.")
         if shape == (count,):
-            return "per_example"
+            return "per_example" if _separate(function, output, target, value) else "mean"
         if shape != ():
             remedy = "Average over every axis but the first."
             raise InvalidArgument(f"loss gave a tensor of shape {list(shape)}: it must be {allowed}. {remedy}")
@@ -193,6 +192,20 @@ def classify(function: LossFunction, output: Tensor, target: Tensor) -> Returns:
             found = "loss gave a scalar that doubles when the batch is given twice, a sum"
             raise InvalidArgument(f"{found}: it must be {allowed}. Return the losses, or divide by their number.")
     return "mean"
+
+
+def _separate(function: LossFunction, output: Tensor, target: Tensor, together: Tensor) -> bool:
+    """Whether each example's loss is its own: the same when the batch is cut in two.
+
+    A contrastive loss, or one divided by the batch's own mean, is not: it must be asked for one client at a time.
+    """
+    try:
+        first, rest = function(output[:1], target[:1]), function(output[1:], target[1:])
+        apart = torch.cat([first, rest])
+    except Exception:
+        return False
+    near = 1e-3 * together.abs().max()
+    return apart.shape == together.shape and bool(((apart - together).abs() <= near).all() | together.isnan().any())
 
 
 # --- the named losses -------------------------------------------------------------------------------------------------

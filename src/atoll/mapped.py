@@ -22,6 +22,8 @@ class Region:
     """
 
     def __init__(self, path: Path | None = None, size: int = 0) -> None:
+        self.descriptor = -1
+        self._durable = path is not None
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -36,12 +38,17 @@ class Region:
         self.follow(size)
 
     def __del__(self) -> None:
-        os.close(self.descriptor)
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
 
     def grow(self, size: int) -> None:
         """Make it at least so many bytes long; what is there stays."""
         if size > self.size:
-            os.ftruncate(self.descriptor, size)
+            if self._durable and hasattr(os, "posix_fallocate"):
+                # A full disk is an error here, not a signal when the bytes are written.
+                os.posix_fallocate(self.descriptor, 0, size)
+            else:
+                os.ftruncate(self.descriptor, size)
             self.follow(size)
 
     def follow(self, size: int) -> None:

@@ -35,6 +35,7 @@ class ClientMemory:
     ) -> None:
         self.layout = layout
         self.version = 0
+        self.settled = 0  # commits and discards so far
         self._dtype = dtype
         self._path = path
         self._index: dict[str, int] = dict(index or {})
@@ -125,6 +126,7 @@ class ClientMemory:
         """Make the staged rows the clients' memory."""
         if not self.layout.size:  # nothing is kept, so nothing can be out of date
             return
+        self.settled += 1
         for client, slot in self._staged.items():
             old = self._index.get(client)
             self._index[client] = slot
@@ -135,6 +137,7 @@ class ClientMemory:
 
     def discard(self) -> None:
         """Forget the staged rows."""
+        self.settled += 1
         for slot in self._staged.values():
             self._release(slot)
         self._staged.clear()

@@ -19,7 +19,7 @@ class Task:
         population: clients there are.
         message: the algorithm's broadcast.
         buffers: global floating buffers [B].
-        private: start values [P] of parameters a client has not trained yet.
+        private: start values [P - D] of the private parameters, for clients at their first visit.
         shared: what each transform tells the clients.
     """
 

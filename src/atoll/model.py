@@ -116,8 +116,11 @@ class Model:
         self._buffers = self.buffer_layout.flatten(floating).to(self.dtype).clone()
         self._frozen_hash = digest(*constants.values()) if constants else None
 
-        # The training and the evaluating copy share every tensor; only their mode flags differ.
-        training = copy.deepcopy(module)
+        # The training and the evaluating copy share every tensor; only their mode flags differ. What is trained is the
+        # vector's alone: a model of a hundred million parameters is not kept twice.
+        values = self.layout.view(self._vector)
+        shared = {id(p): nn.Parameter(values[n]) for n, p in module.named_parameters() if n in values}
+        training = copy.deepcopy(module, shared)
         if not module.training:
             training.train()
         if buffers == "frozen":
@@ -181,12 +184,11 @@ class Model:
 
     def module(self, vector: Tensor, buffers: Tensor | None = None) -> nn.Module:
         """A copy of the module that holds these parameters [P] and buffers [B], in eval mode."""
-        out = copy.deepcopy(self._evaluating.module)
         values = self.layout.view(vector.detach().to("cpu"))
+        module = self._evaluating.module
+        own = {id(p): nn.Parameter(values[n].clone()) for n, p in module.named_parameters() if n in values}
+        out = copy.deepcopy(module, own)
         with torch.no_grad():
-            for name, parameter in out.named_parameters():
-                if name in values:
-                    parameter.copy_(values[name])
             if buffers is not None:
                 held = self.buffer_layout.view(buffers.detach().to("cpu"))
                 for name, buffer in out.named_buffers():

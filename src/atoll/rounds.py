@@ -39,6 +39,10 @@ if TYPE_CHECKING:
     from atoll.data import FederatedDataset, LazyDataset, Split
 
 
+PIECE = 2**18
+"""Numbers that are added up at a time."""
+
+
 @dataclass(frozen=True, slots=True)
 class State:
     """Everything a run is, between two rounds.
@@ -49,7 +53,7 @@ class State:
         algorithm: the algorithm's state.
         buffers: global floating buffers [B].
         transforms: server state of each transform.
-        private: start values [P] of the parameters, from which clients take their private ones at their first visit.
+        private: start values [P - D] of the private parameters, for clients at their first visit.
         memory: what clients keep; moves on with the state.
         memory_version: which commit of the memory this state belongs to.
     """
@@ -87,7 +91,7 @@ class Process:
         transforms: stages between a client's work and the server, in client order.
         channel: "plain" or a channel from `atoll.transforms`.
         aggregator: default `atoll.aggregators.mean()`, weights by examples.
-        engine: what executes cohorts: "auto", "vectorized", "loop" or an engine.
+        engine: what executes cohorts: "auto", "vectorized", "ray", "loop" or an engine.
         workers: processes that share the work; "auto": the machine's cores, where rounds are long enough to gain. The
             result has the same bits for any number.
 
@@ -160,7 +164,7 @@ class Process:
 
     def memory_layout(self, vector: Tensor) -> Layout:
         """Fields of a client's memory: the algorithm's, the transforms', private parameters, local buffers."""
-        return Layout.of(self._first_visit(vector, self.model.init(), self.model.init_buffers()))
+        return Layout.of(self._first_visit(vector, self.kept.take(self.model.init()), self.model.init_buffers()))
 
     def init(self, seed: int = 0, initial: Tensor | None = None) -> State:
         """The state before round one.
@@ -189,14 +193,14 @@ class Process:
             self.algorithm.init(shared.clone()),
             self.model.init_buffers(),
             self.chain.init(self.length),
-            vector,
+            self.kept.take(vector).clone(),
             memory,
             memory.version,
         )
 
     def vector(self, state: State) -> Tensor:
-        """The global model [P]; private parameters at their start values."""
-        return self.selection.put(self.algorithm.model(state.algorithm), state.private.clone())
+        """A copy of the global model [P]; private parameters at their start values."""
+        return self._whole(self.algorithm.model(state.algorithm), state.private).clone()
 
     def open(
         self,
@@ -233,7 +237,7 @@ class Process:
             buffers = task.buffers.expand(count, -1)
         own = None
         if self.private_names:
-            own = self.kept.put(memory["private"], task.private.repeat(count, 1))
+            own = self.kept.put(memory["private"], task.private.new_zeros(count, self.model.size))
         return buffers, own
 
     def work(self, task: Task, cohort: Cohort, remembered: Mapping[str, Tensor]) -> Report:
@@ -319,14 +323,11 @@ class Process:
                 # do not drown each other, and no wide copy of the rows is made.
                 exact = torch.promote_types(rows.dtype, torch.float32)
                 wide = rows.to(exact)
-                weighted = report.weight.to(exact).T @ wide[:, :split]
-                total = torch.cat((weighted[0], wide[:, split:].sum(dim=0)))
+                total = _weighted(wide, report.weight.to(exact), split)
                 if not bool(torch.isfinite(total.sum())):
                     good &= _finite(rows)
                     if bool(good.all()):  # each is finite, but not their sum: it needs a wider one
-                        wide = rows.double()
-                        weighted = report.weight.double().T @ wide[:, :split]
-                        total = torch.cat((weighted[0], wide[:, split:].sum(dim=0)))
+                        total = _weighted(rows.double(), report.weight.double(), split)
                 rows = None
         broken = tuple(c for c, fine in zip(report.clients, good.tolist(), strict=True) if not fine)
         return Partial(
@@ -421,9 +422,10 @@ class Process:
             with self.engine.threads():
                 for partial in self.engine.run(self, task, drawn, state.memory):
                     collector.add(partial)
+                    del partial  # large models: nothing is held that the next step does not need
             collected = collector.finish(expected)
             closed = self.close(state, task, collected)
-            if collected.count and not bool(torch.isfinite(self.algorithm.model(closed.algorithm)).all()):
+            if collected.count and not bool(_finite(self.algorithm.model(closed.algorithm)[None])):
                 raise NonFiniteError(
                     f"round {task.round + 1}: the server's step made the model non-finite although every update was "
                     "finite. Lower the server's lr, or raise its tau."
@@ -506,7 +508,7 @@ class Process:
         if personal:
             rows, buffers = self.personal_rows(task, cohort, remembered)
         else:
-            vector = self.selection.put(task.message.vector, task.private.clone())
+            vector = self._whole(task.message.vector, task.private)
             rows, buffers = vector.expand(count, -1), task.buffers.expand(count, -1)
         assert buffers is not None
         sizes = split.sizes[torch.from_numpy(places)]
@@ -541,13 +543,19 @@ class Process:
             found = self.algorithm.personal(task.message, own, cohort)
         return Personal(found.rows, cohort.buffers if found.buffers is None else found.buffers)
 
+    def _whole(self, shared: Tensor, private: Tensor) -> Tensor:
+        """A model [P] of its shared [D] and private [P - D] part; the shared part itself where nothing is private."""
+        if self.selection.everything:
+            return shared
+        return self.kept.put(private, self.selection.put(shared, shared.new_empty(self.model.size)))
+
     def _first_visit(self, vector: Tensor, private: Tensor, buffers: Tensor) -> dict[str, Tensor]:
         fields: dict[str, Tensor] = {}
         if self.algorithm.client_init is not None:
             fields |= {f"algorithm/{n}": t for n, t in self.algorithm.client_init(vector).items()}
         fields |= {f"transforms/{n}": t for n, t in self.chain.memory(self.length).items()}
         if self.private_names:
-            fields["private"] = self.kept.take(private)
+            fields["private"] = private
         if self.buffer_rule == "local" and buffers.numel():
             fields["buffers"] = buffers
         return fields
@@ -609,7 +617,9 @@ class Collector:
         if self._total is None:
             self._total = partial.total.to(torch.float64, copy=True)  # a partial is valid until the next
         else:
-            self._total += partial.total
+            # In pieces: adding numbers of another precision makes a wide copy of them first.
+            for own, other in zip(self._total.split(PIECE), partial.total.split(PIECE), strict=True):
+                own += other
         self._weight += float(partial.weight.double().sum())
 
     def finish(self, expected: float | None = None) -> Collected:
@@ -642,7 +652,7 @@ class Collector:
                 total, weight, saturated = torch.cat((opened.weighted, opened.sums)), opened.weight, opened.saturated
             else:
                 assert self._total is not None
-                total, weight = self._total, self._weight
+                total, weight, self._total = self._total, self._weight, None
             total = process.chain.decode_sum(total, self._task.shared)
             divisor = weight
             if process.aggregator.denominator == "expected":
@@ -652,7 +662,7 @@ class Collector:
                     f"round {self._task.round + 1}: all {self._count} clients of the cohort have weight 0: "
                     "give some of them a weight above 0."
                 )
-            average, sums = total[:width] / divisor, total[width:]
+            average, sums = total[:width].div_(divisor), total[width:]
         loss, examples = self._metrics.tolist()
         return Collected(average.to(dtype), sums.to(dtype), weight, self._count, loss, examples, self._bytes, saturated)
 
@@ -663,6 +673,13 @@ class Collector:
             "is too high (halve lr), features that are not standardised, or a loss that takes the logarithm of zero. "
             "The model of the round before is kept."
         )
+
+
+def _weighted(rows: Tensor, weight: Tensor, split: int) -> Tensor:
+    """The weighted sum of the first `split` columns of rows [C, L] and the plain sum of the others, [L]."""
+    if split == rows.shape[1]:
+        return (weight.T @ rows)[0]
+    return torch.cat(((weight.T @ rows[:, :split])[0], rows[:, split:].sum(dim=0)))
 
 
 def _finite(rows: Tensor) -> Tensor:

@@ -64,9 +64,9 @@ def sgd(lr: float = 1.0, *, momentum: float = 0.0) -> ServerOptimizer:
 
     def step(state: Momentum, vector: Tensor, mean: Tensor) -> tuple[Tensor, Momentum]:
         if not momentum:
-            return vector + lr * mean, state
-        velocity = momentum * state.velocity + mean
-        return vector + lr * velocity, Momentum(velocity)
+            return torch.add(vector, mean, alpha=lr), state
+        velocity = torch.add(mean, state.velocity, alpha=momentum)
+        return torch.add(vector, velocity, alpha=lr), Momentum(velocity)
 
     return ServerOptimizer(record("sgd", lr=lr, momentum=momentum), init, step)
 

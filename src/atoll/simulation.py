@@ -91,7 +91,7 @@ def simulate(
         evaluate_every: evaluate after every so many rounds, and after the last; 0: never.
         splits: which examples to evaluate on; default those of "validation" and "test" that the data has.
         seed: of all keyed randomness.
-        engine: "auto" or "vectorized", "loop" (the specification), or an engine.
+        engine: "auto" or "vectorized", "ray" (actors of a cluster), "loop" (the specification), or an engine.
         workers: processes that share the work; "auto": the machine's cores, where rounds are long enough to gain. The
             result has the same bits for any number.
         directory: where to keep the journal and checkpoints; None keeps nothing.
@@ -138,7 +138,7 @@ def simulate(
             **process.spec,
             "cohort": sampler.spec,
             "seed": seed,
-            "initial": digest(state.private),
+            "initial": digest(process.vector(state)),
             "data": data.fingerprint() if directory is not None else data.name,
         },
     }

@@ -171,7 +171,7 @@ class Trained:
 
     @property
     def rows(self) -> Tensor:
-        """Parameters after training, [C, P]."""
+        """Parameters after training, [C, P]; like all a tile's work gives, valid until the next tile is made."""
         if not isinstance(self._rows, Tensor):
             self._rows = self._rows()
         return self._rows

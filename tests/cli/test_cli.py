@@ -59,7 +59,7 @@ def test_help_loads_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert "HEAVY []" in done.stdout
-    for command in ("demo", "run", "runs", "report", "compare", "data"):
+    for command in ("demo", "run", "runs", "report", "compare", "data", "bench"):
         assert re.search(rf"\b{command}\b", done.stdout)
 
 

@@ -1,6 +1,7 @@
 """What every contestant shares: its command line, its clock, its memory, and the line of JSON it prints.
 
-Standard library, numpy and `workloads` only: it is imported in the environment of every framework.
+Standard library, numpy and `workloads` only: it is imported in the environment of every framework. Workloads and
+networks are files of Atoll's package that need nothing of it; they are imported by their folder.
 """
 
 import argparse
@@ -15,8 +16,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "src" / "atoll" / "bench"))
 
+import digest
 import numpy as np
 import workloads
 from numpy.typing import NDArray
@@ -92,7 +94,7 @@ class Race:
             "first": self.first,
             "peak_mib": peak,
             "data": self.data.source,
-            "final_digest_or_norm": workloads.digest(self.load, vector, self.data),
+            "final_digest_or_norm": digest.digest(self.load, vector, self.data),
             **more,
         }
         print(json.dumps(line), flush=True)

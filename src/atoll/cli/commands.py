@@ -62,7 +62,7 @@ def run(
     data: Annotated[str | None, typer.Option(help="The table the app's data recipe is bound to.")] = None,
     directory: Annotated[Path | None, typer.Option(help="Run directory; default runs/NAME-TIME.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --directory.")] = False,
-    engine: Annotated[str, typer.Option(help='"auto", "vectorized" or "loop".')] = "auto",
+    engine: Annotated[str, typer.Option(help='"auto", "vectorized", "ray" or "loop".')] = "auto",
     report: Annotated[bool, typer.Option("--report/--no-report", help="Write report.html into the directory.")] = True,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the run directory and nothing else.")] = False,
     debug: Debug = False,
@@ -127,3 +127,24 @@ def data(
     from atoll.cli.data import data as show
 
     show(name)
+
+
+@app.command()
+@guarded
+def bench(
+    workloads: Annotated[
+        list[str] | None,
+        typer.Option(metavar="W1,W2...", help="W1 to W6, W4E, N1 to N6; repeat or separate by commas. [W1,W2,W3]"),
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds to time; default the workload's own.")] = None,
+    workers: Annotated[str, typer.Option(help='A number of processes, or "auto".')] = "auto",
+    engine: Annotated[str, typer.Option(help='"auto", "vectorized", "ray" or "loop".')] = "auto",
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Two rounds of smaller workloads, to see that it works.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Time Atoll's part of the speed benchmark on this machine, beside the figures that were recorded."""
+    from atoll.cli.bench import bench as measure
+
+    measure(workloads or ["W1", "W2", "W3"], rounds=rounds, workers=workers, engine=engine, quick=quick)

@@ -1,12 +1,15 @@
 """Engines execute cohorts.
 
-`loop` is the specification, `vectorized` the fast path on one device, `workers` spreads tiles over processes.
+`loop` is the specification, `vectorized` the fast path on one device, `workers` spreads tiles over processes, `ray`
+over the actors of a cluster.
 """
 
 from typing import Literal
 
 from atoll.engines.base import Engine
 from atoll.engines.loop import Loop
+from atoll.engines.ray import Ray
+from atoll.engines.spread import Spread
 from atoll.engines.vectorized import Vectorized
 from atoll.engines.workers import Workers
 from atoll.errors import invalid, unknown
@@ -16,10 +19,11 @@ def resolve(engine: "str | Engine", workers: int | Literal["auto"] = "auto") -> 
     """The engine meant by `engine=` and `workers=`.
 
     Args:
-        engine: "auto" and "vectorized" for the fast path, "loop" for the specification, or an engine.
+        engine: "auto" and "vectorized" for the fast path, "ray" for the fast path on a cluster, "loop" for the
+            specification, or an engine.
         workers: processes that share the work; the loop is one process unless a number is given.
     """
-    if isinstance(engine, Workers):
+    if isinstance(engine, Spread):
         if workers != "auto":
             raise invalid("workers", workers, "left out with an engine that has workers of its own")
         return engine
@@ -27,9 +31,11 @@ def resolve(engine: "str | Engine", workers: int | Literal["auto"] = "auto") -> 
         return engine if workers == "auto" else Workers(engine, workers)
     if engine in ("auto", "vectorized"):
         return Workers(Vectorized(), workers)
+    if engine == "ray":
+        return Ray(Vectorized(), workers)
     if engine == "loop":
         return Loop() if workers == "auto" else Workers(Loop(), workers)
-    raise unknown("engine", engine, ("auto", "vectorized", "loop"))
+    raise unknown("engine", engine, ("auto", "vectorized", "ray", "loop"))
 
 
-__all__ = ["Engine", "Loop", "Vectorized", "Workers", "resolve"]
+__all__ = ["Engine", "Loop", "Ray", "Vectorized", "Workers", "resolve"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from atoll import random
-from atoll.engines.dropout import Draw, KeyedDropout
+from atoll.engines.dropout import Draw, KeyedDropout, drawn_since, restore, states
 from atoll.errors import DataError, InvalidArgument
 from atoll.local import Plan
 from atoll.model import Batch, Model, apply_to_x
@@ -24,14 +24,17 @@ class Traits:
 
     Attributes:
         dropout: uses dropout that can be keyed.
-        draws: takes random numbers from torch's own generator in training (inside recurrent or attention kernels).
+        draws: takes random numbers from a generator of torch, numpy or Python in training, unasked (inside recurrent or
+            attention kernels).
         pairs: cannot train on a batch of one example (BatchNorm).
+        stateful: its forward changes plain attributes of its modules, which a trace would not see.
         sample: a few examples for trials.
     """
 
     dropout: bool
     draws: bool
     pairs: bool
+    stateful: bool
     sample: Batch
 
 
@@ -70,14 +73,14 @@ def accept(model: Model, data: "FederatedDataset", plans: Sequence[Plan]) -> Tra
             "given (as Keras layers do under functional_call), or the trainable ones are not used."
         )
 
-    before = torch.default_generator.get_state()
+    before, held = states(), _attributes(model)
     draw = Draw(0, "acceptance", 0, np.zeros(1, np.uint64), np.zeros(1, np.int64))
     pairs = False
     try:
         with KeyedDropout(draw):
             doubled = {n: torch.cat((t[:1], t[:1], t[1:])) for n, t in sample.items()}
             _try(model, parameters, buffers, doubled, train=True)
-        draws = not torch.equal(before, torch.default_generator.get_state())
+        draws = drawn_since(before)
         single = {n: t[:1] for n, t in sample.items()}
         try:
             _check_output(_call(model, parameters, buffers, single, train=True), single)
@@ -86,7 +89,7 @@ def accept(model: Model, data: "FederatedDataset", plans: Sequence[Plan]) -> Tra
                 raise
             pairs = True
     finally:
-        torch.default_generator.set_state(before)
+        restore(before)
     for name, tensor in sample.items():
         if not torch.equal(tensor, original[name]):
             raise InvalidArgument(
@@ -102,7 +105,7 @@ def accept(model: Model, data: "FederatedDataset", plans: Sequence[Plan]) -> Tra
     if pairs:
         for plan in plans:
             _check_pairs(plan, data)
-    return Traits(draw.calls > 0, draws, pairs, sample)
+    return Traits(draw.calls > 0, draws, pairs, held != _attributes(model), sample)
 
 
 def recheck(model: Model, data: "FederatedDataset", plans: Sequence[Plan], traits: Traits) -> None:
@@ -116,6 +119,12 @@ def recheck(model: Model, data: "FederatedDataset", plans: Sequence[Plan], trait
         _check_targets(model, output, data)
         for plan in plans if traits.pairs else ():
             _check_pairs(plan, data)
+
+
+def _attributes(model: Model) -> list[tuple[str, str, object]]:
+    """Plain attributes of a model's modules."""
+    plain = int | float | str | None
+    return [(n, a, v) for n, m in model.modules() for a, v in vars(m).items() if isinstance(v, plain)]
 
 
 def _spread(fields: Batch, count: int) -> dict[str, Tensor]:

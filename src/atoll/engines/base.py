@@ -1,8 +1,10 @@
 """What an engine is: it executes the tasks of a process over clients' data, one tile after the other."""
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from torch import Tensor
 from atoll import random
 from atoll.cohort import Cohort
 from atoll.engines.acceptance import Traits, accept, recheck
-from atoll.errors import invalid
+from atoll.errors import RunError, invalid
 from atoll.local import Plan
 from atoll.memory import ClientMemory, Window
 from atoll.messages import Partial, Task
@@ -46,6 +48,7 @@ class Engine(ABC):
             raise invalid("threads", threads, "a number of threads of at least 1")
         self._threads = threads
         self._prepared: tuple[Process, FederatedDataset | LazyDataset] | None = None
+        self._at_work: dict[str, int] = {}  # the thread that uses this engine now, and how deep
         self.notes: dict[str, None] = {}  # what happened that a reader of the result should know, once each
         self._traits: Traits | None = None
 
@@ -70,6 +73,12 @@ class Engine(ABC):
         assert self._traits is not None, "prepare() comes first"
         return self._traits
 
+    def fresh(self) -> "Engine":
+        """The same engine before its first `prepare`, for another process."""
+        twin = copy(self)
+        twin._prepared, twin._traits, twin.notes = None, None, {}
+        return twin
+
     def prepare(self, process: "Process", data: "FederatedDataset | LazyDataset") -> None:
         """Check the model against the data and choose how to run it; done once for the same process and data."""
         if self._prepared is not None and self._prepared[0] is process and self._prepared[1] is data:
@@ -92,6 +101,10 @@ class Engine(ABC):
         """
         for chosen in self.split(task, data):
             yield from self.train(process, task, data, memory, chosen)
+        self.rest()
+
+    def rest(self) -> None:  # noqa: B027 - most engines hold nothing
+        """Give back, after a round, what is too large to be held until the next."""
 
     def train(
         self, process: "Process", task: Task, data: "FederatedDataset", memory: ClientMemory, chosen: Chosen
@@ -145,12 +158,21 @@ class Engine(ABC):
     @contextmanager
     def threads(self) -> Generator[None]:
         """Torch's threads while this engine works: a fixed number, so that the same seed gives the same bits."""
+        here = threading.get_ident()
+        if self._at_work.setdefault("thread", here) != here:
+            raise RunError(
+                'this engine is at work in another thread: give every run an engine of its own (engine="auto" does).'
+            )
         before = torch.get_num_threads()
         torch.set_num_threads(self._threads)
+        self._at_work["depth"] = self._at_work.get("depth", 0) + 1
         try:
             yield
         finally:
             torch.set_num_threads(before)
+            self._at_work["depth"] -= 1
+            if not self._at_work["depth"]:
+                self._at_work.clear()
 
     @abstractmethod
     def split(self, task: Task, data: "FederatedDataset") -> list[Chosen]:

@@ -45,10 +45,15 @@ class Arena:
         self._free += self._used
         self._used = []
 
-    def clear(self) -> None:
-        """Give the memory back."""
-        self._free, self._used = [], []
+    def trim(self) -> None:
+        """Give back what is too much to be kept from one round to the next."""
+        self.reset()
+        if sum(t.nbytes for t in self._free) > ARENA_KEPT:
+            self._free = []
 
+
+ARENA_KEPT = 256 * 2**20
+"""An arena of more than this is given back after a round."""
 
 Members = slice | Tensor
 """Rows of a tile: a slice where they follow each other (their blocks are views), else their numbers, int64 [k]."""

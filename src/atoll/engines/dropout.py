@@ -1,5 +1,6 @@
 """Dropout whose masks are keyed by (seed, purpose, round, client, step), so that every engine draws the same ones."""
 
+import random as python_random
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
@@ -87,16 +88,37 @@ class KeyedDropout(TorchFunctionMode):
 
 
 class SeededDraws:
-    """Keys torch's own generator for code that draws from it, and puts its state back afterwards."""
+    """Keys the generators that code draws from unasked, torch's, numpy's and Python's own, and puts them back."""
 
     def __init__(self, seed: int, purpose: str, round: int, client: int, step: int) -> None:
         self._seed = random.key(seed, "draws", purpose, round, client, step) & 0x7FFFFFFFFFFFFFFF
 
     def __enter__(self) -> None:
-        self._before = torch.default_generator.get_state()
+        self._before = states()
         torch.default_generator.manual_seed(self._seed)
+        python_random.seed(self._seed)
+        np.random.seed(self._seed & 0xFFFFFFFF)  # noqa: NPY002 - the generator a module may draw from
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        torch.default_generator.set_state(self._before)
+        restore(self._before)
+
+
+def states() -> tuple[Tensor, Any, Any]:
+    """States of the generators that code draws from unasked."""
+    return torch.default_generator.get_state(), np.random.get_state(), python_random.getstate()  # noqa: NPY002
+
+
+def restore(before: tuple[Tensor, Any, Any]) -> None:
+    """Put these states back."""
+    torch.default_generator.set_state(before[0])
+    np.random.set_state(before[1])  # noqa: NPY002
+    python_random.setstate(before[2])
+
+
+def drawn_since(before: tuple[Tensor, Any, Any]) -> bool:
+    """Whether one of the generators has been drawn from since."""
+    torch_now, numpy_now, python_now = states()
+    same_numpy = all(np.array_equal(a, b) for a, b in zip(before[1], numpy_now, strict=True))
+    return not (torch.equal(before[0], torch_now) and same_numpy and before[2] == python_now)

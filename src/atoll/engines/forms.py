@@ -167,7 +167,7 @@ def function(build: "Builder", target: Callable[..., Any], args: tuple[Any, ...]
         return binary(build, torch.add if kwargs else operator.add, args, kwargs)
     if target in BINARY:
         return binary(build, BINARY[target], args, kwargs)
-    if target in WRITTEN and all(a is args[0] for a in args) and set(kwargs) <= {"inplace"}:
+    if target in WRITTEN and set(kwargs) <= {"inplace"} and len(list(args)) == 1:
         return elementwise(build, value(build, args[0]), WRITTEN[target])
     if target is functional.linear:
         named = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
@@ -184,9 +184,9 @@ def function(build: "Builder", target: Callable[..., Any], args: tuple[Any, ...]
     if target is operator.matmul:
         return method(build, "matmul", args, kwargs)
     if target in ELEMENTWISE:
-        if kwargs.pop("inplace", False) or any(isinstance(a, Slot) for a in (*args[1:], *kwargs.values())):
+        if kwargs.pop("inplace", False):
             raise Unsupported(f"the function {named_of(target)} in place")
-        return build.emit(Local(build.slot(), target, (value(build, args[0]), *args[1:]), kwargs))
+        return of_numbers(build, target, args, kwargs)
     if target is functional.scaled_dot_product_attention:
         return sdpa(build, args, kwargs)
     name = named_of(target)
@@ -213,7 +213,7 @@ def method(build: "Builder", name: str, args: tuple[Any, ...], kwargs: dict[str,
     if name in BINARY_METHODS:
         return binary(build, BINARY_METHODS[name], args, kwargs)
     if name in METHODS:
-        return build.emit(Local(build.slot(), getattr(torch.Tensor, name), (value(build, args[0]), *args[1:]), kwargs))
+        return of_numbers(build, getattr(torch.Tensor, name), args, kwargs)
     if name in SHIFTED:
         return SHIFTED[name](build, args, kwargs)
     raise Unsupported(f"the method {name}")
@@ -231,8 +231,10 @@ def value(build: "Builder", given: Any) -> Slot:
     return given
 
 
-def shift(dim: int) -> int:
+def shift(dim: Any) -> int:
     """An axis of [b, ...] as an axis of [C, b, ...]."""
+    if isinstance(dim, bool) or not isinstance(dim, int):
+        raise Unsupported("an axis that is computed")
     return dim + 1 if dim >= 0 else dim
 
 
@@ -253,6 +255,13 @@ def plain(build: "Builder", what: Callable[..., Any], args: tuple[Any, ...]) -> 
 def elementwise(build: "Builder", x: Slot, how: Derivative) -> Slot:
     """A function of each number."""
     return build.emit(Elementwise(build.slot(), x, *how))
+
+
+def of_numbers(build: "Builder", what: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Slot:
+    """A function of each number of a tensor, whose further arguments are no tensors."""
+    if any(isinstance(a, Slot | Attribute) for a in (*args[1:], *kwargs.values())):
+        raise Unsupported(f"the function {named_of(what)} of several tensors")
+    return build.emit(Local(build.slot(), what, (value(build, args[0]), *args[1:]), kwargs))
 
 
 def linear(build: "Builder", x: Slot, name: str, module: nn.Module) -> Slot:
@@ -276,14 +285,14 @@ def flatten(build: "Builder", x: Slot, start_dim: int = 0, end_dim: int = -1) ->
 def merged(build: "Builder", x: Slot, what: Callable[..., Any], *args: Any, **kwargs: Any) -> Slot:
     """A function that treats every example alike, on rows and batch as one axis."""
 
-    def together(x: Tensor) -> Tensor:
+    def together(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         flat = x.flatten(0, 1)
         if flat.ndim == 4 and flat.device.type == "cpu" and flat.shape[1] > 3:
             # Torch's pooling goes many times faster through channels that lie side by side.
             flat = flat.contiguous(memory_format=torch.channels_last)
         return what(flat, *args, **kwargs).unflatten(0, x.shape[:2])
 
-    return build.emit(Local(build.slot(), together, (x,)))
+    return build.emit(Local(build.slot(), together, (x, *args), kwargs))
 
 
 def convolution(build: "Builder", x: Slot, module: _ConvNd, name: str) -> Slot:
@@ -403,8 +412,9 @@ def getitem(build: "Builder", held: Any, index: Any) -> Any:
     return build.emit(Local(build.slot(), part, (held, index)))
 
 
-def _reshape(x: Tensor, shape: Sequence[int]) -> Tensor:
-    return x.reshape(len(x), *shape)
+def _reshape(x: Tensor, shape: Sequence[Any]) -> Tensor:
+    own = shape[0] if len(shape) == 1 and isinstance(shape[0], list | tuple) else shape  # view(other.shape)
+    return x.reshape(len(x), *cast("Sequence[int]", own))
 
 
 def _size(x: Any, dim: int | None = None) -> Any:

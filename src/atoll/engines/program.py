@@ -40,13 +40,22 @@ class Program:
     def __init__(self, model: Model, *, train: bool = True) -> None:
         root = model.caller(train=train)
         try:
-            graph = fx.Tracer().trace(root)
+            graph = _Tracer().trace(root)
         except Exception as error:
             raise Unsupported(f"it cannot be traced ({type(error).__name__})") from error
         self.count = len(model.layout.names)
         builder = _Builder(model, root)
         for node in graph.nodes:
-            builder.add(node)
+            try:
+                builder.add(node)
+            except Unsupported:
+                raise
+            except Exception as error:  # a call of a known function in a way that its form does not know
+                lines = str(error).splitlines()
+                text = (
+                    f"{node.target} is called in an unknown way ({type(error).__name__}: {lines[0] if lines else ''})"
+                )
+                raise Unsupported(text) from error
         if not isinstance(builder.output, Slot):
             raise Unsupported("it does not return a tensor")
         self._output = builder.output.number
@@ -113,6 +122,12 @@ class Program:
         return self._needs[trained]
 
 
+class _Tracer(fx.Tracer):
+    """A tracer that follows buffers too: what is computed from one is computed anew in every forward."""
+
+    proxy_buffer_attributes = True
+
+
 class _Builder:
     """Turns a traced graph into operations."""
 
@@ -160,7 +175,7 @@ class _Builder:
     def add(self, node: fx.Node) -> None:
         """Add a node's operations."""
         args = cast("tuple[Any, ...]", self._resolve(node.args))
-        kwargs = cast("dict[str, Any]", self._resolve(node.kwargs))
+        kwargs = dict(cast("dict[str, Any]", self._resolve(node.kwargs)))
         if node.op == "placeholder":
             if self.start >= 0:
                 raise Unsupported("it takes more than a batch")

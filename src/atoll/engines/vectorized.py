@@ -18,7 +18,6 @@ clients. Found by measurement: narrower tiles only pay for more calls, wider one
 """
 
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 
 from atoll import random
 from atoll.engines import paths
+from atoll.engines.acceptance import Traits
 from atoll.engines.base import Chosen, Engine, Remembering, Tile
 from atoll.engines.blocks import Arena
 from atoll.engines.dropout import Draw
@@ -35,7 +35,6 @@ from atoll.engines.program import Program
 from atoll.engines.steps import Gradients
 from atoll.engines.tile import Buffers, Paths, Rows
 from atoll.errors import invalid
-from atoll.local import Plan
 from atoll.messages import Task
 from atoll.model import Batch, Model
 
@@ -74,6 +73,8 @@ class Vectorized(Engine):
         self._tile = tile
         self._reason = ""
         self._width = 1
+        self._rows, self._row, self._activations = False, 1, 0
+        self._batches: tuple[int | None, ...] = ()
         self._paths: Paths | None = None
         self._arena = Arena()
 
@@ -83,10 +84,25 @@ class Vectorized(Engine):
         how = "one client at a time" if one else "rows of one matrix"
         return {"engine": self.name, "strategy": how, "tile": self._width, "reason": self._reason, **self.told}
 
+    def fresh(self) -> "Vectorized":
+        return Vectorized(self._asked, tile=self._tile, threads=self._threads)
+
     def split(self, task: Task, data: "FederatedDataset") -> list[Chosen]:
         """Tiles of the cohort's clients, the largest first: clients that are done leave a tile from its end."""
-        order = np.argsort(-data.train.sizes.numpy()[data.places(task.clients)], kind="stable")
-        return np.array_split(order, tile_count(len(order), self._width)) if len(order) else []
+        sizes = data.train.sizes.numpy()[data.places(task.clients)]
+        order = np.argsort(-sizes, kind="stable")
+        if not len(order):
+            return []
+        widest, narrowest = self._fits(int(sizes.min())), self._fits(int(sizes.max()))
+        self._width = narrowest
+        if widest == narrowest:
+            return np.array_split(order, tile_count(len(order), widest))
+        tiles: list[Chosen] = []
+        while len(order):  # large clients, with many activations, stand in narrower tiles
+            width = self._fits(int(sizes[order[0]]))
+            tiles.append(order[:width])
+            order = order[width:]
+        return tiles
 
     def tile(
         self, process: "Process", task: Task, data: "FederatedDataset", memory: Remembering, chosen: Chosen
@@ -113,6 +129,9 @@ class Vectorized(Engine):
         cohort.attach(data.train, places, task.seed, self._paths, self._arena)
         return cohort, remembered
 
+    def rest(self) -> None:
+        self._arena.trim()
+
     def _choose(self, process: "Process", data: "FederatedDataset") -> None:
         model, traits = process.model, self.traits
         program: Program | None = None
@@ -121,28 +140,37 @@ class Vectorized(Engine):
         if self._asked == "single":
             self._reason = "chosen by hand"
         else:
-            program, activations, why = _program(model, traits.sample, traits.draws)
-            evaluating = _evaluating(model, traits.sample)
-            single = None if program is not None else _single(model, traits.draws)
+            program, activations, why = _program(model, traits)
+            evaluating = None if traits.stateful else _evaluating(model, traits.sample)
+            single = None if program is not None else _single(model, traits)
             if program is not None:
                 self._reason = WRITTEN
-            elif single is not None and (self._asked == "auto" or traits.draws):
-                self._reason = single
+            elif single is not None and (self._asked == "auto" or traits.draws or traits.stateful):
+                self._reason = single if single == why else f"{single}; {why}"
             else:
                 refused = _tables(model) or _trial(model, traits.sample, None)
                 batched = refused is None
-                self._reason = f"batching transform: {why}" if refused is None else refused
+                self._reason = f"batching transform: {why}" if refused is None else f"{refused}; {why}"
             if self._asked == "rows":
                 if program is None and not batched:
                     raise invalid("strategy", "rows", '"single" or "auto" for this model', f"Reason: {self._reason}.")
                 self._reason = f"chosen by hand; {self._reason}"
         self._paths = Paths(program, evaluating, batched, traits.dropout, traits.draws)
-        self._width = 1
-        if program is not None or batched:
-            fits = _fits(model, activations * _batch(process.algorithm.plans, data))
-            self._width = fits if self._tile is None else self._tile
-            if self._width == 1 and self._tile is None:
-                self._reason += f", and the {model.size:,} parameters and activations of one client fill a tile"
+        self._rows = program is not None or batched
+        self._row, self._activations = model.size * model.dtype.itemsize, activations
+        self._batches = tuple(p.batch_size for p in process.algorithm.plans)
+        self._width = self._fits(int(data.train.sizes.max()))
+        if self._rows and self._width == 1 and self._tile is None:
+            self._reason += f", and the {model.size:,} parameters and activations of one client fill a tile"
+
+    def _fits(self, examples: int) -> int:
+        """Clients of so many examples whose parameters and activations stay near the cores."""
+        if not self._rows:
+            return 1
+        if self._tile is not None:
+            return self._tile
+        batch = max((examples if b is None else min(b, examples) for b in self._batches), default=1)
+        return max(1, min(TILE_ROWS, TILE_BYTES // self._row, TILE_BYTES // max(1, batch * self._activations)))
 
 
 def tile_count(clients: int, width: int) -> int:
@@ -151,22 +179,11 @@ def tile_count(clients: int, width: int) -> int:
     return min(clients, count + count % 2) if count > 1 else 1
 
 
-def _fits(model: Model, activations: int) -> int:
-    """Clients whose parameters, and whose activations of so many bytes each, stay near the cores."""
-    row = model.size * model.dtype.itemsize
-    return max(1, min(TILE_ROWS, TILE_BYTES // row, TILE_BYTES // max(1, activations)))
-
-
-def _batch(plans: Sequence[Plan], data: "FederatedDataset") -> int:
-    """The most examples in a step of these plans."""
-    largest = int(data.train.sizes.max())
-    return max((largest if p.batch_size is None else min(p.batch_size, largest) for p in plans), default=1)
-
-
-def _program(model: Model, sample: Batch, draws: bool) -> tuple[Program | None, int, str]:
+def _program(model: Model, traits: Traits) -> tuple[Program | None, int, str]:
     """The model's program, bytes of activations for an example, and why there is no program."""
-    if draws:
-        return None, 0, "it draws random numbers inside torch's kernels"
+    sample = traits.sample
+    if traits.draws or traits.stateful:
+        return None, 0, _unseen(traits)
     try:
         program = Program(model)
     except Unsupported as error:
@@ -183,17 +200,22 @@ def _program(model: Model, sample: Batch, draws: bool) -> tuple[Program | None, 
 
 
 def _evaluating(model: Model, sample: Batch) -> Program | None:
-    """The program of the evaluating forward, or None where its outputs are not the module's."""
+    """The program of the evaluating forward, or None where its outputs are not the module's, example by example."""
     try:
         program = Program(model, train=False)
-        rows, batch, _ = _two(model, sample)
+        rows, buffers, batch, _ = _trio(model, sample)
         parts = list(model.layout.view(rows).values())
-        held = Buffers(model, model.init_buffers().expand(2, -1).clone())
+        held = Buffers(model, buffers)
         output, _ = program.forward(parts, held.take(slice(None)), batch, backward=False)
-        for i in range(2):
-            alone = model.layout.view(rows[i]), model.buffer_layout.view(held.floating[i])
+        for i in range(ROWS):
+            own = model.layout.view(rows[i]), model.buffer_layout.view(buffers[i])
+            # One by one: evaluation cuts a client's examples into pieces, which must not change what comes out.
             with torch.no_grad():
-                expected = model.call(*alone, sample, train=False)
+                alone = [
+                    model.call(*own, {n: t[k : k + 1] for n, t in sample.items()}, train=False)
+                    for k in range(len(sample["y"]))
+                ]
+            expected = torch.cat(alone)
             if output[i].shape != expected.shape or not _near(output[i], expected, _peak(expected)):
                 return None
     except Exception:
@@ -210,8 +232,17 @@ def _tables(model: Model) -> str | None:
     return None
 
 
-def _single(model: Model, draws: bool) -> str | None:
+def _unseen(traits: Traits) -> str:
+    """What the model does that neither a trace nor a batching transform sees."""
+    if traits.stateful:
+        return "its forward changes attributes of its own, which clients then share"
+    return "the model draws random numbers unasked (dropout in attention or recurrent layers, Python's or numpy's own)"
+
+
+def _single(model: Model, traits: Traits) -> str | None:
     """Why a model without a program runs one client at a time, or None."""
+    if traits.draws or traits.stateful:
+        return _unseen(traits)
     if model.size > LARGE:
         return f"{model.size:,} parameters are more than {LARGE:,}"
     for name, part in model.modules():
@@ -219,27 +250,32 @@ def _single(model: Model, draws: bool) -> str | None:
             return f"the recurrent layer {name or type(part).__name__!r} has no batched kernel"
         if isinstance(part, nn.modules.conv._ConvNd):  # pyright: ignore[reportPrivateUsage]
             return f"the convolution {name or type(part).__name__!r} is faster one client at a time on a CPU"
-    if draws:
-        return "the model draws random numbers inside torch's kernels (dropout in attention or recurrent layers)"
     return None
 
 
-def _two(model: Model, sample: Batch) -> tuple[Tensor, Batch, Draw]:
-    """Two rows that differ, the same batch for both, and their draw."""
-    noise = torch.randn(model.size, generator=random.generator(0, "trial"), dtype=model.dtype)
-    rows = torch.stack((model.init(), model.init() + 0.1 * noise))
-    batch = {n: torch.stack((t, t)) for n, t in sample.items()}
-    return rows, batch, Draw(0, "trial", 0, np.arange(2, dtype=np.uint64), np.zeros(2, np.int64))
+ROWS = 3
+"""Rows of a trial."""
+
+
+def _trio(model: Model, sample: Batch) -> tuple[Tensor, Tensor, Batch, Draw]:
+    """Rows and buffers that differ from each other, the same batch for all, and their draw."""
+    draw = random.generator(0, "trial")
+    noise = torch.randn(ROWS, model.size, generator=draw, dtype=model.dtype)
+    more = torch.rand(ROWS, model.buffer_layout.size, generator=draw, dtype=model.dtype)  # variances stay positive
+    noise[0], more[0] = 0.0, 0.0
+    batch = {n: t.expand(ROWS, *t.shape).clone() for n, t in sample.items()}
+    keys = Draw(0, "trial", 0, np.arange(ROWS, dtype=np.uint64), np.zeros(ROWS, np.int64))
+    return model.init() + 0.1 * noise, model.init_buffers() + 0.1 * more, batch, keys
 
 
 def _trial(model: Model, sample: Batch, program: Program | None) -> str | None:
     """Why a program, or without one the batching transform, cannot be used; None: it gives what the module gives."""
-    rows, batch, draw = _two(model, sample)
+    rows, buffers, batch, draw = _trio(model, sample)
 
     def outcome(chosen: slice, *, batched: bool) -> list[Tensor]:
         """Output, buffers and gradients [k, ...] of some of the rows."""
         parts = [t[chosen] for t in model.layout.view(rows).values()]
-        held = Buffers(model, model.init_buffers().expand(len(parts[0]), -1).clone())
+        held = Buffers(model, buffers[chosen].clone())
         inputs = {n: t[chosen] for n, t in batch.items()}
         own = Draw(draw.seed, draw.purpose, draw.round, draw.clients[chosen], draw.steps[chosen])
         if batched and program is not None:
@@ -249,16 +285,16 @@ def _trial(model: Model, sample: Batch, program: Program | None) -> str | None:
             return [output, held.floating, *sink.filled()]
         leaves = {n: t.detach().clone().requires_grad_() for n, t in paths.named(model, parts).items()}
         with torch.enable_grad():
-            buffers = held.take(slice(None))
-            output = paths.forward(model, leaves, buffers, inputs, own, batched=batched, seeded=False)
+            own_buffers = held.take(slice(None))
+            output = paths.forward(model, leaves, own_buffers, inputs, own, batched=batched, seeded=False)
             found = torch.autograd.grad((output * _slope(output)).sum(), list(leaves.values()), allow_unused=True)
         some = cast("tuple[Tensor | None, ...]", found)
         gradients = [torch.zeros_like(t) if g is None else g for t, g in zip(leaves.values(), some, strict=True)]
         return [output.detach(), held.floating, *gradients]
 
     try:
-        together = outcome(slice(0, 2), batched=True)
-        for i in range(2):
+        together = outcome(slice(0, ROWS), batched=True)
+        for i in range(ROWS):
             alone = outcome(slice(i, i + 1), batched=False)
             # Gradients that are nought but for rounding (a bias before BatchNorm) are judged by the largest of all.
             largest = max(_peak(t) for t in alone[2:])

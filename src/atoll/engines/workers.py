@@ -25,22 +25,21 @@ import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from atoll.engines.base import Chosen, Engine, Looked, Remembering, Tile
+from atoll.engines.base import Chosen, Engine
+from atoll.engines.spread import Crew, Found, Spread, done, order, placed, shapes, understood
 from atoll.errors import RunError, invalid
 from atoll.mapped import Region
 from atoll.memory import ClientMemory
 from atoll.messages import Partial, Task
-from atoll.tree import leaves, rebuild
 
 if TYPE_CHECKING:
     from atoll.data import FederatedDataset, LazyDataset
@@ -69,7 +68,7 @@ def can_fork() -> str | None:
     return None
 
 
-class Workers(Engine):
+class Workers(Spread):
     """Spreads another engine's tiles over processes.
 
     Args:
@@ -86,95 +85,36 @@ class Workers(Engine):
         refused = can_fork()
         if refused is not None and count not in ("auto", 1):
             raise invalid("workers", count, f'1 or "auto": {refused}', 'Use engine="ray" for several processes.')
-        super().__init__(inner.thread_count)
-        self.name = inner.name
-        self.inner = inner
+        if inner.thread_count > 1 and count not in ("auto", 1):
+            raise invalid(
+                "workers",
+                count,
+                "1 with an engine of several threads",
+                "Each worker has one thread: leave threads= out.",
+            )
+        super().__init__(inner)
         self._asked = count
-        self._most = 1 if refused is not None else cores() if count == "auto" else count
+        self._most = 1 if refused is not None or inner.thread_count > 1 else cores() if count == "auto" else count
         self._seconds: list[float] = []
-        self._crew: _Crew | None = None
-
-    def describe(self) -> dict[str, Any]:
-        """Which path ran, and why."""
-        return {**self.inner.describe(), "workers": 1 if self._crew is None else self._crew.size}
 
     def prepare(self, process: "Process", data: "FederatedDataset | LazyDataset") -> None:
         before = self.inner.prepared
-        self.inner.prepare(process, data)
+        super().prepare(process, data)
         if self.inner.prepared is not before:
-            self.stop()
             self._seconds = []
 
-    def inspect(self, process: "Process", drawn: "FederatedDataset") -> None:
-        self.inner.inspect(process, drawn)
-
-    def split(self, task: Task, data: "FederatedDataset") -> list[Chosen]:
-        return self.inner.split(task, data)
-
-    def tile(
-        self, process: "Process", task: Task, data: "FederatedDataset", memory: Remembering, chosen: Chosen
-    ) -> Tile:
-        return self.inner.tile(process, task, data, memory, chosen)
-
-    def run(self, process: "Process", task: Task, data: "FederatedDataset", memory: ClientMemory) -> Iterator[Partial]:
-        tiles = self.inner.split(task, data)
-        if not self._pays(len(tiles)):
-            yield from self._timed(process, task, data, memory, tiles)
-            return
-        crew = self._hired(process, task, data, memory, len(tiles))
-        work = [int(data.train.sizes.numpy()[data.places([task.clients[i] for i in chosen])].sum()) for chosen in tiles]
-        finished = False
-        try:
-            for number, found in crew.work("train", task, tiles, work, data, memory):
-                if found is None:  # it failed there: here the error shows, or it goes well
-                    yield from self.inner.train(process, task, data, memory, tiles[number])
-                else:
-                    yield _partial(found)
-            finished = True
-        finally:
-            if not finished:
-                self.stop()
-
-    def examine(
-        self, process: "Process", task: Task, data: "FederatedDataset", memory: ClientMemory, split: str
-    ) -> "Iterator[Looked]":
-        tiles = self.inner.split(task, data)
-        prepared = self.inner.prepared
-        if not self._pays(len(tiles)) or prepared is None or prepared[1] is not data:
-            yield from self.inner.examine(process, task, data, memory, split)
-            return
-        first, *rest = tiles
-        places, sums, metrics = self.inner.looked(process, task, data, memory, split, first)
-        yield places, sums, metrics
-        crew = self._hired(process, task, data, memory, len(tiles))
-        work = [len(chosen) for chosen in rest]
-        finished = False
-        try:
-            for number, found in crew.work("examine", task, rest, work, data, memory, split=split):
-                if found is None:
-                    yield self.inner.looked(process, task, data, memory, split, rest[number])
-                else:
-                    yield found["tensors"]["places"].numpy().copy(), found["tensors"]["sums"].clone(), metrics
-            finished = True
-        finally:
-            if not finished:
-                self.stop()
-
-    def stop(self) -> None:
-        """End the worker processes; the next round that needs them starts new ones."""
-        if self._crew is not None:
-            self._crew.stop()
-            self._crew = None
-
-    def _timed(
+    def _alone(
         self, process: "Process", task: Task, data: "FederatedDataset", memory: ClientMemory, tiles: list[Chosen]
     ) -> Iterator[Partial]:
         spent = 0.0
         for chosen in tiles:
             began = time.perf_counter()
-            partials = list(self.inner.train(process, task, data, memory, chosen))
-            spent += time.perf_counter() - began
-            yield from partials
+            for partial in self.inner.train(process, task, data, memory, chosen):
+                spent += time.perf_counter() - began
+                yield partial
+                del partial  # large models: nothing is held that the next tile does not need
+                began = time.perf_counter()
+        self.inner.rest()
         self._seconds = [*self._seconds[-1:], spent]
 
     def _pays(self, tiles: int) -> bool:
@@ -190,9 +130,11 @@ class Workers(Engine):
 
     def _hired(
         self, process: "Process", task: Task, data: "FederatedDataset", memory: ClientMemory, tiles: int
-    ) -> "_Crew":
+    ) -> Crew | None:
+        if not self._pays(tiles):
+            return None
         crew = self._crew
-        if crew is None or not crew.fits(task, memory) or crew.size < min(self._most, tiles):
+        if not isinstance(crew, _Crew) or not crew.fits(task, memory) or crew.size < min(self._most, tiles):
             self.stop()
             memory.share()
             crew = self._crew = _Crew(self.inner, process, task, data, memory, min(self._most, tiles))
@@ -239,40 +181,6 @@ class Board:
         return self.region.tensor(torch.int64, 1)
 
 
-def _tree(task: Task) -> dict[str, Any]:
-    return {"message": task.message, "buffers": task.buffers, "private": task.private, "shared": task.shared}
-
-
-def _encoded(task: Task) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A task's tensors and its other leaves by path."""
-    every = dict(leaves(_tree(task)))
-    tensors = {n: v for n, v in every.items() if isinstance(v, Tensor)}
-    return tensors, {n: v for n, v in every.items() if n not in tensors}
-
-
-def _shapes(task: Task) -> dict[str, Any]:
-    tensors, values = _encoded(task)
-    return {n: (t.shape, t.dtype) for n, t in tensors.items()} | {n: type(v) for n, v in values.items()}
-
-
-def _partial(found: dict[str, Any]) -> Partial:
-    """A partial from what a worker sent; copies where the collector keeps what it gets."""
-    tensors = found["tensors"]
-    codes = {n.removeprefix("codes/"): t.clone() for n, t in tensors.items() if n.startswith("codes/")}
-    first, second, third = found["parts"]
-    return Partial(
-        tuple(found["clients"]),
-        tuple(found["broken"]),
-        (first, second, third),
-        tensors.get("total"),
-        tensors["rows"].clone() if "rows" in tensors else None,
-        codes or None,
-        tensors["weight"].clone(),
-        tensors["metrics"].clone(),
-        found["bytes"],
-    )
-
-
 # --- the driver's side ------------------------------------------------------------------------------------------------
 
 
@@ -288,7 +196,7 @@ class _Worker:
     waiting: bool = False
 
 
-class _Crew:
+class _Crew(Crew):
     """The workers of a process over some data."""
 
     def __init__(
@@ -300,18 +208,21 @@ class _Crew:
         memory: ClientMemory,
         size: int,
     ) -> None:
-        self.size = size
         self._inner, self._process, self._template, self._data, self._memory = inner, process, task, data, memory
-        self._shapes = _shapes(task)
+        self._shapes = shapes(task)
         self._down = Board()
         self._workers: list[_Worker] = []
-        self._end = weakref.finalize(self, _end, self._workers)
+        self._end = weakref.finalize(self, _end, self._workers, os.getpid())
         for _ in range(size):
             self._workers.append(self._fork())
 
+    @property
+    def size(self) -> int:
+        return len(self._workers)
+
     def fits(self, task: Task, memory: ClientMemory) -> bool:
         """Whether these workers can read such a task and that memory."""
-        return memory is self._memory and _shapes(task) == self._shapes
+        return memory is self._memory and shapes(task) == self._shapes
 
     def stop(self) -> None:
         """End all of them."""
@@ -326,35 +237,20 @@ class _Crew:
         data: "FederatedDataset",
         memory: ClientMemory,
         **more: Any,
-    ) -> Iterator[tuple[int, dict[str, Any] | None]]:
-        """Results of all tiles in order; None for a tile that raised.
-
-        Args:
-            kind: "train" or "examine".
-            task: of the round.
-            tiles: places in the task's cohort.
-            costs: work of each tile, in any unit.
-            data: what the tiles' clients hold.
-            memory: what they remember.
-            more: further values for the workers.
-        """
-        order = self._order(kind, task, data, memory, more)
-        load = [0] * self.size
-        for number in sorted(range(len(tiles)), key=lambda i: (-costs[i], i)):
-            least = load.index(min(load))
-            self._workers[least].queue.append(number)
-            load[least] += costs[number]
-        for worker in self._workers:
-            worker.queue = deque(sorted(worker.queue))
+    ) -> Iterator[tuple[int, Found | None]]:
+        told = self._order(kind, task, data, memory, more)
+        for worker, queue in zip(self._workers, placed(costs, self.size), strict=True):
+            worker.queue = deque(queue)
             worker.held, worker.waiting = 0, False
-            self._send(worker, order, task, tiles, memory)
-        results: dict[int, tuple[_Worker, dict[str, Any]]] = {}
+            self._send(worker, told, task, tiles, memory)
+        results: dict[int, tuple[_Worker, Found]] = {}
         deaths: dict[int, int] = {}
         for number in range(len(tiles)):
             while number not in results:
-                self._receive(results, deaths, order, task, tiles, memory)
+                self._receive(results, deaths, told, task, tiles, memory)
             worker, found = results.pop(number)
             if found.get("failed"):
+                self._inner.notes[f"a tile failed in a worker and was done by the driver ({found['failed']})"] = None
                 yield number, None
             else:
                 worker.board.region.follow(found["size"])
@@ -362,52 +258,38 @@ class _Crew:
             worker.held -= 1
             if worker.waiting and not worker.held:
                 worker.waiting = False
-                worker.connection.send_bytes(b"{}")
+                with suppress(OSError):  # it has died: receiving tells, and it is replaced
+                    worker.connection.send_bytes(b"{}")
 
     def _order(
         self, kind: str, task: Task, data: "FederatedDataset", memory: ClientMemory, more: dict[str, Any]
     ) -> dict[str, Any]:
         """What every worker is told."""
-        tensors, values = _encoded(task)
-        named = {f"task/{n}": t for n, t in tensors.items()}
-        if data is not self._data:  # drawn for this round: the workers have never seen it
-            named |= {f"train/{n}": t for n, t in data.train.fields.items()} | {"offsets": data.train.offsets}
-        spec, _ = self._down.put(named)
-        return {
-            "kind": kind,
-            "seed": task.seed,
-            "round": task.round,
-            "clients": list(task.clients),
-            "population": task.population,
-            "values": values,
-            "tensors": spec,
-            "size": self._down.region.size,
-            "capacity": memory.capacity,
-            "drawn": list(data.clients) if data is not self._data else None,
-            **more,
-        }
+        tensors, told = order(kind, task, data if data is not self._data else None, more)
+        spec, _ = self._down.put(tensors)
+        return {**told, "tensors": spec, "size": self._down.region.size, "capacity": memory.capacity}
 
     def _send(
-        self, worker: _Worker, order: dict[str, Any], task: Task, tiles: list[Chosen], memory: ClientMemory
+        self, worker: _Worker, told: dict[str, Any], task: Task, tiles: list[Chosen], memory: ClientMemory
     ) -> None:
         """Give a worker the tiles of its queue."""
         jobs: list[dict[str, Any]] = []
         for number in worker.queue:
             clients = [task.clients[i] for i in tiles[number]]
-            write = memory.reserve(clients) if order["kind"] == "train" else []
+            write = memory.reserve(clients) if told["kind"] == "train" else []
             jobs.append(
                 {"tile": number, "chosen": tiles[number].tolist(), "read": memory.slots(clients), "write": write}
             )
         # Reserving may have made the table longer.
-        message = json.dumps({**order, "jobs": jobs, "capacity": memory.capacity})
-        with suppress(BrokenPipeError, ConnectionError):  # it has died: receiving tells, and it is replaced
+        message = json.dumps({**told, "jobs": jobs, "capacity": memory.capacity})
+        with suppress(OSError):  # it has died: receiving tells, and it is replaced
             worker.connection.send_bytes(message.encode())
 
     def _receive(
         self,
-        results: dict[int, tuple[_Worker, dict[str, Any]]],
+        results: dict[int, tuple[_Worker, Found]],
         deaths: dict[int, int],
-        order: dict[str, Any],
+        told: dict[str, Any],
         task: Task,
         tiles: list[Chosen],
         memory: ClientMemory,
@@ -424,7 +306,7 @@ class _Crew:
                 fresh = self._fork()
                 fresh.queue = worker.queue
                 self._workers[busy[connection]] = fresh
-                self._send(fresh, order, task, tiles, memory)
+                self._send(fresh, told, task, tiles, memory)
                 continue
             for found in message["results"]:
                 worker.queue.remove(found["tile"])
@@ -435,6 +317,7 @@ class _Crew:
     def _bury(self, worker: _Worker, deaths: dict[int, int], task: Task, tiles: list[Chosen]) -> None:
         """Find out how a worker died, and stop the run when the same clients have killed two."""
         worker.connection.close()
+        worker.waiting = False
         _, status = os.waitpid(worker.pid, 0)
         code = os.waitstatus_to_exitcode(status)
         how = f"by signal {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
@@ -475,7 +358,9 @@ class _Crew:
             os._exit(1)
 
 
-def _end(workers: list[_Worker]) -> None:
+def _end(workers: list[_Worker], driver: int) -> None:
+    if os.getpid() != driver:  # a child that the user's program forked: the workers are not its own
+        return
     for worker in workers:
         worker.connection.close()
         with suppress(ProcessLookupError):
@@ -516,22 +401,13 @@ def _serve(
     """Work on tiles until the driver is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    with inner.threads():
+    with inner.threads(), suppress(EOFError, ConnectionError):
         while True:
-            try:
-                order = json.loads(connection.recv_bytes())
-            except (EOFError, ConnectionError):
-                os._exit(0)
-            down.region.follow(order["size"])
-            given = down.get(order["tensors"])
-            tensors = {n.removeprefix("task/"): t for n, t in given.items() if n.startswith("task/")}
-            tree = rebuild(_tree(template), {**tensors, **order["values"]})
-            task = replace(
-                template, **tree, seed=order["seed"], round=order["round"], clients=tuple(order["clients"]),
-                population=order["population"], kind="train" if order["kind"] == "train" else "evaluate",
-            )  # fmt: skip
-            held = data if order["drawn"] is None else _drawn(order["drawn"], given)
-            _do(connection, board, inner, process, task, held, memory, order)
+            told = json.loads(connection.recv_bytes())
+            down.region.follow(told["size"])
+            task, drawn = understood(template, down.get(told["tensors"]), told)
+            _do(connection, board, inner, process, task, data if drawn is None else drawn, memory, told)
+    os._exit(0)
 
 
 def _do(
@@ -542,63 +418,26 @@ def _do(
     task: Task,
     data: "FederatedDataset",
     memory: ClientMemory,
-    order: dict[str, Any],
+    told: dict[str, Any],
 ) -> None:
     """All jobs of an order."""
     results: list[dict[str, Any]] = []
     offset = ALIGN
-    for job in order["jobs"]:
+    for job in told["jobs"]:
         board.mark.fill_(job["tile"])
         chosen = np.asarray(job["chosen"], dtype=np.int64)
         clients = [task.clients[i] for i in chosen]
-        window = memory.window(clients, job["read"], job["write"], order["capacity"])
+        window = memory.window(clients, job["read"], job["write"], told["capacity"])
         try:
-            found = _done(inner, process, task, data, window, chosen, order)
-        except Exception:
-            results.append({"tile": job["tile"], "failed": True})
+            found = done(inner, process, task, data, window, chosen, told)
+        except Exception as error:
+            results.append({"tile": job["tile"], "failed": f"{type(error).__name__}: {str(error)[:200]}"})
             continue
         tensors: dict[str, Tensor] = found.pop("tensors")
         spec, offset = board.put(tensors, offset)
         results.append({"tile": job["tile"], "tensors": spec, "size": board.region.size, **found})
-        if offset > BOARD_BYTES and job is not order["jobs"][-1]:
+        if offset > BOARD_BYTES and job is not told["jobs"][-1]:
             connection.send_bytes(json.dumps({"results": results, "waiting": True}).encode())
             connection.recv_bytes()
             results, offset = [], ALIGN
     connection.send_bytes(json.dumps({"results": results, "waiting": False}).encode())
-
-
-def _done(
-    inner: Engine,
-    process: "Process",
-    task: Task,
-    data: "FederatedDataset",
-    window: Remembering,
-    chosen: NDArray[np.int64],
-    order: dict[str, Any],
-) -> dict[str, Any]:
-    """One tile's result: tensors and what fits in JSON."""
-    if order["kind"] == "examine":
-        places, sums, _ = inner.looked(process, task, data, window, order["split"], chosen)
-        return {"tensors": {"places": torch.from_numpy(places), "sums": sums}}
-    cohort, remembered = inner.tile(process, task, data, window, chosen)
-    report = process.work(task, cohort, remembered)
-    partial = process.combine(task, report)
-    window.stage(report.clients, report.memory)
-    tensors = {"weight": partial.weight, "metrics": partial.metrics}
-    tensors |= {n: t for n, t in (("total", partial.total), ("rows", partial.rows)) if t is not None}
-    tensors |= {f"codes/{n}": t for n, t in (partial.codes or {}).items()}
-    return {
-        "tensors": tensors,
-        "clients": list(partial.clients),
-        "broken": list(partial.broken),
-        "parts": list(partial.parts),
-        "bytes": partial.bytes,
-    }
-
-
-def _drawn(clients: list[str], given: Mapping[str, Tensor]) -> "FederatedDataset":
-    """The dataset of clients that were drawn for this round."""
-    from atoll.data import FederatedDataset, Split
-
-    fields = {n.removeprefix("train/"): t for n, t in given.items() if n.startswith("train/")}
-    return FederatedDataset(clients, Split(fields, given["offsets"]))

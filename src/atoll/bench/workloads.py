@@ -1,8 +1,9 @@
 """The workloads every contestant trains: clients, examples, initial weights and cohorts, in numpy alone.
 
-numpy alone, so that the environment of every framework can import it. Everything is drawn from keyed generators: the
-same call gives the same arrays in every process and every environment. Plain federated averaging with SGD, learning
-rate 0.1, one local epoch, cross-entropy, weights by examples.
+numpy alone, and nothing of Atoll: the environments of other frameworks import this file by its folder
+(`benchmarks/speed/`). Everything is drawn from keyed generators: the same call gives the same arrays in every process
+and every environment. Plain federated averaging with SGD, learning rate 0.1, one local epoch, cross-entropy, weights by
+examples.
 
 W1 to W6 are the workloads by which federated-learning frameworks are compared here, W4E is W4 with all clients equally
 large, N1 to N6 are models that no tile width or fast path was chosen for.
@@ -20,6 +21,8 @@ from numpy.typing import NDArray
 
 LR = 0.1
 ARRAY = NDArray[np.float32]
+WARMUP = 3
+"""Rounds before those that are timed."""
 MNIST_FILES = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz")
 MNIST_TEST_FILES = ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz")
 
@@ -180,12 +183,20 @@ WORKLOADS: Mapping[str, Workload] = {
 }
 
 
+ROUNDS: Mapping[str, int] = {
+    "W1": 40, "W2": 20, "W3": 5, "W4": 15, "W4E": 15, "W5": 100, "W6": 1,
+    **dict.fromkeys(("N1", "N2", "N3", "N4", "N5", "N6"), 20),
+}  # fmt: skip
+"""Rounds that are timed in one run; W5's are its whole experiment, without a warm-up."""
+
+
 def smaller(load: Workload) -> Workload:
     """A workload to try things out with: few clients, the same model."""
     return replace(load, clients=min(load.clients, 20), cohort=min(load.cohort, 5), examples=min(load.examples, 40))
 
 
-def _generator(load: Workload, purpose: int, number: int = 0) -> np.random.Generator:
+def generator(load: Workload, purpose: int, number: int = 0) -> np.random.Generator:
+    """Draws of a workload for one purpose (sizes 0, examples 1, cohorts 2, orders 3, weights 4, digest 5, MNIST 6)."""
     return np.random.default_rng((2026, *load.name.encode(), purpose, number))
 
 
@@ -200,7 +211,7 @@ def sizes(load: Workload) -> NDArray[np.int64]:
     """Examples of each client."""
     if not load.ragged:
         return np.full(load.clients, equal_size(load), dtype=np.int64)
-    drawn = load.examples * np.exp(_generator(load, 0).standard_normal(load.clients))
+    drawn = load.examples * np.exp(generator(load, 0).standard_normal(load.clients))
     return np.clip(np.rint(drawn), 5, 1000).astype(np.int64)
 
 
@@ -216,7 +227,7 @@ def examples(load: Workload, folder: str | None = None) -> Packed:
         place = _mnist_folder(folder)
         if place is not None:
             return _mnist(load, place, offsets)
-    draw, count = _generator(load, 1), int(offsets[-1])
+    draw, count = generator(load, 1), int(offsets[-1])
     if load.words:
         x = draw.integers(0, load.words, (count, *load.shape))
         scores = draw.standard_normal((load.words, load.classes), dtype=np.float32)[x].mean(axis=1)
@@ -228,12 +239,12 @@ def examples(load: Workload, folder: str | None = None) -> Packed:
 
 def cohort(load: Workload, number: int) -> NDArray[np.int64]:
     """The clients of a round, in ascending order."""
-    return np.sort(_generator(load, 2, number).choice(load.clients, load.cohort, replace=False))
+    return np.sort(generator(load, 2, number).choice(load.clients, load.cohort, replace=False))
 
 
 def order(load: Workload, number: int, client: int, size: int) -> NDArray[np.int64]:
     """A client's order of examples in a round, for contestants that shuffle by numpy."""
-    return _generator(load, 3, number * load.clients + client).permutation(size)
+    return generator(load, 3, number * load.clients + client).permutation(size)
 
 
 def shapes(load: Workload) -> dict[str, tuple[int, ...]]:
@@ -276,7 +287,7 @@ def _shapes(layers: tuple[Layer, ...], prefix: str) -> Iterator[tuple[str, tuple
 
 def initial(load: Workload) -> dict[str, ARRAY]:
     """The weights everybody starts from: normal by the number of inputs, biases nought, scales of norms one."""
-    draw, made = _generator(load, 4), dict[str, ARRAY]()
+    draw, made = generator(load, 4), dict[str, ARRAY]()
     for name, shape in shapes(load).items():
         if len(shape) == 1:
             made[name] = np.full(shape, float(not name.endswith("bias")), dtype=np.float32)
@@ -291,100 +302,6 @@ def flat(values: Mapping[str, NDArray[np.generic]], load: Workload) -> ARRAY:
     return np.concatenate([np.asarray(values[name], dtype=np.float32).ravel() for name in shapes(load)])
 
 
-def unflat(vector: ARRAY, load: Workload) -> dict[str, ARRAY]:
-    """A vector [P] as named parameters."""
-    made, begin = dict[str, ARRAY](), 0
-    for name, shape in shapes(load).items():
-        length = int(np.prod(shape))
-        made[name] = vector[begin : begin + length].reshape(shape)
-        begin += length
-    return made
-
-
-def digest(load: Workload, vector: ARRAY, data: Packed) -> dict[str, float]:
-    """What a final model is compared by: its norm, its product with a fixed direction, its loss, test accuracy.
-
-    The loss is the mean over the examples of the first ten clients.
-    """
-    values = unflat(vector, load)
-    seen = slice(0, int(data.offsets[min(10, load.clients)]))
-    log_p = _log_softmax(forward(load, values, data.x[seen]))
-    direction = _generator(load, 5).standard_normal(len(vector))
-    found = {
-        "norm": float(np.linalg.norm(vector.astype(np.float64))),
-        "projection": float(vector.astype(np.float64) @ direction) / len(vector) ** 0.5,
-        "loss": -float(np.take_along_axis(log_p, data.y[seen][:, None], axis=1).mean()),
-    }
-    if data.test is not None:
-        x, y = data.test
-        found["accuracy"] = float((forward(load, values, x).argmax(axis=1) == y).mean())
-    return found
-
-
-def forward(load: Workload, values: Mapping[str, ARRAY], x: NDArray[np.generic]) -> ARRAY:
-    """The model's outputs [n, classes] in numpy: slow, and dependent on no framework."""
-    return _forward(load.layers, values, "", x)
-
-
-def _forward(layers: tuple[Layer, ...], values: Mapping[str, ARRAY], prefix: str, given: NDArray[np.generic]) -> ARRAY:
-    x: NDArray[np.generic] = given
-    for i, layer in enumerate(layers):
-        name, kind = f"{prefix}{i}.", layer.kind
-        if kind == "linear":
-            x = x @ values[f"{name}weight"].T + values[f"{name}bias"]
-        elif kind == "conv":
-            size = layer.sizes[2]
-            seen = np.lib.stride_tricks.sliding_window_view(x, (size, size), axis=(2, 3))  # [n, in, h, w, k, k]
-            sums = np.tensordot(seen, values[f"{name}weight"], axes=((1, 4, 5), (1, 2, 3)))
-            x = np.moveaxis(sums, 3, 1) + values[f"{name}bias"][:, None, None]
-        elif kind == "norm":
-            x = _norm(x, values[f"{name}weight"], values[f"{name}bias"])
-        elif kind == "relu":
-            x = np.maximum(x, 0)
-        elif kind == "tanh":
-            x = np.tanh(x)
-        elif kind == "pool":
-            n, channels, height, width = x.shape
-            x = x.reshape(n, channels, height // 2, 2, width // 2, 2).max(axis=(3, 5))
-        elif kind == "flatten":
-            x = x.reshape(len(x), -1)
-        elif kind == "residual":
-            x = x + _forward(layer.inner, values, f"{name}inner.", x)
-        elif kind == "embedding":
-            x = values[f"{name}weight"][x]
-        elif kind == "positions":
-            x = x + values[f"{name}place"]
-        elif kind == "mean":
-            x = x.mean(axis=1)
-        elif kind == "encoder":
-            x = _encoder(layer, values, name, x)
-    return x
-
-
-def _encoder(layer: Layer, values: Mapping[str, ARRAY], name: str, x: ARRAY) -> ARRAY:
-    width, heads, _ = layer.sizes
-    n, length, _ = x.shape
-    both = x @ values[f"{name}self_attn.in_proj_weight"].T + values[f"{name}self_attn.in_proj_bias"]
-    parts = both.reshape(n, length, 3, heads, width // heads).transpose(2, 0, 3, 1, 4)
-    scores = parts[0] @ parts[1].swapaxes(2, 3) / (width // heads) ** 0.5
-    mixed = (np.exp(_log_softmax(scores)) @ parts[2]).transpose(0, 2, 1, 3).reshape(n, length, width)
-    out = mixed @ values[f"{name}self_attn.out_proj.weight"].T + values[f"{name}self_attn.out_proj.bias"]
-    x = _norm(x + out, values[f"{name}norm1.weight"], values[f"{name}norm1.bias"])
-    inside = np.maximum(x @ values[f"{name}linear1.weight"].T + values[f"{name}linear1.bias"], 0)
-    out = inside @ values[f"{name}linear2.weight"].T + values[f"{name}linear2.bias"]
-    return _norm(x + out, values[f"{name}norm2.weight"], values[f"{name}norm2.bias"])
-
-
-def _norm(x: ARRAY, weight: ARRAY, bias: ARRAY) -> ARRAY:
-    middle = x - x.mean(axis=-1, keepdims=True)
-    return middle / np.sqrt((middle**2).mean(axis=-1, keepdims=True) + 1e-5) * weight + bias
-
-
-def _log_softmax(scores: ARRAY) -> ARRAY:
-    shifted = scores - scores.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-
-
 def _mnist_folder(folder: str | None) -> Path | None:
     given = folder or os.environ.get("ATOLL_DATA")
     for place in (Path(given), Path(given) / "mnist") if given else ():
@@ -395,7 +312,7 @@ def _mnist_folder(folder: str | None) -> Path | None:
 
 def _mnist(load: Workload, folder: Path, offsets: NDArray[np.int64]) -> Packed:
     images, labels = (_idx(folder / file) for file in MNIST_FILES)
-    taken = _generator(load, 6).permutation(len(labels))[: offsets[-1]]
+    taken = generator(load, 6).permutation(len(labels))[: offsets[-1]]
     test_images, test_labels = (_idx(folder / file) for file in MNIST_TEST_FILES)
     return Packed(
         _pixels(images[taken]),
