@@ -40,7 +40,7 @@ def key(seed: int, *parts: str | int) -> int:
     return int.from_bytes(digest.digest(), "little")
 
 
-@lru_cache(maxsize=1 << 20)
+@lru_cache(maxsize=1 << 16)
 def client_key(client: str) -> int:
     """Hash a client's name to 64 bits: its identity in every keyed draw, whatever its place in the population."""
     return int.from_bytes(hashlib.blake2b(client.encode(), digest_size=8).digest(), "little")

@@ -100,6 +100,7 @@ def test_figures_of_a_workload_that_has_changed_are_not_used(record, tmp_path):
     ("words", "message"),
     [
         (["--workloads", "W9"], "--workloads='W9'"),
+        (["--workloads", ","], "--workloads=''"),
         (["--workers", "two"], '"auto" or a number of at least 1'),
         (["--workers", "0"], "--workers='0'"),
         (["--engine", "lop"], "'loop'"),

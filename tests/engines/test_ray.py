@@ -32,6 +32,7 @@ from atoll.engines.ray import _importable, _opened, packed, unpacked
 from atoll.engines.spread import placed
 from atoll.errors import InvalidArgument, NonFiniteError, RunError
 from atoll.experiment import load_app
+from atoll.local import local_sgd
 from atoll.memory import ClientMemory
 from atoll.rounds import Process, State
 
@@ -111,7 +112,8 @@ def test_rows_are_sent_only_to_actors_that_lack_them(cluster: Any, monkeypatch: 
         return rows(self, clients, default)
 
     base, data = scaffold(PLAN), KIND.data(SIZES)
-    expected, other = Process(KIND.model(), base, engine=Vectorized(tile=2)), Process(KIND.model(), base, engine=Loop())
+    expected = Process(KIND.model(), base, engine=Vectorized(tile=2))
+    other = Process(KIND.model(), scaffold(local_sgd(0.01, epochs=1, batch_size=4)), engine=Loop())
     process = Process(KIND.model(), base, engine=Ray(Vectorized(tile=2), 2))
 
     def kept(state: State) -> Tensor:

@@ -1,8 +1,10 @@
 """`atoll bench`: Atoll's own part of the speed benchmark on this machine, beside the figures that were recorded."""
 
+import os
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal
 
 from atoll.cli.guard import console, say
@@ -25,7 +27,7 @@ def bench(workloads: Sequence[str], *, rounds: int | None, workers: str, engine:
     from atoll.bench.workloads import ROUNDS, WORKLOADS, smaller
 
     names = [name for given in workloads for name in given.replace(",", " ").split()]
-    for name in names:
+    for name in names or [""]:
         if name not in WORKLOADS:
             raise unknown("--workloads", name, tuple(WORKLOADS))
     count = workers_of(workers)
@@ -45,17 +47,19 @@ def bench(workloads: Sequence[str], *, rounds: int | None, workers: str, engine:
         cells = list[str]()
         if recorded is not None:
             own, hand = compared(recorded, load, asked)
-            cells += (
-                ["", ""] if own is None else [spread(own.milliseconds), f"{1e3 * middle / own.milliseconds[0]:.2f}"]
-            )
-            cells.append("" if hand is None else f"{hand.milliseconds[0]:.1f}")
+            cells = [
+                "" if own is None else spread(own.milliseconds),
+                "" if own is None else f"{1e3 * middle / own.milliseconds[0]:.2f}",
+                "" if hand is None else f"{hand.milliseconds[0]:.1f}",
+            ]
             if own is None or own.arguments != asked:
                 missing.append(name)
         times = spread((1e3 * middle, 1e3 * low, 1e3 * high))
         table.add_row(name, times, *cells, str(found.get("workers", 1)), Text(path(found)))
     out = console()
     out.print(table)
-    out.print(f"here      {figures.cpu()}", markup=False, soft_wrap=True)
+    here = f"{figures.cpu()}, {os.cpu_count()} cores, torch {version('torch')}"
+    out.print(f"here      {here}", markup=False, soft_wrap=True)
     for line in remarks(recorded, missing, quick=quick):
         out.print(line, markup=False, soft_wrap=True)
 
@@ -70,7 +74,7 @@ def timed(
     from atoll.bench.timing import played
     from atoll.bench.workloads import WARMUP, cohort, examples
 
-    whole = load.rounds > 0
+    whole = load.name == "W5"
     warmup = 0 if whole else WARMUP
     seconds, began = list[float](), [0.0]
 

@@ -402,7 +402,7 @@ class _Crew(Crew):
         self._begin()
         held: list[list[int]] | None = None
         if self._row:
-            held = [[sum(c in w.holds for c in now.clients(n)) for w in self._workers] for n in range(len(tiles))]
+            held = [[self._at_hand(worker, now.clients(n)) for worker in self._workers] for n in range(len(tiles))]
         for worker, queue in zip(self._workers, placed(costs, self.size, held), strict=True):
             worker.queue, worker.unsent = deque(queue), deque(queue)
             worker.streams, worker.careful = deque(), False
@@ -417,6 +417,10 @@ class _Crew(Crew):
             yield number, None
             note = f"clients failed at an actor, but not in this process ({found['failed']})"
             self._tell(note, f"round {task.round + 1}: {note}: {now.named(number)}")
+
+    def _at_hand(self, worker: _Worker, clients: Sequence[str]) -> int:
+        """How many of these clients' rows an actor remembers as they are now."""
+        return sum(worker.holds.get(c, 0) == self._stamps.get(c, -1) for c in clients)
 
     def _tell(self, note: str, text: str) -> None:
         self._inner.notes[note] = None
