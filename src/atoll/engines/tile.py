@@ -4,7 +4,7 @@ At every step rows are grouped by true batch size; clients that are done leave t
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -127,12 +127,26 @@ class Rows(Cohort):
         seen, rates = np.zeros(count), np.zeros(count)
         strips = self._strips()
         trained: list[Blocks] = []
+        kept: dict[int, Tensor] = {}
+
+        def places(number: int, strip: slice) -> Tensor:
+            """Where the strip's rows find their examples, in the order of a pass: int64 [k, n]."""
+            if number not in kept:
+                room = GATHER_BYTES // (8 * count * int(self._sizes.max()))
+                rows = slice(None) if len(strips) > 1 and len(kept) < room else strip
+                order = orders(plan, self._seed, purpose, self.round, number, self._keys[rows], self._sizes[rows])
+                found = torch.from_numpy(order + self._begin[rows, None])
+                if rows is strip:
+                    return found
+                kept[number] = found  # drawn once for the whole tile
+            return kept[number][strip]
+
         for strip in strips:
             y = Blocks.of(model.layout, rows[strip], self._arena)
             own = {n: t if t is None or t.ndim == 1 else t[strip] for n, t in (("anchor", anchor), ("shift", shift))}
             rule = Rule(plan, model.layout, y, **own, pull=pull, train=train, arena=self._arena)
             held = Buffers(model, floating[strip])
-            self._train_strip(strip, y, held, rule, totals, purpose, loss, seen, rates)
+            self._train_strip(strip, y, held, rule, totals, purpose, places, loss, seen, rates)
             trained.append(y)
 
         def whole(start: Tensor | None = None) -> Tensor:
@@ -168,20 +182,20 @@ class Rows(Cohort):
         rule: Rule,
         totals: NDArray[np.int64],
         purpose: str,
+        places: Callable[[int, slice], Tensor],
         loss: Tensor,
         seen: NDArray[np.float64],
         rates: NDArray[np.float64],
     ) -> None:
         """Train some of the rows; `loss`, `seen` and `rates` of the whole tile are added to."""
         plan, how = rule.plan, self._how
-        sizes, begin, all_keys = self._sizes[strip], self._begin[strip], self._keys[strip]
+        sizes, all_keys = self._sizes[strip], self._keys[strip]
         loss, seen, rates = loss[strip], seen[strip], rates[strip]
         number, index = -1, torch.empty(0, 0, dtype=torch.int64)
         for group in schedule(plan.batch_size, sizes, totals[strip]):
             if group.number != number:
                 number = group.number
-                order = orders(plan, self._seed, purpose, self.round, number, all_keys, sizes)
-                index = torch.from_numpy(order + begin[:, None])
+                index = places(number, strip)
             members, size, keys = group.members, group.size, all_keys[group.rows]
             parts, own = y.take(members), held.take(members)
             group_loss = loss.new_zeros(len(keys))
