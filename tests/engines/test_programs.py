@@ -355,6 +355,17 @@ def test_one_client_with_many_examples_has_a_tile_of_its_own() -> None:
     assert [t.tolist() for t in process.engine.split(task, data)] == [[0], [1, 2, 3]]
 
 
+def test_a_cohort_with_much_to_do_has_two_tiles_and_a_single_client_one() -> None:
+    model = Model(nn.Linear(600, 500), "mse")
+    x = torch.ones(4, 600)
+    data = FederatedDataset.from_arrays({c: (x, torch.ones(4, 500)) for c in ("a", "b", "c")})
+    process = Process(model, fedavg(PLAN), engine=Vectorized())
+    process.engine.prepare(process, data)
+    state = process.init()
+    assert [len(t) for t in process.engine.split(process.open(state, ("a", "b", "c"), 3), data)] == [2, 1]
+    assert [len(t) for t in process.engine.split(process.open(state, ("b",), 3), data)] == [1]
+
+
 def test_an_engine_at_work_elsewhere_is_refused() -> None:
     import threading
 

@@ -14,7 +14,8 @@ Programs and batched forwards are tried first on two models that differ: outputs
 the module itself, or the next path is taken, with the reason.
 
 A tile is as wide as its parameters and activations stay near the cores: `TILE_BYTES` of each at most, and `TILE_ROWS`
-clients. Found by measurement: narrower tiles only pay for more calls, wider ones for memory further away.
+clients. Found by measurement: narrower tiles only pay for more calls, wider ones for memory further away. A cohort of
+more than `SHARED_BYTES` of parameters has two tiles at least, for two workers.
 """
 
 import math
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 LARGE = 2_000_000
 TILE_BYTES = 8 * 2**20
 TILE_ROWS = 128
+SHARED_BYTES = 2 * 2**20
 
 WRITTEN = "all its layers have a form on rows"
 
@@ -96,7 +98,10 @@ class Vectorized(Engine):
         widest, narrowest = self._fits(int(sizes.min())), self._fits(int(sizes.max()))
         self._width = narrowest
         if widest == narrowest:
-            return np.array_split(order, tile_count(len(order), widest))
+            count = tile_count(len(order), widest)
+            if count == 1 < len(order) and self._tile is None and len(order) * self._row > SHARED_BYTES:
+                count = 2  # there is enough to do for two workers
+            return np.array_split(order, count)
         tiles: list[Chosen] = []
         while len(order):  # large clients, with many activations, stand in narrower tiles
             width = self._fits(int(sizes[order[0]]))

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from atoll.data import FederatedDataset, LazyDataset
     from atoll.rounds import Process
 
-START_SECONDS = 0.02
+START_SECONDS = 0.008
 """With workers="auto", rounds shorter than this stay in one process: a message to another costs as much."""
 
 BOARD_BYTES = 64 * 2**20
