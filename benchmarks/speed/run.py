@@ -409,7 +409,7 @@ def chart(found: Results, loads: Sequence[str]) -> Callable[[Path], None]:
             axis.set_xscale("log")
             axis.margins(x=0.15)
             axis.tick_params(labelsize=8)
-            axis.set_title(str(workloads.WORKLOADS[load]), fontsize=9, loc="left")
+            axis.set_title(str(workloads.WORKLOADS[load]), fontsize=8, loc="left")
             axis.spines[["top", "right"]].set_visible(False)
         axes[-1, 0].set_xlabel("seconds per round")
         words = {"atoll": "Atoll", "hand": "code written by hand", "framework": "other frameworks"}
