@@ -10,7 +10,7 @@ Which path a model takes follows from the model and the data alone, in this orde
    random numbers inside torch's kernels: one client at a time, by autograd.
 3. All others: rows by torch's general batching transform.
 
-Programs and batched forwards are tried first on two models that differ: outputs, buffers and gradients must be those of
+Programs and batched forwards are tried first on models that differ: outputs, buffers and gradients must be those of
 the module itself, or the next path is taken, with the reason.
 
 A tile is as wide as its parameters and activations stay near the cores: `TILE_BYTES` of each at most, and `TILE_ROWS`
