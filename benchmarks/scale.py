@@ -3,7 +3,7 @@
 Each in a process of its own, one worker. The same million clients are trained packed in memory and mapped from a
 directory, ten thousand in a round, for many short rounds; drawn from a generator and from Parquet, a thousand in a
 round. Examples are a function of a client's number, so that runs with equal cohorts must end with the same bits. The
-large model is trained one client at a time; its memory is counted in vectors of its parameters.
+large model's memory is counted in vectors of its parameters.
 """
 
 import argparse
@@ -39,10 +39,9 @@ STEADY = 1.15
 GROWTH = 24.0
 """MiB that anonymous memory may grow by in the last third of many rounds: a million clients' keys are kept once they
 have been hashed, some 150 bytes each, and a tenth of the clients in those rounds come for the first time."""
-VECTORS = 6.5
+VECTORS = 4.5
 """Allowed peak memory of the large model above its data and the module it was given, in vectors of its parameters: the
-parameters, the client's row, its update, a partial sum, and the sum in double precision, which is two; and its
-activations."""
+parameters, a partial sum, and the sum in double precision, which is two; its activations, and what clients saw."""
 
 POPULATIONS: Mapping[str, str] = {
     "memory": "packed in memory",

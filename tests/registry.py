@@ -1,7 +1,7 @@
 """What the common suites run over: every algorithm, every engine, every kind of model. List a new one here."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,15 +28,29 @@ from atoll.data import FederatedDataset
 from atoll.engines import Engine, Loop, Vectorized
 from atoll.local import Plan, local_sgd
 from atoll.model import Model
+from atoll.rounds import Process
 from atoll.transforms import Transform
 
 # --- engines ----------------------------------------------------------------------------------------------------------
+
+
+class Factored(Vectorized):
+    """Every weight that can stand as factors does, however small."""
+
+    def _choose(self, process: Process, data: FederatedDataset) -> None:
+        super()._choose(process, data)
+        assert self._paths is not None
+        uses = {n: use._replace(most=10**9) for n, use in self._paths.uses.items()}
+        self._paths = replace(self._paths, uses=uses)
+
 
 ENGINES: dict[str, Callable[[], Engine]] = {
     "loop": Loop,
     "rows": lambda: Vectorized("rows"),
     "rows, tile of 1": lambda: Vectorized("rows", tile=1),
     "rows, tile of 3": lambda: Vectorized("rows", tile=3),
+    "factors": Factored,
+    "factors, tile of 3": lambda: Factored(tile=3),
     "single": lambda: Vectorized("single"),
     "auto": lambda: Vectorized(),
 }

@@ -14,8 +14,8 @@ PACKAGE = Path(__file__).parent.parent / "src" / "atoll"
 LAYERS = (
     ("errors",),
     ("spec", "random", "tree", "mapped"),
-    ("vectors", "losses", "rate", "analytics", "history", "messages"),
-    ("local", "server", "sampling", "memory", "journal", "metrics"),
+    ("vectors", "losses", "rate", "analytics", "history"),
+    ("local", "server", "sampling", "memory", "journal", "metrics", "messages"),
     ("model", "data", "report"),
     ("partition", "datasets", "cohort"),
     ("algorithms", "transforms", "aggregators", "evaluation"),

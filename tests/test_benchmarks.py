@@ -136,11 +136,11 @@ def test_a_client_has_the_same_examples_in_every_population(load: Load) -> None:
     assert len(everything.unique()) > 0.99 * everything.numel()
 
 
-def test_memory_is_counted_in_vectors_of_a_model_that_is_trained_alone(load: Load) -> None:
+def test_memory_of_a_large_model_is_counted_in_vectors(load: Load) -> None:
     scale = load("scale")
-    small = replace(scale.FULL, width=1200)  # 5.8 million parameters: as the large model, one client at a time
+    small = replace(scale.FULL, width=1200)  # 5.8 million parameters, whose weights stand as factors
     large = scale.fresh("large", small, Path())
-    assert large["engine"]["strategy"] == "one client at a time"
+    assert set(large["engine"]["factors"]) == {"0.weight", "2.weight"}
     assert large["parameters"] == 2 * 1200 * 2400 + 3600
     # Beside vectors there is what the libraries load for the first round, some 120 MiB.
     assert large["peak"] - large["given"] < (scale.VECTORS + 1) * large["vector"] + 128

@@ -199,8 +199,8 @@ def test_a_servers_step_that_overflows_is_told_from_a_client_that_did() -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda u: replace(u, mean=u.mean[:, :0]), r"shape \(1, 0\) for a shared part of 1"),
-        (lambda u: replace(u, sums=u.mean.new_ones(len(u.mean), 2)), r"sums of shape \(1, 2\), but declares 0"),
+        (lambda u: u.replace(mean=u.mean[:, :0]), r"shape \(1, 0\) for a shared part of 1"),
+        (lambda u: u.replace(sums=u.mean.new_ones(len(u.mean), 2)), r"sums of shape \(1, 2\), but declares 0"),
     ],
 )
 def test_algorithms_that_break_their_word_are_named(change: Any, said: str) -> None:

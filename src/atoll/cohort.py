@@ -82,7 +82,7 @@ class Cohort(ABC):
             weight: [C, 1] instead of the aggregator's weights.
         """
         return Update(
-            mean=self.shared(trained.minus(start)),
+            mean=trained.change(start).take(self.selection),
             layout=self.layout,
             sums=start.new_empty(len(self.clients), 0) if sums is None else sums,
             weight=self.weights if weight is None else weight,

@@ -62,6 +62,12 @@ class Plan:
             return np.full(examples.shape, self.steps, dtype=np.int64)
         return (self.epochs or 0) * self.steps_per_pass(examples)
 
+    def total_examples(self, examples: "NDArray[np.int64]") -> "NDArray[np.int64]":
+        """The most that clients with these numbers of examples process in all their steps, repeats counted."""
+        steps = self.total_steps(examples)
+        most = -(-steps // self.steps_per_pass(examples)) * examples
+        return most if self.batch_size is None else np.minimum(most, steps * self.batch_size)
+
     def steps_per_pass(self, examples: "NDArray[np.int64]") -> "NDArray[np.int64]":
         """Batches in one pass, the short last one included."""
         if self.batch_size is None:

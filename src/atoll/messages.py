@@ -4,7 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
+
+from atoll.vectors import Change
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +38,38 @@ class Task:
 
 
 @dataclass(frozen=True, slots=True)
+class Clear:
+    """Rows as clients computed them, which need not be written out to be added up.
+
+    Attributes:
+        change: the averaged part, [C, D].
+        rest: averaged buffers and summed part, [C, L - D].
+    """
+
+    change: Change
+    rest: Tensor
+
+    @property
+    def rows(self) -> Tensor:
+        """All of it, [C, L]."""
+        return torch.cat((self.change.rows, self.rest), dim=1) if self.rest.shape[1] else self.change.rows
+
+    def total(self, weight: Tensor, split: int, *, last: bool = False) -> Tensor:
+        """The weighted sum of the first `split` columns and the plain sum of the others, [L], by weight [C, 1]."""
+        width, rest = self.change.shape[1], self.rest.to(weight.dtype)
+        total = self.change.total(weight, last=last)
+        if not rest.shape[1]:
+            return total
+        return torch.cat((total, (weight.T @ rest[:, : split - width])[0], rest[:, split - width :].sum(dim=0)))
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """A tile's answer to a training task.
 
     Attributes:
         clients: names, one for each row.
-        wire: encoded rows; with a summing channel the sealed codes.
+        wire: encoded rows; the sealed codes of a summing channel; in the clear where the server adds up the very rows.
         parts: lengths of the averaged part, the averaged buffers and the summed part.
         weight: [C, 1]; empty under a summing channel, which carries weights inside.
         metrics: sums of loss and examples, [C, 2].
@@ -50,7 +79,7 @@ class Report:
     """
 
     clients: tuple[str, ...]
-    wire: Tensor | Mapping[str, Tensor]
+    wire: "Tensor | Mapping[str, Tensor] | Clear"
     parts: tuple[int, int, int]
     weight: Tensor
     metrics: Tensor

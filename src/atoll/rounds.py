@@ -25,7 +25,7 @@ from atoll.engines import resolve as resolve_engine
 from atoll.errors import CompositionError, InvalidArgument, NonFiniteError, invalid
 from atoll.evaluation import Evaluation, check_split, evaluate_vector, joined, output_sums, summarise
 from atoll.memory import ClientMemory, Window
-from atoll.messages import Partial, Report, Task
+from atoll.messages import Clear, Partial, Report, Task
 from atoll.model import Model
 from atoll.spec import Spec, record
 from atoll.transforms.base import Codes, Keys, Transform
@@ -33,7 +33,7 @@ from atoll.transforms.chain import Chain, compose
 from atoll.transforms.channel import Channel, add, merge
 from atoll.transforms.channel import resolve as resolve_channel
 from atoll.tree import nbytes
-from atoll.vectors import Aggregate, Layout, Personal, Selection
+from atoll.vectors import Aggregate, Change, Layout, Personal, Selection
 
 if TYPE_CHECKING:
     from atoll.data import FederatedDataset, LazyDataset, Split
@@ -245,9 +245,9 @@ class Process:
         own = {n.removeprefix("algorithm/"): t for n, t in remembered.items() if n.startswith("algorithm/")}
         update, renewed = self.algorithm.local(task.message, own, cohort)
         count, width = len(cohort.clients), self.selection.size
-        if update.mean.shape != (count, width) or not self.private_names.isdisjoint(update.layout.names):
+        if update.change.shape != (count, width) or not self.private_names.isdisjoint(update.layout.names):
             raise CompositionError(
-                f"{self.algorithm.name} returned updates of shape {tuple(update.mean.shape)} for a shared part of "
+                f"{self.algorithm.name} returned updates of shape {update.change.shape} for a shared part of "
                 f"{width} values: build them with cohort.update(trained, start), which leaves private parameters out."
             )
         if update.sums.shape != (count, self.algorithm.sums(width)):
@@ -260,14 +260,18 @@ class Process:
                 f"{self.algorithm.name} returned updates without `trained`, but the model has buffers or private "
                 "parameters to take from it: pass Update(trained=...)."
             )
-        parts = [update.mean, update.sums]
+        rest, split = update.sums, width
         if self.averaged_buffers and update.trained is not None:
-            parts.insert(1, update.trained.buffers - cohort.buffers)
-        rows = torch.cat(parts, dim=1) if len(parts) > 2 or update.sums.shape[1] else update.mean
-        split = rows.shape[1] - update.sums.shape[1]
+            rest = torch.cat((update.trained.buffers - cohort.buffers, update.sums), dim=1)
+            split += self.averaged_buffers
+        clear = Clear(update.change, rest)
         keys = random.client_keys(cohort.clients)
         mine = {n.removeprefix("transforms/"): t for n, t in remembered.items() if n.startswith("transforms/")}
-        wire, stages = self.chain.encode(rows, mine, task.shared, seed=task.seed, round=task.round, clients=keys)
+        finite, wire, stages = torch.ones(count, dtype=torch.bool), clear, dict[str, Tensor]()
+        if not self._adds_rows:
+            rows = clear.rows
+            finite = _finite(rows)
+            wire, stages = self.chain.encode(rows, mine, task.shared, seed=task.seed, round=task.round, clients=keys)
         kept = {f"algorithm/{n}": t for n, t in renewed.items()} | {f"transforms/{n}": t for n, t in stages.items()}
         if update.trained is not None:
             if self.private_names:
@@ -291,14 +295,15 @@ class Process:
         memory = (
             torch.cat([kept[n].reshape(count, -1) for n in remembered], dim=1)
             if remembered
-            else rows.new_empty(count, 0)
+            else update.weight.new_empty(count, 0)
         )
         # What stays with a client counts too: a private head may overflow while the shared part is still finite. Rows
         # that the server sees as they are it checks itself, by their sum.
-        finite = _finite(memory) if self._adds_rows else _finite(rows) & _finite(memory)
+        finite &= _finite(memory)
         finite &= torch.isfinite(update.weight[:, 0]) & (update.weight[:, 0] >= 0)
         lengths = (width, split - width, update.sums.shape[1])
-        size = nbytes(wire) // count + (8 if channel.seal is None else 0) + 16
+        sent = sum(lengths) * self.model.dtype.itemsize if isinstance(wire, Clear) else nbytes(wire) // count
+        size = sent + (8 if channel.seal is None else 0) + 16
         return Report(cohort.clients, wire, lengths, weight, update.metrics, finite, memory, size)
 
     @property
@@ -312,22 +317,17 @@ class Process:
         total = rows = codes = None
         length, split = sum(report.parts), report.parts[0] + report.parts[1]
         if self.chain.channel.sums_only:
-            assert not isinstance(report.wire, Tensor)
+            assert isinstance(report.wire, Mapping)
             codes = add(report.wire)
+        elif isinstance(report.wire, Clear):
+            total = self._added(report.wire, report.weight, split, good)
         else:
             rows = self.chain.decode_each(report.wire, task.shared, length, self.model.dtype)
             if self.aggregator.rule is not None:
                 rows = rows.clone()  # a tile's own memory is used again by the next
             else:
-                # A tile's few rows are added up in single precision at least, tiles in double: thousands of clients
-                # do not drown each other, and no wide copy of the rows is made.
-                exact = torch.promote_types(rows.dtype, torch.float32)
-                wide = rows.to(exact)
-                total = _weighted(wide, report.weight.to(exact), split)
-                if not bool(torch.isfinite(total.sum())):
-                    good &= _finite(rows)
-                    if bool(good.all()):  # each is finite, but not their sum: it needs a wider one
-                        total = _weighted(rows.double(), report.weight.double(), split)
+                clear = Clear(Change((len(rows), split), rows[:, :split]), rows[:, split:])
+                total = self._added(clear, report.weight, split, good)
                 rows = None
         broken = tuple(c for c, fine in zip(report.clients, good.tolist(), strict=True) if not fine)
         return Partial(
@@ -341,6 +341,24 @@ class Process:
             report.metrics.sum(dim=0),
             report.bytes * len(report.clients),
         )
+
+    def _added(self, clear: Clear, weight: Tensor, split: int, good: Tensor) -> Tensor:
+        """The sum [L] of a tile's rows; rows that are not finite are marked in `good`.
+
+        A tile's few rows are added up in single precision at least, tiles in double: thousands of clients do not drown
+        each other, and no wide copy of the rows is made.
+        """
+        exact = torch.promote_types(self.model.dtype, torch.float32)
+        alone = len(weight) == 1
+        total = clear.total(weight.to(exact), split, last=alone)
+        if bool(torch.isfinite(total.sum())):
+            return total
+        if alone:
+            good &= torch.isfinite(total).all()
+            return total
+        good &= _finite(clear.rows)
+        # Each may be finite, but not their sum: it needs a wider one.
+        return clear.total(weight.double(), split) if bool(good.all()) else total
 
     def collector(self, task: Task) -> "Collector":
         """What takes in a task's partials, in order."""
@@ -673,13 +691,6 @@ class Collector:
             "is too high (halve lr), features that are not standardised, or a loss that takes the logarithm of zero. "
             "The model of the round before is kept."
         )
-
-
-def _weighted(rows: Tensor, weight: Tensor, split: int) -> Tensor:
-    """The weighted sum of the first `split` columns of rows [C, L] and the plain sum of the others, [L]."""
-    if split == rows.shape[1]:
-        return (weight.T @ rows)[0]
-    return torch.cat(((weight.T @ rows[:, :split])[0], rows[:, split:].sum(dim=0)))
 
 
 def _finite(rows: Tensor) -> Tensor:

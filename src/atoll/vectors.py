@@ -132,6 +132,54 @@ class Selection:
         return into
 
 
+class Change:
+    """What training changed, one row per client: all rows [C, D] are made when they are asked for.
+
+    Attributes:
+        shape: (C, D).
+
+    Args:
+        shape: (C, D).
+        rows: rows [C, D], or what makes them.
+        total: (weight [C], last) -> sum of the rows by weight [D], where it can be had without them; when it is the
+            `last` question, their memory may be used for the answer.
+    """
+
+    __slots__ = ("_rows", "_total", "shape")
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        rows: Tensor | Callable[[], Tensor],
+        total: Callable[[Tensor, bool], Tensor] | None = None,
+    ) -> None:
+        self.shape = shape
+        self._rows, self._total = rows, total
+
+    @property
+    def rows(self) -> Tensor:
+        """All rows [C, D]."""
+        if not isinstance(self._rows, Tensor):
+            self._rows = self._rows()
+        return self._rows
+
+    def total(self, weight: Tensor, *, last: bool = False) -> Tensor:
+        """The sum of the rows by weight [C, 1], [D], in the weight's precision. After the `last` nothing is asked."""
+        if self._total is not None and not isinstance(self._rows, Tensor):
+            return self._total(weight[:, 0], last)
+        return (weight.T @ self.rows.to(weight.dtype))[0]
+
+    def take(self, selection: Selection) -> "Change":
+        """The part of some of the tensors, [C, D']."""
+        if selection.everything:
+            return self
+        return Change(
+            (self.shape[0], selection.size),
+            lambda: selection.take(self.rows),
+            lambda weight, last: selection.take(self.total(weight[:, None], last=last)),
+        )
+
+
 class Trained:
     """What local training gave, one row per client.
 
@@ -149,10 +197,10 @@ class Trained:
         rates: sum of learning rates.
         loss: sum of losses.
         examples: examples processed.
-        minus: gives rows less a start [C, P]; None: by subtraction.
+        change: gives what changed since a start [C, P]; None: by subtraction.
     """
 
-    __slots__ = ("_changed", "_minus", "_rows", "buffers", "examples", "loss", "rates", "steps")
+    __slots__ = ("_change", "_changed", "_rows", "buffers", "examples", "loss", "rates", "steps")
 
     def __init__(
         self,
@@ -163,10 +211,10 @@ class Trained:
         loss: Tensor,
         examples: Tensor,
         *,
-        minus: Callable[[Tensor], Tensor] | None = None,
+        change: Callable[[Tensor], Change] | None = None,
     ) -> None:
-        self._rows, self._minus = rows, minus
-        self._changed: tuple[Tensor, Tensor] | None = None
+        self._rows, self._change = rows, change
+        self._changed: tuple[Tensor, Change] | None = None
         self.buffers, self.steps, self.rates, self.loss, self.examples = buffers, steps, rates, loss, examples
 
     @property
@@ -176,33 +224,75 @@ class Trained:
             self._rows = self._rows()
         return self._rows
 
-    def minus(self, start: Tensor) -> Tensor:
-        """What training changed: rows less `start`, both [C, P]; kept for the next question about the same start."""
+    def change(self, start: Tensor) -> Change:
+        """What training changed since `start` [C, P]; kept for the next question about the same start."""
         if self._changed is None or self._changed[0] is not start:
-            change = self._minus(start) if self._minus is not None else self.rows - start
-            self._changed = start, change
+            shape = (start.shape[0], start.shape[1])
+            made = Change(shape, lambda: self.rows - start) if self._change is None else self._change(start)
+            self._changed = start, made
         return self._changed[1]
 
+    def minus(self, start: Tensor) -> Tensor:
+        """The same as rows [C, P]."""
+        return self.change(start).rows
 
-@dataclass(frozen=True, slots=True)
+
 class Update:
     """What a tile of clients returns to the server, one row per client.
 
     Attributes:
-        mean: the part that is averaged by weight, [C, D].
+        change: the part that is averaged by weight, [C, D].
         layout: names of the averaged part, of size D.
         sums: the part that is added up unweighted, [C, S].
         weight: of each client in the average, [C, 1].
         metrics: sums (loss, examples) of local work, [C, 2], float64.
         trained: what each client's model became; the framework takes buffers and private parameters from it.
+
+    Args:
+        mean: the averaged part: rows [C, D], or what gives them.
+        layout: see above, as the rest.
+        sums: the summed part.
+        weight: of each client.
+        metrics: of local work.
+        trained: the clients' models.
     """
 
-    mean: Tensor
-    layout: Layout
-    sums: Tensor
-    weight: Tensor
-    metrics: Tensor
-    trained: Trained | None = None
+    __slots__ = ("change", "layout", "metrics", "sums", "trained", "weight")
+
+    def __init__(
+        self,
+        mean: Tensor | Change,
+        layout: Layout,
+        sums: Tensor,
+        weight: Tensor,
+        metrics: Tensor,
+        trained: Trained | None = None,
+    ) -> None:
+        self.change = mean if isinstance(mean, Change) else Change(tuple(mean.shape), mean)
+        self.layout, self.sums, self.weight, self.metrics, self.trained = layout, sums, weight, metrics, trained
+
+    @property
+    def mean(self) -> Tensor:
+        """The averaged part as rows [C, D]."""
+        return self.change.rows
+
+    def replace(
+        self,
+        *,
+        mean: Tensor | Change | None = None,
+        sums: Tensor | None = None,
+        weight: Tensor | None = None,
+        metrics: Tensor | None = None,
+    ) -> "Update":
+        """The same update with some of it in another's place."""
+        return Update(
+            self.change if mean is None else mean,
+            self.layout,
+            self.sums if sums is None else sums,
+            self.weight if weight is None else weight,
+            self.metrics if metrics is None else metrics,
+            self.trained,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from atoll.algorithms import Algorithm, fedavg, fedbn, fedper, local_only
 from atoll.engines import Engine
 from atoll.errors import InvalidArgument
 from atoll.local import local_sgd
+from atoll.messages import Clear
 from atoll.model import Model
 from atoll.rounds import Process, Task
 
@@ -58,7 +59,7 @@ def test_what_a_client_sends_does_not_depend_on_its_private_values_but_through_t
     assert task.message.vector.shape == (process.selection.size,)
     for cohort, remembered in process.engine.tiles(process, task, data, state.memory):
         report = process.work(task, cohort, remembered)
-        assert isinstance(report.wire, torch.Tensor) and report.wire.shape == (1, process.length)
+        assert isinstance(report.wire, Clear) and report.wire.rows.shape == (1, process.length)
         assert process.length == process.selection.size + process.averaged_buffers
     assert process.private_names.isdisjoint(process.selection.names)
 

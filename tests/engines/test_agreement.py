@@ -146,7 +146,7 @@ def test_both_forms_of_a_convolution_agree(name: str, monkeypatch: pytest.Monkey
 
 
 def test_memory_used_again_by_the_next_tile_spoils_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("atoll.engines.blocks.ARENA_BYTES", 0)
+    monkeypatch.setattr("atoll.engines.arena.ARENA_BYTES", 0)
     kind, method = MODELS["batch norm, local"], ALGORITHMS["scaffold option 2"]
     data = kind.data((6, 2, 7, 4, 11))
     for options in ({}, {"aggregator": AGGREGATORS["median"]()}):
@@ -176,7 +176,7 @@ def test_every_engine_runs_every_algorithm_as_the_specification_does(method: Met
     data = kind.data((6, 2, 7, 4, 11))
     algorithm = method.build(method.plan(**PLANS[how]))
     _, _, expected = run(kind.model(), data, algorithm, Loop())
-    for engine in ("rows", "rows, tile of 3", "single"):
+    for engine in ("rows", "rows, tile of 3", "factors", "single"):
         _, _, found = run(kind.model(), data, method.build(method.plan(**PLANS[how])), ENGINES[engine]())
         same(found, expected)
 
@@ -318,10 +318,20 @@ def test_a_choice_by_hand_is_said() -> None:
         assert said["strategy"] == strategy and said["reason"].startswith("chosen by hand")
 
 
+def test_weights_that_stand_as_factors_are_told() -> None:
+    def told(examples: int) -> object:
+        x = torch.ones(examples, 1500)
+        process = Process(Model(torch.nn.Linear(1500, 1500), "mse"), fedavg(local_sgd(1e-4, batch_size=None)))
+        process.engine.prepare(process, FederatedDataset.from_arrays({"a": (x, x)}))
+        return process.engine.describe()["factors"]
+
+    assert told(20) == told(600) == {"weight": 562}
+
+
 def test_large_models_run_one_client_at_a_time() -> None:
     module = torch.nn.Linear(1500, 1500)
     model = Model(module, "mse")
-    x = torch.ones(1, 1500)
+    x = torch.ones(600, 1500)
     process = Process(model, fedavg(local_sgd(1e-4, batch_size=None)), engine="auto")
     process.engine.prepare(process, FederatedDataset.from_arrays({"a": (x, x)}))
     assert process.engine.describe()["strategy"] == "one client at a time"

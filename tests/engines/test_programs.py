@@ -321,7 +321,7 @@ def test_the_reason_says_what_has_no_form() -> None:
 
 @pytest.mark.parametrize("size", ["ARENA_BYTES", "STRIP_BYTES", "GATHER_BYTES", "LOOK"])
 def test_pieces_of_one_change_nothing(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    where = "blocks" if size.startswith("ARENA") else "tile"
+    where = "arena" if size.startswith("ARENA") else "tile"
     monkeypatch.setattr(f"atoll.engines.{where}.{size}", 1)
     kind = MODELS["batch norm, local"]
     data = kind.data((6, 2, 7, 4, 11))

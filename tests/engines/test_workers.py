@@ -181,7 +181,7 @@ def test_divergence_is_told_by_name_and_leaves_the_memory_alone() -> None:
 
     def local(message: Message, memory: Memory, cohort: Cohort) -> tuple[Update, Memory]:
         update, renewed = base.local(message, memory, cohort)
-        return replace(update, mean=update.mean * float("inf")), renewed
+        return update.replace(mean=update.mean * float("inf")), renewed
 
     process = Process(kind.model(), replace(base, local=local), engine=Vectorized(tile=2), workers=2)
     state, data = process.init(), kind.data(SIZES)

@@ -1,62 +1,25 @@
 """Rows of a layout stored parameter by parameter: every parameter of a tile is one contiguous block [C, ...].
 
 Batched products write into a contiguous block in one call; into the strided views of a row-major matrix [C, P] they go
-row by row, which costs small models more than all their arithmetic.
+row by row, which costs small models more than all their arithmetic. A weight may also stand as factors.
 """
 
-from math import prod
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from atoll.engines.arena import Arena
+from atoll.engines.factors import Factors
+from atoll.engines.schedule import Members
 from atoll.vectors import Layout
 
-ARENA_BYTES = 128 * 2**10
-"""Smaller tensors are left to torch's allocator."""
+Part = Tensor | Factors
+"""A parameter of some rows: its numbers [C, ...], or the factors of a weight."""
 
-
-class Arena:
-    """Memory that tiles use one after the other.
-
-    A fresh tensor of some megabytes is a fresh mapping whose every page must first be filled in by the system; on
-    models of that size this takes as long as the products. What was taken from an arena is valid until `reset`.
-    """
-
-    def __init__(self) -> None:
-        self._free: list[Tensor] = []
-        self._used: list[Tensor] = []
-
-    def empty(self, *shape: int, like: Tensor) -> Tensor:
-        """An uninitialised tensor of this shape, with the dtype and device of another."""
-        count = prod(shape)
-        if like.device.type != "cpu" or count * like.element_size() < ARENA_BYTES:
-            return like.new_empty(shape)
-        fits = [t for t in self._free if t.dtype == like.dtype and t.numel() >= count]
-        found = min(fits, key=Tensor.numel, default=None)
-        if found is None:
-            found = like.new_empty(count)
-        else:
-            self._free = [t for t in self._free if t is not found]
-        self._used.append(found)
-        return found[:count].view(shape)
-
-    def reset(self) -> None:
-        """Take everything back: nothing that came from here may be in use."""
-        self._free += self._used
-        self._used = []
-
-    def trim(self) -> None:
-        """Give back what is too much to be kept from one round to the next."""
-        self.reset()
-        if sum(t.nbytes for t in self._free) > ARENA_KEPT:
-            self._free = []
-
-
-ARENA_KEPT = 256 * 2**20
-"""An arena of more than this is given back after a round."""
-
-Members = slice | Tensor
-"""Rows of a tile: a slice where they follow each other (their blocks are views), else their numbers, int64 [k]."""
+NOTHING: Mapping[int, int] = MappingProxyType({})
 
 
 class Blocks:
@@ -64,14 +27,14 @@ class Blocks:
 
     Attributes:
         layout: names and shapes.
-        parts: one contiguous tensor [C, ...] for each parameter, in the layout's order.
+        parts: one contiguous tensor [C, ...] for each parameter, in the layout's order, or the factors of a weight.
     """
 
     __slots__ = ("_arena", "layout", "parts")
 
-    def __init__(self, layout: Layout, parts: list[Tensor], arena: Arena | None = None) -> None:
+    def __init__(self, layout: Layout, parts: Sequence[Part], arena: Arena | None = None) -> None:
         self.layout = layout
-        self.parts = parts
+        self.parts = list(parts)
         self._arena = arena or Arena()
 
     @classmethod
@@ -80,18 +43,28 @@ class Blocks:
         return cls(layout, [like.new_zeros(count, *shape) for _, shape, _, _ in layout])
 
     @classmethod
-    def of(cls, layout: Layout, rows: Tensor, arena: Arena | None = None) -> "Blocks":
-        """A copy of rows [C, P]."""
+    def of(
+        cls, layout: Layout, rows: Tensor, arena: Arena | None = None, factored: Mapping[int, int] = NOTHING
+    ) -> "Blocks":
+        """A copy of rows [C, P].
+
+        Args:
+            layout: of the rows.
+            rows: [C, P].
+            arena: memory for the blocks.
+            factored: weights that stand as factors, with room for so many places; the rows must then all be one vector.
+        """
         arena = arena or Arena()
+        views = layout.view(rows.detach()).values()
         # A single row is stored parameter by parameter already.
-        flat = arena.empty(1, layout.size, like=rows) if len(rows) == 1 else None
-        made = (
-            _views(layout, flat)
-            if flat is not None
-            else [arena.empty(len(rows), *shape, like=rows) for _, shape, _, _ in layout]
-        )
-        for part, view in zip(made, _views(layout, rows.detach()), strict=True):
-            part.copy_(view)
+        flat = arena.empty(1, layout.size, like=rows) if len(rows) == 1 and not factored else None
+        made: list[Part] = []
+        for number, (view, (_, _, begin, end)) in enumerate(zip(views, layout, strict=True)):
+            if number in factored:
+                made.append(Factors(view[0], len(rows), factored[number], arena))
+                continue
+            part = arena.empty(*view.shape, like=rows) if flat is None else flat[:, begin:end].view(view.shape)
+            made.append(part.copy_(view))
         return cls(layout, made, arena)
 
     @classmethod
@@ -107,42 +80,98 @@ class Blocks:
     def __len__(self) -> int:
         return len(self.parts[0])
 
-    def take(self, members: Members) -> list[Tensor]:
-        """The blocks of some rows: views for a slice, copies otherwise; a block of one row stands for all."""
-        return [p if len(p) == 1 else p[members] for p in self.parts]
+    @property
+    def like(self) -> Tensor:
+        """A tensor of their dtype, on their device."""
+        first = self.parts[0]
+        return first if isinstance(first, Tensor) else first.base
 
-    def put(self, members: Tensor, parts: list[Tensor]) -> None:
+    def tensors(self, members: Members | None = None) -> list[Tensor]:
+        """The parts of some rows, or of all, of blocks none of whose weights stand as factors."""
+        return cast("list[Tensor]", self.parts if members is None else self.take(members))
+
+    def take(self, members: Members) -> list[Part]:
+        """The blocks of some rows: views for a slice, copies otherwise; a block of one row stands for all."""
+        return [p.take(members) if isinstance(p, Factors) else p if len(p) == 1 else p[members] for p in self.parts]
+
+    def put(self, members: Tensor, parts: Sequence[Part]) -> None:
         """Write copies back."""
         for own, part in zip(self.parts, parts, strict=True):
-            own[members] = part
+            if isinstance(own, Tensor) and isinstance(part, Tensor):
+                own[members] = part
 
     def rows(self, into: Tensor | None = None) -> Tensor:
         """Rows [C, P], written to `into`; a single row without a copy where its blocks are one piece of memory."""
         first = self.parts[0]
         if into is None and len(first) == 1 and self._whole():
-            return first.as_strided((1, self.layout.size), (self.layout.size, 1))
-        rows = self._arena.empty(len(first), self.layout.size, like=first) if into is None else into
+            return cast(Tensor, first).as_strided((1, self.layout.size), (self.layout.size, 1))
+        rows = self._room(into)
         for part, view in zip(self.parts, _views(self.layout, rows), strict=True):
-            view.copy_(part)
+            if isinstance(part, Factors):
+                part.changed(view)
+                view.add_(part.base)
+            else:
+                view.copy_(part)
         return rows
 
     def minus(self, start: Tensor, into: Tensor | None = None) -> Tensor:
         """Rows [C, P] less `start` [C, P], in one pass, written to `into`."""
-        rows = self._arena.empty(len(self), self.layout.size, like=start) if into is None else into
-        for part, view, begun in zip(
-            self.parts, _views(self.layout, rows), _views(self.layout, start.detach()), strict=True
-        ):
-            torch.sub(part, begun, out=view)
+        rows = self._room(into)
+        begun = _views(self.layout, start.detach())
+        for part, view, before in zip(self.parts, _views(self.layout, rows), begun, strict=True):
+            if isinstance(part, Tensor):
+                torch.sub(part, before, out=view)
+                continue
+            part.changed(view)
+            if not _same(part.base, before):
+                view.add_(part.base - before)
         return rows
+
+    def total(self, start: Tensor, weight: Tensor, into: Tensor) -> None:
+        """Add the sum of the rows less `start` [C, P], weighted by weight [C], to `into` [P]."""
+        begun = _views(self.layout, start.detach())
+        wide = max((p.numel() for p in self.parts if isinstance(p, Tensor)), default=0)
+        scratch = self._arena.empty(wide, like=into)
+        for part, before, (_, _, a, b) in zip(self.parts, begun, self.layout, strict=True):
+            own = into[a:b]
+            if isinstance(part, Tensor):
+                change = torch.sub(part, before, out=scratch[: part.numel()].view(part.shape))
+                own.addmv_(change.view(len(part), -1).t(), weight)
+                continue
+            part.add_total(weight, own.view(part.base.shape))
+            if not _same(part.base, before):
+                own.add_((weight.sum() * part.base - torch.tensordot(weight, before, 1)).view(-1))
+        self._arena.release(scratch)
+
+    def spent(self, start: Tensor, weight: Tensor) -> Tensor:
+        """The same total [P] of a single row without factors, in its own memory: nothing else may be asked then."""
+        for part, before in zip(self.tensors(), _views(self.layout, start.detach()), strict=True):
+            part.sub_(before).mul_(weight)
+        return self.rows()[0]
+
+    def _room(self, into: Tensor | None) -> Tensor:
+        """Where rows [C, P] are written to."""
+        return self._arena.empty(len(self), self.layout.size, like=self.like) if into is None else into
 
     def _whole(self) -> bool:
         """Whether the blocks of a single row lie one after the other in one storage."""
-        base, size = self.parts[0], self.parts[0].element_size()
+        base = self.parts[0]
         return all(
-            part.untyped_storage().data_ptr() == base.untyped_storage().data_ptr()
-            and part.data_ptr() == base.data_ptr() + begin * size
+            isinstance(part, Tensor)
+            and isinstance(base, Tensor)
+            and part.untyped_storage().data_ptr() == base.untyped_storage().data_ptr()
+            and part.data_ptr() == base.data_ptr() + begin * base.element_size()
             for part, (_, _, begin, _) in zip(self.parts, self.layout, strict=True)
         )
+
+
+def _same(base: Tensor, rows: Tensor) -> bool:
+    """Whether every row [C, ...] is the base itself."""
+    return (
+        rows.data_ptr() == base.data_ptr()
+        and (len(rows) == 1 or rows.stride(0) == 0)
+        and rows.stride()[1:] == base.stride()
+    )
 
 
 def _views(layout: Layout, rows: Tensor) -> list[Tensor]:

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from atoll.engines.blocks import Part
 from atoll.engines.dropout import Draw
+from atoll.engines.factors import Factors
 from atoll.engines.steps import Gradients, Sink
 
 aten = torch.ops.aten
@@ -40,7 +42,7 @@ class Run:
 
     def __init__(
         self,
-        parts: Sequence[Tensor],
+        parts: Sequence[Part],
         held: Mapping[str, Tensor],
         slots: int,
         operations: int,
@@ -60,8 +62,12 @@ class Run:
         """A parameter or buffer [C, ...]; a constant as it is."""
         source = attribute.source
         if isinstance(source, int):
-            return self.parts[source]
+            return cast(Tensor, self.parts[source])
         return self.held[source] if isinstance(source, str) else source
+
+    def weight(self, attribute: Attribute) -> Part:
+        """A parameter that may stand as factors."""
+        return self.parts[attribute.source] if isinstance(attribute.source, int) else self.tensor(attribute)
 
     def spread(self, attribute: Attribute) -> Tensor:
         """A parameter, buffer or constant as [C, ...]."""
@@ -238,18 +244,23 @@ class Local(Operation):
 
 
 class Linear(Operation):
-    """y = x W^T + b as one batched product; of a frozen W, as one product for all rows."""
+    """y = x W^T + b as one batched product; of a frozen W, as one product for all rows; of factors, by these."""
 
     def __init__(self, given: Slot, x: Slot, weight: Attribute, bias: Attribute | None) -> None:
         super().__init__(given, (x,), (weight, bias))
         self._x, self._weight, self._bias = x, weight, bias
 
+    @property
+    def weight(self) -> int | None:
+        """Number of the weight; None: it is a constant."""
+        return self._weight.source if isinstance(self._weight.source, int) else None
+
     def forward(self, run: Run) -> None:
         x: Tensor = run.values[self._x.number]
         flat = x if x.ndim == 3 else x.reshape(len(x), -1, x.shape[-1])
-        weight = run.tensor(self._weight)
-        if weight.ndim == 2:
-            out = torch.matmul(flat, weight.t())
+        weight = run.weight(self._weight)
+        if isinstance(weight, Factors) or weight.ndim == 2:
+            out = weight.forward(flat) if isinstance(weight, Factors) else torch.matmul(flat, weight.t())
             if self._bias is not None:
                 out += run.tensor(self._bias) if run.tensor(self._bias).ndim == 1 else run.tensor(self._bias)[:, None]
         elif self._bias is None:
@@ -266,9 +277,12 @@ class Linear(Operation):
             return
         flat: Tensor = run.saved[self.number]
         slope = gradient if gradient.ndim == 3 else gradient.reshape(len(gradient), -1, gradient.shape[-1])
-        weight = run.tensor(self._weight)
+        weight = run.weight(self._weight)
         if run.needs(self._x):
-            below = torch.bmm(slope, weight) if weight.ndim == 3 else torch.matmul(slope, weight)
+            if isinstance(weight, Factors):
+                below = weight.backward(slope)
+            else:
+                below = torch.bmm(slope, weight) if weight.ndim == 3 else torch.matmul(slope, weight)
             shape = run.values[self._x.number].shape
             run.give(self._x, below if below.shape == shape else below.view(shape))
         if (to := run.sink_of(self._weight)) is not None:

@@ -11,6 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from atoll.engines.blocks import Part
 from atoll.engines.dropout import Draw, KeyedDropout, SeededDraws
 from atoll.engines.objective import means, slopes
 from atoll.engines.program import Program
@@ -23,7 +24,7 @@ Named = Mapping[str, Tensor]
 def written(
     model: Model,
     program: Program,
-    parts: Sequence[Tensor],
+    parts: Sequence[Part],
     held: Named,
     batch: Batch,
     draw: Draw | None,

@@ -19,9 +19,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from atoll.engines import forms
+from atoll.engines.blocks import Part
 from atoll.engines.dropout import Draw
+from atoll.engines.factors import Use, most
 from atoll.engines.forms import Unsupported
-from atoll.engines.operations import Attribute, Operation, Run, Slot
+from atoll.engines.operations import Attribute, Linear, Operation, Run, Slot
 from atoll.engines.steps import Gradients, Sink
 from atoll.model import Batch, Model
 
@@ -64,11 +66,13 @@ class Program:
         self._start = builder.start
         uses = [p for op in self._operations for p in op.parameters]
         self.repeated = frozenset(p for p in uses if uses.count(p) > 1)
+        linear = {op.weight: op for op in self._operations if isinstance(op, Linear)}
+        self._weights = {p: op for p, op in linear.items() if p is not None and p not in self.repeated}
         self._needs: dict[frozenset[int] | None, list[bool]] = {}
 
     def forward(
         self,
-        parts: Sequence[Tensor],
+        parts: Sequence[Part],
         held: Mapping[str, Tensor],
         batch: Batch,
         *,
@@ -79,7 +83,7 @@ class Program:
         """Outputs [C, b, ...] of rows on their own batches [C, b, ...]; buffers are updated in place.
 
         Args:
-            parts: every parameter of the layout, [C, ...].
+            parts: every parameter of the layout, [C, ...]; weights of linear layers may stand as factors.
             held: buffers by name, [C, ...].
             batch: fields [C, b, ...].
             draw: keys dropout.
@@ -108,6 +112,16 @@ class Program:
                 for number in self.repeated:
                     if (found := pending.found[number]) is not None:
                         sink.add(number, found)
+
+    def uses(self, run: Run, examples: int) -> dict[int, Use]:
+        """How examples went through the weights that nothing but one linear layer reads, where that can be told."""
+        found: dict[int, Use] = {}
+        for number, op in self._weights.items():
+            count = run.saved[op.number].shape[1]
+            if examples > 1 and count % examples == 0:  # of a single example nothing can be told
+                rows, columns = run.parts[number].shape[1:]
+                found[number] = Use(count // examples, most(rows, columns, below=run.needs(Slot(op.sources[0]))))
+        return found
 
     def _need(self, trained: frozenset[int] | None) -> list[bool]:
         """Which slots lead to a trained parameter."""

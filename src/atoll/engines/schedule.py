@@ -6,8 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from atoll.engines.blocks import Members
+Members = slice | Tensor
+"""Rows of a tile: a slice where they follow each other (their blocks are views), else their numbers, int64 [k]."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,13 +9,17 @@ decay are the product's factor, and what does not depend on y (`pull * anchor - 
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from atoll.engines.blocks import Arena, Blocks, Members
+from atoll.engines.arena import Arena
+from atoll.engines.blocks import Blocks, Part
+from atoll.engines.factors import Factors
+from atoll.engines.schedule import Members
 from atoll.errors import invalid
 from atoll.local import Plan
 from atoll.vectors import Layout
@@ -49,7 +53,7 @@ class Gradients(Sink):
         trained: numbers of those that are trained; None: all.
     """
 
-    def __init__(self, parts: Sequence[Tensor], trained: frozenset[int] | None = None) -> None:
+    def __init__(self, parts: Sequence[Part], trained: frozenset[int] | None = None) -> None:
         self._parts = parts
         self._trained = trained
         self.found: list[Tensor | None] = [None] * len(parts)
@@ -66,14 +70,18 @@ class Gradients(Sink):
         self.found[number] = shaped if before is None else before + shaped
 
     def scatter(self, number: int, places: Tensor, values: Tensor) -> None:
-        table = torch.zeros_like(self._parts[number])
+        table = torch.zeros_like(self._numbers(number))
         rows, size, width = table.shape
         table.view(rows * size, width).index_add_(0, _global(places, size), values.reshape(-1, width))
         self.add(number, table)
 
     def filled(self) -> list[Tensor]:
         """The gradients, zeros where nothing came."""
-        return [torch.zeros_like(p) if g is None else g for p, g in zip(self._parts, self.found, strict=True)]
+        return [torch.zeros_like(self._numbers(i)) if g is None else g for i, g in enumerate(self.found)]
+
+    def _numbers(self, number: int) -> Tensor:
+        """A parameter that does not stand as factors: only plain sgd works on these."""
+        return cast(Tensor, self._parts[number])
 
 
 def _global(places: Tensor, size: int) -> Tensor:
@@ -111,22 +119,21 @@ class Rule:
         if pull and anchor is None:
             raise invalid("anchor", None, "given when pull is not 0")
         self.plan, self.pull = plan, pull
-        some = [True] * len(y.parts) if train is None else [bool(train[a:b].any()) for _, _, a, b in layout]
-        self.trained = None if train is None else frozenset(i for i, any_of in enumerate(some) if any_of)
-        whole = train is None or all(not some[i] or bool(train[a:b].all()) for i, (_, _, a, b) in enumerate(layout))
-        self.mask = None if whole or train is None else Blocks.shown(layout, train)
+        self.trained = None if train is None else frozenset(i for i, t in enumerate(_cut(layout, train)) if t.any())
+        self.mask = None if train is None or not splits(layout, train) else Blocks.shown(layout, train)
         constant: Tensor | None = None
+        anchor, shift = (t[0] if t is not None and _one(t) else t for t in (anchor, shift))
         if pull and anchor is not None:
             constant = pull * anchor.detach() if shift is None else pull * anchor.detach() - shift.detach()
         elif shift is not None:
             constant = -shift.detach()
         self.constant = None if constant is None else Blocks.held(layout, constant, arena)
         adaptive = plan.optimizer != "sgd"
-        self.first = Blocks.zeros(layout, len(y), y.parts[0]) if adaptive or plan.momentum else None
-        self.second = Blocks.zeros(layout, len(y), y.parts[0]) if adaptive else None
+        self.first = Blocks.zeros(layout, len(y), y.like) if adaptive or plan.momentum else None
+        self.second = Blocks.zeros(layout, len(y), y.like) if adaptive else None
 
     def begin(
-        self, parts: list[Tensor], members: Members, rates: NDArray[np.float64], steps: NDArray[np.int64]
+        self, parts: list[Part], members: Members, rates: NDArray[np.float64], steps: NDArray[np.int64]
     ) -> "Step":
         """A step of a group.
 
@@ -141,12 +148,51 @@ class Rule:
         return Whole(self, parts, members, rates, steps)
 
 
+def by_factors(
+    plan: Plan,
+    round: int,
+    steps: int,
+    layout: Layout,
+    rows: Tensor,
+    anchor: Tensor | None,
+    pull: float,
+    shift: Tensor | None,
+    train: Tensor | None,
+) -> bool:
+    """Whether the rule's steps can be taken on factors of what changed: plain sgd from one vector, at one rate.
+
+    A pull towards that vector only scales what changed. Arguments are those of `Cohort.sgd`, with the round and the
+    largest number of steps.
+    """
+    if plan.optimizer != "sgd" or plan.momentum or plan.weight_decay or shift is not None or not _one(rows):
+        return False
+    if pull and (anchor is None or anchor.data_ptr() != rows.data_ptr() or (anchor.ndim == 2 and not _one(anchor))):
+        return False
+    if train is not None and splits(layout, train):
+        return False
+    return plan.schedule is None or len(np.unique(plan.rate(round, np.arange(steps)))) == 1
+
+
+def splits(layout: Layout, train: Tensor) -> bool:
+    """Whether a mask [P] trains only some numbers of a parameter."""
+    return any(bool(t.any()) and not bool(t.all()) for t in _cut(layout, train))
+
+
+def _cut(layout: Layout, vector: Tensor) -> list[Tensor]:
+    return [vector[a:b] for _, _, a, b in layout]
+
+
+def _one(rows: Tensor) -> bool:
+    """Whether rows [C, P] are all one vector."""
+    return rows.ndim == 2 and (len(rows) == 1 or rows.stride(0) == 0)
+
+
 class Step(Sink):
     """One step of a group. `finish` comes after the last gradient."""
 
-    def __init__(self, rule: Rule, parts: list[Tensor], members: Members) -> None:
+    def __init__(self, rule: Rule, parts: list[Part], members: Members) -> None:
         self._rule, self._parts, self._members = rule, parts, members
-        self._constant = None if rule.constant is None else rule.constant.take(members)
+        self._constant = None if rule.constant is None else rule.constant.tensors(members)
         self._trained = rule.trained
 
     def wants(self, number: int) -> bool:
@@ -168,11 +214,11 @@ class InProduct(Step):
     velocity takes the product in: v <- momentum v + gradient + ..., then y <- y - rate v.
     """
 
-    def __init__(self, rule: Rule, parts: list[Tensor], members: Members, rates: NDArray[np.float64]) -> None:
+    def __init__(self, rule: Rule, parts: list[Part], members: Members, rates: NDArray[np.float64]) -> None:
         super().__init__(rule, parts, members)
         rate = float(rates[0])
         self._rates, self._rate, self._decay = rates, rate, rule.pull + rule.plan.weight_decay
-        self._velocity = None if rule.first is None else rule.first.take(members)
+        self._velocity = None if rule.first is None else rule.first.tensors(members)
         if self._velocity is None:
             self._beta, self._alpha = 1.0 - rate * self._decay, -rate
         else:
@@ -183,18 +229,21 @@ class InProduct(Step):
 
     def product(self, number: int, left: Tensor, right: Tensor) -> None:
         own = self._taking(number)
+        if isinstance(own, Factors):
+            own.append(left.mT, right, beta=self._scale(number), alpha=self._alpha)
+            return
         own.view(len(own), left.shape[1], right.shape[2]).baddbmm_(
             left, right, beta=self._scale(number), alpha=self._alpha
         )
 
     def add(self, number: int, gradient: Tensor) -> None:
-        own = self._taking(number)
+        own = cast(Tensor, self._taking(number))
         if (beta := self._scale(number)) != 1.0:
             own.mul_(beta)
         own.add_(gradient.reshape(own.shape), alpha=self._alpha)
 
     def scatter(self, number: int, places: Tensor, values: Tensor) -> None:
-        own = self._taking(number)
+        own = cast(Tensor, self._taking(number))
         if (beta := self._scale(number)) != 1.0:
             own.mul_(beta)
         rows, size, width = own.shape
@@ -213,6 +262,10 @@ class InProduct(Step):
         for number, (part, came) in enumerate(zip(self._parts, self._came, strict=True)):
             if not self.wants(number):
                 continue
+            if isinstance(part, Factors):  # its constant is the pull's, which stands in what it starts from
+                if not came:
+                    part.scale(self._beta)
+                continue
             own = part if self._velocity is None else self._velocity[number]
             if not came and self._beta != 1.0:
                 own.mul_(self._beta)
@@ -229,7 +282,7 @@ class InProduct(Step):
         if isinstance(self._members, Tensor) and self._rule.first is not None and self._velocity is not None:
             self._rule.first.put(self._members, self._velocity)
 
-    def _taking(self, number: int) -> Tensor:
+    def _taking(self, number: int) -> Part:
         return self._parts[number] if self._velocity is None else self._velocity[number]
 
     def _scale(self, number: int) -> float:
@@ -244,7 +297,7 @@ class Whole(Step):
     """Adam, masks inside a parameter, a rate for each row: the step is taken when all gradients are there."""
 
     def __init__(
-        self, rule: Rule, parts: list[Tensor], members: Members, rates: NDArray[np.float64], steps: NDArray[np.int64]
+        self, rule: Rule, parts: list[Part], members: Members, rates: NDArray[np.float64], steps: NDArray[np.int64]
     ) -> None:
         super().__init__(rule, parts, members)
         self._gradients = Gradients(parts, rule.trained)
@@ -261,9 +314,10 @@ class Whole(Step):
 
     def finish(self) -> None:
         rule, plan = self._rule, self._rule.plan
-        first = None if rule.first is None else rule.first.take(self._members)
-        second = None if rule.second is None else rule.second.take(self._members)
-        for i, (part, gradient) in enumerate(zip(self._parts, self._gradients.filled(), strict=True)):
+        first = None if rule.first is None else rule.first.tensors(self._members)
+        second = None if rule.second is None else rule.second.tensors(self._members)
+        parts = cast("list[Tensor]", self._parts)
+        for i, (part, gradient) in enumerate(zip(parts, self._gradients.filled(), strict=True)):
             if not self.wants(i):
                 continue
             rate = torch.from_numpy(self._rates).to(part).view(-1, *(1,) * (part.ndim - 1))
@@ -281,7 +335,7 @@ class Whole(Step):
             if plan.optimizer == "adamw" and plan.weight_decay:
                 change = change.add(part, alpha=plan.weight_decay)
             change = change * rate
-            part.sub_(change if rule.mask is None else torch.where(rule.mask.parts[i], change, 0.0))
+            part.sub_(change if rule.mask is None else torch.where(rule.mask.tensors()[i], change, 0.0))
         if isinstance(self._members, Tensor):
             for held, copies in ((rule.first, first), (rule.second, second)):
                 if held is not None and copies is not None:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -17,15 +17,17 @@ from torch import Tensor
 from atoll import random
 from atoll.cohort import Cohort
 from atoll.engines import paths
+from atoll.engines.arena import Arena
 from atoll.engines.base import orders
-from atoll.engines.blocks import Arena, Blocks, Members
+from atoll.engines.blocks import Blocks, Part
 from atoll.engines.dropout import Draw
+from atoll.engines.factors import Use, factored
 from atoll.engines.program import Program
-from atoll.engines.schedule import schedule
-from atoll.engines.steps import Gradients, Rule, Sink
+from atoll.engines.schedule import Members, schedule
+from atoll.engines.steps import Gradients, Rule, Sink, by_factors
 from atoll.local import Plan
 from atoll.model import Batch, Model
-from atoll.vectors import Trained
+from atoll.vectors import Change, Trained
 
 if TYPE_CHECKING:
     from atoll.data import Split
@@ -47,6 +49,7 @@ class Paths:
 
     Attributes:
         program: of the training forward and backward; None: autograd.
+        uses: of weights that may stand as factors.
         evaluating: the program of the evaluating forward; None: the module itself, client by client.
         batched: whether autograd goes through the batching transform; else tiles have one client.
         dropout: whether the model has dropout that can be keyed.
@@ -54,6 +57,7 @@ class Paths:
     """
 
     program: Program | None
+    uses: Mapping[int, Use]
     evaluating: Program | None
     batched: bool
     dropout: bool
@@ -125,7 +129,8 @@ class Rows(Cohort):
         totals = plan.total_steps(self._sizes)
         loss = torch.zeros(count, dtype=torch.float64, device=rows.device)
         seen, rates = np.zeros(count), np.zeros(count)
-        strips = self._strips()
+        by = self._factored(plan, totals, rows, anchor, pull, shift, train)
+        strips = self._strips(by)
         trained: list[Blocks] = []
         kept: dict[int, Tensor] = {}
 
@@ -142,7 +147,7 @@ class Rows(Cohort):
             return kept[number][strip]
 
         for strip in strips:
-            y = Blocks.of(model.layout, rows[strip], self._arena)
+            y = Blocks.of(model.layout, rows[strip], self._arena, by)
             own = {n: t if t is None or t.ndim == 1 else t[strip] for n, t in (("anchor", anchor), ("shift", shift))}
             rule = Rule(plan, model.layout, y, **own, pull=pull, train=train, arena=self._arena)
             held = Buffers(model, floating[strip])
@@ -157,6 +162,17 @@ class Rows(Cohort):
                 y.rows(out[strip]) if start is None else y.minus(start[strip], out[strip])
             return out
 
+        def total(start: Tensor, weight: Tensor, last: bool) -> Tensor:
+            if last and count == 1 and not by and weight.dtype == start.dtype:
+                return trained[0].spent(start, weight)
+            out = (self._arena or Arena()).empty(model.size, like=weight).zero_()
+            for strip, y in zip(strips, trained, strict=True):
+                y.total(start[strip], weight[strip], out)
+            return out
+
+        def change(start: Tensor) -> Change:
+            return Change((count, model.size), lambda: whole(start), lambda weight, last: total(start, weight, last))
+
         return Trained(
             whole,
             floating,
@@ -164,13 +180,30 @@ class Rows(Cohort):
             torch.from_numpy(rates).to(rows)[:, None],
             loss[:, None],
             torch.as_tensor(seen, device=rows.device)[:, None],
-            minus=whole,
+            change=change,
         )
 
-    def _strips(self) -> list[slice]:
+    def _factored(
+        self,
+        plan: Plan,
+        totals: NDArray[np.int64],
+        rows: Tensor,
+        anchor: Tensor | None,
+        pull: float,
+        shift: Tensor | None,
+        train: Tensor | None,
+    ) -> dict[int, int]:
+        """Weights that stand as factors, with room for the places the tile's clients will see."""
+        layout, uses = self.model.layout, self._how.uses
+        if not uses or not by_factors(plan, self.round, int(totals.max()), layout, rows, anchor, pull, shift, train):
+            return {}
+        return factored(uses, int(plan.total_examples(self._sizes).max()))
+
+    def _strips(self, factored: Mapping[int, int]) -> list[slice]:
         """The tile in pieces whose parameters stay in the cache from a client's first step to its last."""
-        count = len(self.clients)
-        width = max(1, STRIP_BYTES // (self.model.size * self.model.dtype.itemsize))
+        count, layout = len(self.clients), self.model.layout
+        size = sum(b - a for i, (_, _, a, b) in enumerate(layout) if i not in factored)
+        width = max(1, STRIP_BYTES // max(1, size * self.model.dtype.itemsize))
         bounds = np.linspace(0, count, math.ceil(count / width) + 1).round().astype(int).tolist()
         return [slice(a, b) for a, b in pairwise(bounds)]
 
@@ -245,7 +278,7 @@ class Rows(Cohort):
 
     def _gradients(
         self,
-        parts: list[Tensor],
+        parts: list[Part],
         held: Mapping[str, Tensor],
         batch: Batch,
         draw: Draw | None,
@@ -256,7 +289,9 @@ class Rows(Cohort):
         how = self._how
         if how.program is not None:
             return paths.written(self.model, how.program, parts, held, batch, draw, sink, trained)
-        return paths.by_autograd(self.model, parts, held, batch, draw, sink, batched=how.batched, seeded=how.draws)
+        return paths.by_autograd(
+            self.model, cast("list[Tensor]", parts), held, batch, draw, sink, batched=how.batched, seeded=how.draws
+        )
 
     def _gather(self, places: Tensor) -> dict[str, Tensor]:
         """Examples [k, b, ...] at places [k, b]."""

@@ -19,6 +19,7 @@ more than `SHARED_BYTES` of parameters has two tiles at least, for two workers.
 """
 
 import math
+from math import prod
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
@@ -28,16 +29,19 @@ from torch import Tensor, nn
 from atoll import random
 from atoll.engines import paths
 from atoll.engines.acceptance import Traits
+from atoll.engines.arena import Arena
 from atoll.engines.base import Chosen, Engine, Remembering, Tile
-from atoll.engines.blocks import Arena
 from atoll.engines.dropout import Draw
+from atoll.engines.factors import Use, factored
 from atoll.engines.forms import Unsupported
 from atoll.engines.program import Program
 from atoll.engines.steps import Gradients
 from atoll.engines.tile import Buffers, Paths, Rows
 from atoll.errors import invalid
+from atoll.local import Plan
 from atoll.messages import Task
 from atoll.model import Batch, Model
+from atoll.vectors import Layout
 
 if TYPE_CHECKING:
     from atoll.data import FederatedDataset
@@ -47,6 +51,16 @@ LARGE = 2_000_000
 TILE_BYTES = 8 * 2**20
 TILE_ROWS = 128
 SHARED_BYTES = 2 * 2**20
+
+ROWS = 3
+"""Rows of a trial."""
+
+
+NOISE = 2**16 + 1
+"""Numbers of noise that are drawn, and then repeated: of a large model it takes longer to draw as many as to train."""
+
+Trio = tuple[Tensor, Tensor, Batch, Draw]
+"""Rows and buffers of a trial that differ from each other, the same batch for all, and their draw."""
 
 WRITTEN = "all its layers have a form on rows"
 
@@ -76,15 +90,19 @@ class Vectorized(Engine):
         self._reason = ""
         self._width = 1
         self._rows, self._row, self._activations = False, 1, 0
-        self._batches: tuple[int | None, ...] = ()
+        self._plans: tuple[Plan, ...] = ()
+        self._layout, self._item = Layout((), ()), 1
         self._paths: Paths | None = None
         self._arena = Arena()
 
     def describe(self) -> dict[str, Any]:
-        """Which path ran, and why."""
+        """Which path ran, and why; `factors`: up to how many examples a client's weights stand as factors."""
         one = self._width == 1 and self._tile is None
         how = "one client at a time" if one else "rows of one matrix"
-        return {"engine": self.name, "strategy": how, "tile": self._width, "reason": self._reason, **self.told}
+        said = {"engine": self.name, "strategy": how, "tile": self._width, "reason": self._reason}
+        uses = {} if self._paths is None else self._paths.uses
+        factors = {self._layout.names[n]: use.most // use.places for n, use in uses.items() if use.most >= use.places}
+        return said | ({"factors": factors} if factors else {}) | self.told
 
     def fresh(self) -> "Vectorized":
         return Vectorized(self._asked, tile=self._tile, threads=self._threads)
@@ -142,28 +160,31 @@ class Vectorized(Engine):
         program: Program | None = None
         evaluating: Program | None = None
         batched, activations, self._reason = False, 0, ""
+        uses: dict[int, Use] = {}
         if self._asked == "single":
             self._reason = "chosen by hand"
         else:
-            program, activations, why = _program(model, traits)
-            evaluating = None if traits.stateful else _evaluating(model, traits.sample)
+            three = _trio(model, traits.sample)
+            program, activations, uses, why = _program(model, traits, three)
+            evaluating = None if traits.stateful else _evaluating(model, traits.sample, three)
             single = None if program is not None else _single(model, traits)
             if program is not None:
                 self._reason = WRITTEN
             elif single is not None and (self._asked == "auto" or traits.draws or traits.stateful):
                 self._reason = single if single == why else f"{single}; {why}"
             else:
-                refused = _tables(model) or _trial(model, traits.sample, None)
+                refused = _tables(model) or _trial(model, three, None)
                 batched = refused is None
                 self._reason = f"batching transform: {why}" if refused is None else f"{refused}; {why}"
             if self._asked == "rows":
                 if program is None and not batched:
                     raise invalid("strategy", "rows", '"single" or "auto" for this model', f"Reason: {self._reason}.")
                 self._reason = f"chosen by hand; {self._reason}"
-        self._paths = Paths(program, evaluating, batched, traits.dropout, traits.draws)
+        self._paths = Paths(program, uses, evaluating, batched, traits.dropout, traits.draws)
         self._rows = program is not None or batched
         self._row, self._activations = model.size * model.dtype.itemsize, activations
-        self._batches = tuple(p.batch_size for p in process.algorithm.plans)
+        self._plans = process.algorithm.plans
+        self._layout, self._item = model.layout, model.dtype.itemsize
         self._width = self._fits(int(data.train.sizes.max()))
         if self._rows and self._width == 1 and self._tile is None:
             self._reason += f", and the {model.size:,} parameters and activations of one client fill a tile"
@@ -174,8 +195,19 @@ class Vectorized(Engine):
             return 1
         if self._tile is not None:
             return self._tile
-        batch = max((examples if b is None else min(b, examples) for b in self._batches), default=1)
-        return max(1, min(TILE_ROWS, TILE_BYTES // self._row, TILE_BYTES // max(1, batch * self._activations)))
+        batches = [p.batch_size for p in self._plans]
+        batch = max((examples if b is None else min(b, examples) for b in batches), default=1)
+        row = self._footprint(examples)
+        return max(1, min(TILE_ROWS, TILE_BYTES // row, TILE_BYTES // max(1, batch * self._activations)))
+
+    def _footprint(self, examples: int) -> int:
+        """Bytes of a client's parameters while it trains on so many examples; weights may stand as factors."""
+        assert self._paths is not None
+        sizes = np.array([examples])
+        seen = max((int(p.total_examples(sizes)[0]) for p in self._plans), default=0)
+        by = factored(self._paths.uses, seen)
+        saved = sum(prod(self._layout.shapes[n]) - room * sum(self._layout.shapes[n]) for n, room in by.items())
+        return self._row - saved * self._item
 
 
 def tile_count(clients: int, width: int) -> int:
@@ -184,33 +216,34 @@ def tile_count(clients: int, width: int) -> int:
     return min(clients, count + count % 2) if count > 1 else 1
 
 
-def _program(model: Model, traits: Traits) -> tuple[Program | None, int, str]:
-    """The model's program, bytes of activations for an example, and why there is no program."""
+def _program(model: Model, traits: Traits, three: Trio) -> tuple[Program | None, int, dict[int, Use], str]:
+    """The model's program, bytes of activations for an example, uses of its weights, and why there is no program."""
     sample = traits.sample
     if traits.draws or traits.stateful:
-        return None, 0, _unseen(traits)
+        return None, 0, {}, _unseen(traits)
     try:
         program = Program(model)
     except Unsupported as error:
-        return None, 0, str(error)
-    reason = _trial(model, sample, program)
+        return None, 0, {}, str(error)
+    reason = _trial(model, three, program)
     if reason is not None:
-        return None, 0, reason
+        return None, 0, {}, reason
     parts = [t[None] for t in model.layout.view(model.init()).values()]
     held = Buffers(model, model.init_buffers()[None]).take(slice(None))
     draw = Draw(0, "trial", 0, np.zeros(1, np.uint64), np.zeros(1, np.int64))
     _, run = program.forward(parts, held, {n: t[None] for n, t in sample.items()}, draw=draw)
     values = {t.data_ptr(): t.nbytes for t in run.values if isinstance(t, Tensor)}
-    return program, sum(values.values()) // len(sample["y"]), ""
+    count = len(sample["y"])
+    return program, sum(values.values()) // count, program.uses(run, count), ""
 
 
-def _evaluating(model: Model, sample: Batch) -> Program | None:
+def _evaluating(model: Model, sample: Batch, three: Trio) -> Program | None:
     """The program of the evaluating forward, or None where its outputs are not the module's, example by example."""
     try:
         program = Program(model, train=False)
-        rows, buffers, batch, _ = _trio(model, sample)
+        rows, buffers, batch, _ = three
         parts = list(model.layout.view(rows).values())
-        held = Buffers(model, buffers)
+        held = Buffers(model, buffers.clone())
         output, _ = program.forward(parts, held.take(slice(None)), batch, backward=False)
         for i in range(ROWS):
             own = model.layout.view(rows[i]), model.buffer_layout.view(buffers[i])
@@ -258,14 +291,10 @@ def _single(model: Model, traits: Traits) -> str | None:
     return None
 
 
-ROWS = 3
-"""Rows of a trial."""
-
-
-def _trio(model: Model, sample: Batch) -> tuple[Tensor, Tensor, Batch, Draw]:
-    """Rows and buffers that differ from each other, the same batch for all, and their draw."""
+def _trio(model: Model, sample: Batch) -> Trio:
     draw = random.generator(0, "trial")
-    noise = torch.randn(ROWS, model.size, generator=draw, dtype=model.dtype)
+    drawn = torch.randn(ROWS, min(NOISE, model.size), generator=draw, dtype=model.dtype)
+    noise = drawn.repeat(1, -(-model.size // NOISE))[:, : model.size]
     more = torch.rand(ROWS, model.buffer_layout.size, generator=draw, dtype=model.dtype)  # variances stay positive
     noise[0], more[0] = 0.0, 0.0
     batch = {n: t.expand(ROWS, *t.shape).clone() for n, t in sample.items()}
@@ -273,9 +302,9 @@ def _trio(model: Model, sample: Batch) -> tuple[Tensor, Tensor, Batch, Draw]:
     return model.init() + 0.1 * noise, model.init_buffers() + 0.1 * more, batch, keys
 
 
-def _trial(model: Model, sample: Batch, program: Program | None) -> str | None:
+def _trial(model: Model, three: Trio, program: Program | None) -> str | None:
     """Why a program, or without one the batching transform, cannot be used; None: it gives what the module gives."""
-    rows, buffers, batch, draw = _trio(model, sample)
+    rows, buffers, batch, draw = three
 
     def outcome(chosen: slice, *, batched: bool) -> list[Tensor]:
         """Output, buffers and gradients [k, ...] of some of the rows."""
