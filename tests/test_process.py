@@ -14,7 +14,7 @@ from atoll import aggregators, spec, transforms
 from atoll.algorithms import fedavg, fedper, scaffold
 from atoll.data import FederatedDataset
 from atoll.errors import AtollError, CompositionError, DataError, InvalidArgument, NonFiniteError
-from atoll.evaluation import evaluate_vector
+from atoll.evaluation import evaluate
 from atoll.local import local_sgd
 from atoll.model import Model
 from atoll.rounds import Process, process
@@ -301,7 +301,7 @@ def test_evaluation_of_single_examples_with_a_callable_loss() -> None:
         target = torch.tensor([[2.0, 0.0], [2.0, 3.0]], dtype=torch.float64)
         x = torch.zeros(2, 1, dtype=torch.float64)
         data = FederatedDataset.from_arrays({"a": (x[:1], target[:1]), "b": (x[1:], target[1:])})
-        found = evaluate_vector(model, model.init(), model.init_buffers(), data, "train")
+        found = evaluate(model, model.init(), data, split="train")
         assert found.values[:, 0].tolist() == [1.0, 4.0] and found.metrics["loss"] == 2.5
 
 
@@ -468,7 +468,7 @@ def test_parts_compose_as_next_does() -> None:
 def test_evaluation_of_one_example_with_a_callable_loss() -> None:
     model, x = scalar_model(1.0), torch.zeros(1, 1, dtype=torch.float64)
     data = FederatedDataset.from_arrays({"a": (x, torch.tensor([[2.0, 3.0]], dtype=torch.float64))})
-    found = evaluate_vector(model, model.init(), model.init_buffers(), data, "train")
+    found = evaluate(model, model.init(), data, split="train")
     assert found.metrics["loss"] == 4.0
 
 

@@ -4,7 +4,7 @@ Only sums are computed per client (loss, examples, and each metric's own); value
 values over all examples follow from the sums, the same in simulation and deployment.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,13 @@ if TYPE_CHECKING:
     from atoll.data import FederatedDataset, LazyDataset, Split
 
 CHUNK = 8192
-"""Examples that go through a model at once."""
+"""Examples that go through a model at once, at most."""
+
+CHUNK_BYTES = 4 * 2**20
+"""Activations of examples that go through a model at once: more of them leave the cache."""
+
+LEAST = 1024
+"""Examples that are worth a message to a worker."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,29 +95,16 @@ def evaluate(
         data: clients and their examples.
         split: "train", "validation" or "test".
         buffers: floating buffers [B]; default the module's own.
-    """
-    if vector.shape != (model.size,):
-        raise invalid("vector", tuple(vector.shape), f"the {model.size} parameters of the model")
-    return evaluate_vector(model, vector, model.init_buffers() if buffers is None else buffers, data, split)
-
-
-def evaluate_vector(
-    model: Model, vector: Tensor, buffers: Tensor, data: "FederatedDataset | LazyDataset", split: str
-) -> Evaluation:
-    """Evaluate one model on every client's examples.
-
-    Args:
-        model: the model.
-        vector: its parameters, [P].
-        buffers: its floating buffers, [B].
-        data: clients and their examples.
-        split: "train", "validation" or "test".
 
     Raises:
         DataError: the data has no such examples.
     """
+    if vector.shape != (model.size,):
+        raise invalid("vector", tuple(vector.shape), f"the {model.size} parameters of the model")
     check_split(data, split)
-    return _summary([split_sums(model, vector, buffers, part) for _, part in data.chunks(split)], data.clients)
+    held = model.init_buffers() if buffers is None else buffers
+    parts = (part for _, whole in data.chunks(split) for part in stretches(whole))
+    return summary([split_sums(model, vector, held, part) for part in parts], data.clients)
 
 
 def evaluate_holdout(model: Model, vector: Tensor, buffers: Tensor, holdout: Batch) -> Evaluation:
@@ -119,7 +112,7 @@ def evaluate_holdout(model: Model, vector: Tensor, buffers: Tensor, holdout: Bat
     from atoll.data import Split
 
     split = Split(dict(holdout), torch.tensor([0, len(holdout["y"])]))
-    return _summary([split_sums(model, vector, buffers, split)], ("",))
+    return summary([split_sums(model, vector, buffers, split)], ("",))
 
 
 def split_sums(model: Model, vector: Tensor, buffers: Tensor, split: "Split") -> tuple[Tensor, tuple[Any, ...]]:
@@ -136,7 +129,11 @@ def split_sums(model: Model, vector: Tensor, buffers: Tensor, split: "Split") ->
             model.settle(model.call(views, held, first_few, train=False), first_few["y"])
     per_example = model.loss.returns == "per_example"
     # A loss that gives a mean can only be asked client by client.
-    bounds = [*range(0, count, CHUNK), count] if per_example else split.offsets.tolist()
+    if per_example:
+        each = model.activations(views, held, split.fields)
+        bounds = [*range(0, count, max(1, min(CHUNK, CHUNK_BYTES // each))), count]
+    else:
+        bounds = split.offsets.tolist()
     for begin, end in pairwise(bounds):
         if begin == end:
             continue
@@ -149,7 +146,21 @@ def split_sums(model: Model, vector: Tensor, buffers: Tensor, split: "Split") ->
     return total, metrics
 
 
-def _summary(pieces: Sequence[tuple[Tensor, tuple[Any, ...]]], clients: Sequence[str]) -> Evaluation:
+def stretches(split: "Split") -> "Iterator[Split]":
+    """Clients that follow each other, as many as a model is evaluated on at once; the same whoever works on them.
+
+    There are some for every worker: a sixteenth of all examples each, but at least `LEAST` and at most about `CHUNK`.
+    """
+    ends = split.offsets[1:].numpy()
+    size = max(LEAST, min(CHUNK, len(split) // 16))
+    begin = 0
+    while begin < len(ends):
+        enough = int(ends.searchsorted((ends[begin - 1] if begin else 0) + size)) + 1
+        yield split.part(begin, min(enough, len(ends)))
+        begin = enough
+
+
+def summary(pieces: Sequence[tuple[Tensor, tuple[Any, ...]]], clients: Sequence[str]) -> Evaluation:
     """What follows from sums of several groups of clients, in order."""
     return summarise(next((m for _, m in pieces if m), ()), joined([sums for sums, _ in pieces]), clients)
 

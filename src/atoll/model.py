@@ -133,6 +133,7 @@ class Model:
             raise invalid("features", features, f"the name of a submodule: {', '.join(names)}")
         self._training = _Caller(training, self.forward_function)
         self._evaluating = _Caller(evaluating, self.forward_function)
+        self._activations: dict[tuple[Any, ...], int] = {}
 
     # --- values -------------------------------------------------------------------------------------------------------
 
@@ -255,6 +256,28 @@ class Model:
         finally:
             handle.remove()
         return seen[-1]
+
+    def activations(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Batch) -> int:
+        """Bytes that the layers give for one example of a batch, in eval mode; asked once for each shape."""
+        few = {n: t[:4] for n, t in batch.items()}  # statistics of a batch need more than one
+        shape = tuple((n, tuple(t.shape), t.dtype) for n, t in few.items())
+        if shape not in self._activations:
+            total = sum(t.nbytes for t in few.values())
+
+            def add(_module: nn.Module, _inputs: Any, out: Any) -> None:
+                nonlocal total
+                total += out.nbytes if isinstance(out, Tensor) else 0
+
+            leaves = [m for m in self._evaluating.module.modules() if next(m.children(), None) is None]
+            handles = [leaf.register_forward_hook(add) for leaf in leaves]
+            try:
+                with torch.no_grad():
+                    self.call(parameters, buffers, few, train=False)
+            finally:
+                for handle in handles:
+                    handle.remove()
+            self._activations[shape] = max(1, total // len(next(iter(few.values()))))
+        return self._activations[shape]
 
     def caller(self, *, train: bool) -> nn.Module:
         """The copy behind the forward function, as engines trace it: the module is its child `module`."""

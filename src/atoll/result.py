@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from atoll.errors import InvalidArgument, RunError, invalid
-from atoll.evaluation import Evaluation, evaluate_vector
+from atoll.evaluation import Evaluation, evaluate
 from atoll.history import Record, plain
 from atoll.journal import write_atomically
 from atoll.model import Model
@@ -87,7 +87,7 @@ class Result:
         """Metrics per client and overall on a split: of the global model, or of each client's personal one."""
         if not personal:
             model = self._model("evaluate")
-            return evaluate_vector(model, self.vector, self.buffers, data, split)
+            return evaluate(model, self.vector, data, split=split, buffers=self.buffers)
         if self._process is None or self._state is None:
             raise InvalidArgument("personal models of a loaded result cannot be evaluated: resume the run instead.")
         return self._process.evaluate(self._state, data, split=split, personal=True)

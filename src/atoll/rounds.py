@@ -23,7 +23,7 @@ from atoll.cohort import Cohort
 from atoll.engines import Engine
 from atoll.engines import resolve as resolve_engine
 from atoll.errors import CompositionError, InvalidArgument, NonFiniteError, invalid
-from atoll.evaluation import Evaluation, check_split, evaluate_vector, joined, output_sums, summarise
+from atoll.evaluation import Evaluation, check_split, joined, output_sums, split_sums, summarise, summary
 from atoll.memory import ClientMemory, Window
 from atoll.messages import Clear, Partial, Report, Task
 from atoll.model import Model
@@ -482,8 +482,7 @@ class Process:
         data.check_unchanged()
         self.engine.prepare(self, data)
         if not personal:
-            with self.engine.threads():
-                return evaluate_vector(self.model, self.vector(state), state.buffers, data, split)
+            return self.evaluate_global(state, data, split)
         self._check_fresh(state)
         check_split(data, split)
         pieces: list[Tensor] = []
@@ -501,6 +500,16 @@ class Process:
                     total[places, : sums.shape[1]] = sums
                 pieces.append(total)
         return summarise(metrics, joined(pieces), data.clients)
+
+    def evaluate_global(self, state: State, data: "FederatedDataset | LazyDataset", split: str) -> Evaluation:
+        """Metrics of the global model on a split of every client's examples, of whatever data."""
+        check_split(data, split)
+        with self.engine.threads():
+            return summary(self.engine.stream(self, state, data, split), data.clients)
+
+    def survey(self, task: Task, part: "Split") -> tuple[Tensor, tuple[Any, ...]]:
+        """Sums [clients, 2 + ...] of the global model over clients' examples, and the metrics."""
+        return split_sums(self.model, self._whole(task.message.vector, task.private), task.buffers, part)
 
     def examine(
         self,

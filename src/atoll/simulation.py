@@ -20,7 +20,7 @@ from atoll.aggregators import Aggregator
 from atoll.algorithms import Algorithm
 from atoll.engines import Engine
 from atoll.errors import DataError, Interrupted, InvalidArgument, NonFiniteError, RunError, invalid
-from atoll.evaluation import Evaluation, evaluate_holdout, evaluate_vector
+from atoll.evaluation import Evaluation, evaluate_holdout
 from atoll.history import Record
 from atoll.journal import (
     Checkpoint,
@@ -290,7 +290,7 @@ class _Run:
         process, state, found = self.process, self.state, dict[str, Any]()
         vector, notes = process.vector(state), list[str]()
         for split in self.splits:
-            evaluation = evaluate_vector(process.model, vector, state.buffers, self.data, split)
+            evaluation = process.evaluate_global(state, self.data, split)
             found[split] = evaluation.metrics
             if split == "test":
                 found["spread"] = evaluation.spread
@@ -313,8 +313,7 @@ class _Run:
         process, state = self.process, self.state
         clients: dict[str, dict[str, dict[str, float]]] = {}
         if final and self._has_test and self.evaluate_every and len(self.data.clients) <= CLIENTS_LISTED:
-            vector = process.vector(state)
-            evaluations = {"global": evaluate_vector(process.model, vector, state.buffers, self.data, "test")}
+            evaluations = {"global": process.evaluate_global(state, self.data, "test")}
             if process.personalised:
                 evaluations["personal"] = self._personal()
             clients = {k: {c: e.client(c) for c in e.clients} for k, e in evaluations.items()}

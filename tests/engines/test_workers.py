@@ -86,6 +86,32 @@ def test_a_small_board_is_emptied_in_between(monkeypatch: pytest.MonkeyPatch) ->
     bits(played(2, scaffold(PLAN), tile=1), expected)
 
 
+@pytest.mark.parametrize("algorithm", [fedavg(PLAN), scaffold(PLAN), fedper(PLAN, private=("head.*",))])
+def test_the_global_model_is_evaluated_by_workers_too(algorithm: Algorithm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("atoll.evaluation.LEAST", 5)
+    found, asked, get = [], list[str](), Board.get
+
+    def noting(board: Board, spec: Any) -> dict[str, Tensor]:
+        asked.extend(name for name, *_ in spec)
+        return get(board, spec)
+
+    for count in (1, 3):
+        engine = Workers(Vectorized(tile=2), count)
+        process = Process(KIND.model(), algorithm, engine=engine)
+        data = KIND.data((*SIZES, 3))
+        state, _ = process.next(process.init(), data)
+        if count > 1:
+            monkeypatch.setattr(Board, "get", noting)
+        evaluation = process.evaluate(state, data, split="train")
+        other = atoll.evaluate(process.model, process.vector(state), data, split="train", buffers=state.buffers)
+        assert torch.equal(evaluation.values, other.values) and torch.equal(evaluation.examples, other.examples)
+        assert evaluation.examples.tolist() == [*map(float, SIZES), 3.0]
+        found.append(evaluation)
+        engine.stop()
+    assert asked.count("sums") > 3, "the workers did not take part"
+    assert torch.equal(found[0].values, found[1].values)
+
+
 def test_personal_models_are_evaluated_by_workers_too() -> None:
     data, found = KIND.data(SIZES), []
     for count in (1, 2):

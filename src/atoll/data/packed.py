@@ -67,6 +67,12 @@ class Split:
         start, stop = int(self.offsets[index]), int(self.offsets[index + 1])
         return {name: tensor[start:stop] for name, tensor in self.fields.items()}
 
+    def part(self, begin: int, end: int) -> "Split":
+        """The clients at the places from begin to end, as views."""
+        offsets = self.offsets[begin : end + 1]
+        fields = {name: tensor[int(offsets[0]) : int(offsets[-1])] for name, tensor in self.fields.items()}
+        return Split(fields, offsets - offsets[0])
+
     def to(self, device: torch.device | str) -> "Split":
         """The same split with its fields on a device; the offsets stay on the CPU."""
         return Split({name: tensor.to(device) for name, tensor in self.fields.items()}, self.offsets)

@@ -16,6 +16,7 @@ from atoll import random
 from atoll.cohort import Cohort
 from atoll.engines.acceptance import Traits, accept, recheck
 from atoll.errors import RunError, invalid
+from atoll.evaluation import stretches
 from atoll.local import Plan
 from atoll.memory import ClientMemory, Window
 from atoll.messages import Partial, Task
@@ -23,7 +24,7 @@ from atoll.messages import Partial, Task
 if TYPE_CHECKING:
     from atoll.data import FederatedDataset, LazyDataset
     from atoll.data.dataset import Split
-    from atoll.rounds import Process
+    from atoll.rounds import Process, State
 
 Tile = tuple[Cohort, Mapping[str, Tensor]]
 """Clients at work and what they remember."""
@@ -146,6 +147,13 @@ class Engine(ABC):
         places = data.places(cohort.clients)
         part: Split = getattr(data, split)
         return places, *process.examine(task, cohort, remembered, part, places, personal=True)
+
+    def stream(
+        self, process: "Process", state: "State", data: "FederatedDataset | LazyDataset", split: str
+    ) -> "list[tuple[Tensor, tuple[Any, ...]]]":
+        """Sums of the global model over a split, in pieces [clients, ...] in the clients' order, and the metrics."""
+        task = process.open(state, (), len(data), kind="evaluate")
+        return [process.survey(task, part) for _, whole in data.chunks(split) for part in stretches(whole)]
 
     def tiles(self, process: "Process", task: Task, data: "FederatedDataset", memory: ClientMemory) -> Iterator[Tile]:
         """The cohort's clients, ready for work; what a tile gives may be overwritten when the next is asked for."""

@@ -310,6 +310,8 @@ class _Round:
 class _Crew(Crew):
     """The actors of a process over some data."""
 
+    carries = True
+
     def __init__(
         self,
         inner: Engine,

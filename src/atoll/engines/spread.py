@@ -9,29 +9,44 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from atoll.engines.base import Chosen, Engine, Looked, Remembering, Tile
+from atoll.evaluation import stretches
 from atoll.memory import ClientMemory
 from atoll.messages import Partial, Task
 from atoll.tree import leaves, rebuild
 
 if TYPE_CHECKING:
     from atoll.data import FederatedDataset, LazyDataset
-    from atoll.rounds import Process
+    from atoll.rounds import Process, State
+
+STREAM_CLIENTS = 20_000
+"""With more clients the global model is evaluated by the driver: telling who they are would take as long."""
 
 Found = dict[str, Any]
 """What became of a tile: its tensors by name under "tensors", the rest as plain values."""
 
 
 class Crew(ABC):
-    """The workers of a process over some data."""
+    """The workers of a process over some data.
+
+    Attributes:
+        carries: whether what clients remember has to be carried to the workers.
+    """
+
+    carries: bool = False
 
     @property
     @abstractmethod
     def size(self) -> int:
         """How many they are."""
+
+    @abstractmethod
+    def fits(self, task: Task, memory: ClientMemory) -> bool:
+        """Whether they can read such a task and that memory."""
 
     @abstractmethod
     def work(
@@ -47,7 +62,7 @@ class Crew(ABC):
         """Results of all tiles in order; None for a tile that raised.
 
         Args:
-            kind: "train" or "examine".
+            kind: "train", "examine" or "survey".
             task: of the round.
             tiles: places in the task's cohort.
             costs: work of each tile, in any unit.
@@ -138,6 +153,42 @@ class Spread(Engine):
             if not finished:
                 self.stop()
 
+    def stream(
+        self, process: "Process", state: "State", data: "FederatedDataset | LazyDataset", split: str
+    ) -> "list[tuple[Tensor, tuple[Any, ...]]]":
+        """A crew at work takes its share of large splits; for these alone none is hired."""
+        from atoll.data import FederatedDataset, Split
+
+        prepared, crew = self.inner.prepared, self._crew
+        if (
+            crew is None
+            or prepared is None
+            or prepared[1] is not data
+            or not isinstance(data, FederatedDataset)
+            or len(data) > STREAM_CLIENTS
+            or (crew.carries and state.memory.layout.size)
+        ):
+            return self.inner.stream(process, state, data, split)
+        pieces = list(stretches(getattr(data, split)))
+        task = process.open(state, tuple(data.clients), len(data), kind="evaluate")
+        if len(pieces) == 1 or not crew.fits(task, state.memory):
+            return self.inner.stream(process, state, data, split)
+        full = next((p for p in pieces if len(p)), pieces[0])
+        few = Split({n: t[:4] for n, t in full.fields.items()}, torch.tensor([0, min(4, len(full))]))
+        _, metrics = process.survey(task, few)  # what outputs are measured by
+        ends = np.cumsum([len(p.sizes) for p in pieces])
+        chosen = [np.arange(end - len(p.sizes), end) for end, p in zip(ends, pieces, strict=True)]
+        sums: list[Tensor] = []
+        try:
+            found = crew.work("survey", task, chosen, [len(p) for p in pieces], data, state.memory, split=split)
+            for number, answer in found:
+                own = process.survey(task, pieces[number])[0] if answer is None else answer["tensors"]["sums"].clone()
+                sums.append(own)
+        finally:
+            if len(sums) < len(pieces):
+                self.stop()
+        return [(each, metrics) for each in sums]
+
     def stop(self) -> None:
         """End the workers; the next round that needs them starts new ones."""
         if self._crew is not None:
@@ -189,7 +240,7 @@ def order(
     """What every worker is told of a round: tensors, and values that JSON can carry.
 
     Args:
-        kind: "train" or "examine".
+        kind: "train", "examine" or "survey".
         task: of the round.
         drawn: clients drawn for this round, whom workers have never seen; None: those they have.
         more: further values.
@@ -238,6 +289,10 @@ def done(
     told: Mapping[str, Any],
 ) -> Found:
     """One tile's result; what its clients keep is staged in the window."""
+    if told["kind"] == "survey":
+        part = getattr(data, told["split"])
+        sums, _ = process.survey(task, part.part(int(chosen[0]), int(chosen[-1]) + 1))
+        return {"tensors": {"sums": sums}}
     if told["kind"] == "examine":
         places, sums, _ = inner.looked(process, task, data, window, told["split"], chosen)
         return {"tensors": {"places": torch.from_numpy(places), "sums": sums}}
