@@ -47,6 +47,15 @@ def quadratics(
     return FederatedDataset.from_arrays(clients, test=clients)
 
 
+def points(a: Sequence[float], b: Sequence[float], sizes: Sequence[int]) -> FederatedDataset:
+    """The same with all of a client's examples at b_i: every batch has the gradient of the whole."""
+    clients: dict[str, tuple[Tensor, Tensor]] = {}
+    for i, (curve, centre, n) in enumerate(zip(a, b, sizes, strict=True)):
+        target = torch.tensor([[curve, centre]], dtype=torch.float64).expand(n, 2).clone()
+        clients[f"c{i}"] = (torch.zeros(n, 1, dtype=torch.float64), target)
+    return FederatedDataset.from_arrays(clients, test=clients)
+
+
 def train(
     process: Process, data: FederatedDataset, rounds: int, cohorts: Sequence[Sequence[str]] | None = None, seed: int = 0
 ) -> tuple[State, list[Tensor]]:

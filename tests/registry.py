@@ -17,11 +17,16 @@ from atoll.algorithms import (
     fedavg,
     fedavgm,
     fedbn,
+    feddyn,
+    fedexp,
+    fednova,
     fedper,
+    fedprox,
     fedsgd,
     fedyogi,
     local_only,
     pooled,
+    qfedavg,
     scaffold,
 )
 from atoll.data import FederatedDataset
@@ -69,6 +74,7 @@ class Method:
         norms: the model needs normalisation layers.
         optimum: it reaches the optimum of the clients' unweighted mean loss whatever the number of local steps.
         averages: one local step on everybody is gradient descent on the mean loss.
+        rates: only local sgd is allowed, with or without momentum.
     """
 
     build: Callable[[Plan], Algorithm]
@@ -77,6 +83,7 @@ class Method:
     norms: bool = False
     optimum: bool = False
     averages: bool = True
+    rates: bool = False
 
     def plan(self, lr: float = 0.05, **options: Any) -> Plan:
         """A local plan this algorithm accepts."""
@@ -94,6 +101,11 @@ ALGORITHMS: dict[str, Method] = {
     "fedsgd": Method(fedsgd, plain=True, whole=True),
     "scaffold option 1": Method(lambda p: scaffold(p, option=1), plain=True, optimum=True),
     "scaffold option 2": Method(lambda p: scaffold(p, option=2), plain=True, optimum=True),
+    "fedprox": Method(lambda p: fedprox(p, mu=0.3)),
+    "fednova": Method(lambda p: fednova(p, mu=0.2), rates=True),
+    "feddyn": Method(lambda p: feddyn(p, alpha=0.5), plain=True, averages=False),
+    "fedexp": Method(fedexp, averages=False),
+    "qfedavg": Method(lambda p: qfedavg(p, q=0.5), plain=True, averages=False),
     "fedper": Method(lambda p: fedper(p, private=("head.*",)), averages=False),
     "fedbn": Method(fedbn, norms=True, averages=False),
     "local_only": Method(local_only, averages=False),

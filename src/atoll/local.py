@@ -1,6 +1,6 @@
 """What a client does with its data: the plan of local training."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +12,9 @@ from atoll.spec import Spec, record
 
 Schedule = Callable[[int, int], float]
 """(round, local step) -> multiplier of the learning rate, both from 0."""
+
+Work = Callable[[str, int], float]
+"""(client, round) -> share of the local steps this client does in this round, in [0, 1]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +33,7 @@ class Plan:
         betas: of adam and adamw.
         eps: of adam and adamw.
         schedule: (round, step) -> multiplier of lr.
+        work: (client, round) -> share of the steps; None: all of them.
     """
 
     lr: float
@@ -43,6 +47,7 @@ class Plan:
     betas: tuple[float, float]
     eps: float
     schedule: Schedule | None
+    work: Work | None = None
 
     @property
     def plain(self) -> bool:
@@ -68,6 +73,17 @@ class Plan:
         most = -(-steps // self.steps_per_pass(examples)) * examples
         return most if self.batch_size is None else np.minimum(most, steps * self.batch_size)
 
+    def steps_of(self, examples: "NDArray[np.int64]", clients: Sequence[str], round: int) -> "NDArray[np.int64]":
+        """Local steps these clients do in a round: of `total_steps` the share that `work` gives them, rounded up."""
+        total = self.total_steps(examples)
+        if self.work is None:
+            return total
+        shares = np.array([float(self.work(client, round)) for client in clients])
+        for client, share in zip(clients, shares, strict=True):
+            if not 0 <= share <= 1:
+                raise invalid("work", float(share), f"a share in [0, 1] for client {client!r} in round {round + 1}")
+        return np.ceil(shares * total - 1e-9).astype(np.int64)  # 0.1 of 30 is a hair above 3
+
     def steps_per_pass(self, examples: "NDArray[np.int64]") -> "NDArray[np.int64]":
         """Batches in one pass, the short last one included."""
         if self.batch_size is None:
@@ -90,6 +106,7 @@ class Plan:
             betas=self.betas,
             eps=self.eps,
             schedule=self.schedule,
+            work=self.work,
         )
 
 
@@ -106,6 +123,7 @@ def local_sgd(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     schedule: Schedule | None = None,
+    work: Work | None = None,
 ) -> Plan:
     """Minibatch training on a client's own examples.
 
@@ -122,6 +140,8 @@ def local_sgd(
         eps: of adam and adamw, above 0.
         schedule: (round, step) -> multiplier of lr, for instance from `atoll.rate`. A pure function: workers have
             copies of whatever it looks at.
+        work: (client, round) -> share of the steps a slow client does, in [0, 1]; a pure function too. What methods
+            make of unequal work differs: see fedprox and fednova.
 
     Returns:
         The plan, for any algorithm.
@@ -152,10 +172,12 @@ def local_sgd(
         raise invalid("eps", eps, "a finite number above 0")
     if schedule is not None and not callable(schedule):
         raise invalid("schedule", schedule, "callable(round, step) -> multiplier")
+    if work is not None and not callable(work):
+        raise invalid("work", work, "callable(client, round) -> share of the steps")
     beta1, beta2 = (float(b) for b in betas)
     return Plan(
         float(lr), epochs, steps, batch_size, shuffle, optimizer, float(momentum), float(weight_decay),
-        (beta1, beta2), float(eps), schedule,
+        (beta1, beta2), float(eps), schedule, work,
     )  # fmt: skip
 
 

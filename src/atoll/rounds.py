@@ -126,6 +126,12 @@ class Process:
                 f"the aggregator {self.aggregator.name} needs every client's row, but the channel "
                 f'{self.chain.channel.name} shows the server only sums: use aggregators.mean(), or channel="plain".'
             )
+        if algorithm.scalars and self.chain.stages:
+            stage = self.chain.stages[0].name
+            raise CompositionError(
+                f"{stage} treats what a client sends as one vector, but {algorithm.name} sends numbers of other units "
+                f"with its update, which {stage} would mix with it: leave {stage} out, or use fedavg."
+            )
         self.private_names = algorithm.private(model) if algorithm.private is not None else frozenset[str]()
         self.selection: Selection = model.layout.without(self.private_names)
         self.kept = Selection(model.layout, tuple(n for n in model.layout.names if n in self.private_names))
@@ -579,7 +585,7 @@ class Process:
     def _first_visit(self, vector: Tensor, private: Tensor, buffers: Tensor) -> dict[str, Tensor]:
         fields: dict[str, Tensor] = {}
         if self.algorithm.client_init is not None:
-            fields |= {f"algorithm/{n}": t for n, t in self.algorithm.client_init(vector).items()}
+            fields |= {f"algorithm/{n}": t for n, t in self.algorithm.client_init(vector, buffers).items()}
         fields |= {f"transforms/{n}": t for n, t in self.chain.memory(self.length).items()}
         if self.private_names:
             fields["private"] = private

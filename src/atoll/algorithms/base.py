@@ -33,7 +33,7 @@ class Algorithm:
         broadcast: (state) -> message, a record whose first field is `vector [D]`.
         local: (message, memory rows, cohort) -> (Update, memory rows).
         step: (state, Aggregate) -> state.
-        client_init: (vector [D]) -> a client's memory at its first visit.
+        client_init: (vector [D], buffers [B]) -> a client's memory at its first visit.
         model: (state) -> the global model's shared parameters [D].
         personal: (message, memory rows, cohort) -> the models the clients would use; None: the global model with
             each client's private parameters and buffers.
@@ -43,6 +43,8 @@ class Algorithm:
         sampler: the order of clients the method prescribes, if it does.
         asynchronous: whether updates may be applied to a newer state than they were computed from.
         sums: (D) -> length of the updates' summed part.
+        scalars: the summed part holds numbers of other units than the update (losses, lengths, counts), so that stages
+            which clip or quantise a row as one vector are refused.
         plans: the local training it will do, for checks before any work.
     """
 
@@ -51,7 +53,7 @@ class Algorithm:
     broadcast: Callable[[Any], Any]
     local: Callable[[Any, Memory, Cohort], tuple[Update, Memory]]
     step: Callable[[Any, Aggregate], Any]
-    client_init: Callable[[Tensor], Memory] | None = None
+    client_init: Callable[[Tensor, Tensor], Memory] | None = None
     model: Callable[[Any], Tensor] = lambda state: state.vector
     personal: Callable[[Any, Memory, Cohort], Personal] | None = None
     private: Callable[[Model], frozenset[str]] | None = None
@@ -60,6 +62,7 @@ class Algorithm:
     sampler: Sampler | None = None
     asynchronous: bool = False
     sums: Callable[[int], int] = lambda size: 0
+    scalars: bool = False
     plans: tuple[Plan, ...] = ()
 
     @property

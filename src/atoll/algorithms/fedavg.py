@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from atoll.algorithms.base import Algorithm, Memory, Message
+from atoll.algorithms.checks import check_plan
 from atoll.cohort import Cohort
-from atoll.errors import InvalidArgument, invalid
+from atoll.errors import InvalidArgument
 from atoll.local import Plan
 from atoll.server import ServerOptimizer, sgd
 from atoll.spec import record
@@ -90,9 +91,3 @@ def averaging(spec: dict[str, Any], local: Any, plan: Plan, optimizer: ServerOpt
         asynchronous=True,
         plans=(plan,),
     )
-
-
-def check_plan(plan: object) -> None:
-    """Refuse anything but a plan as an algorithm's first argument."""
-    if not isinstance(plan, Plan):
-        raise invalid("plan", plan, "local training", "Write for instance fedavg(atoll.local_sgd(lr=0.1)).")

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from atoll.algorithms.base import Algorithm, Memory
-from atoll.algorithms.fedavg import check_plan
+from atoll.algorithms.checks import check_plan
 from atoll.cohort import Cohort
 from atoll.errors import InvalidArgument, invalid
 from atoll.local import Plan
@@ -88,7 +88,7 @@ def scaffold(plan: Plan, *, option: Literal[1, 2] = 2, server: ServerOptimizer |
         record("scaffold", plan=plan, option=option, server=optimizer),
         init=init,
         broadcast=lambda state: Message(state.vector, state.variate),
-        client_init=lambda vector: {"variate": torch.zeros_like(vector)},
+        client_init=lambda vector, buffers: {"variate": torch.zeros_like(vector)},
         local=local,
         step=step,
         sums=lambda size: size,

@@ -86,7 +86,7 @@ class _Client(Cohort):
         held = (self.buffers if buffers is None else buffers)[0].detach().clone()
         counters = self.model.counters()
         sizes = np.array([len(self._train["y"])])
-        n, total = int(sizes[0]), int(plan.total_steps(sizes)[0])
+        n, total = int(sizes[0]), int(plan.steps_of(sizes, self.clients, self.round)[0])
         size = n if plan.batch_size is None else plan.batch_size
         velocity, first, second = torch.zeros_like(y), torch.zeros_like(y), torch.zeros_like(y)
         step, number, rates, loss_sum, seen = 0, 0, 0.0, 0.0, 0

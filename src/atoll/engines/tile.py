@@ -126,7 +126,7 @@ class Rows(Cohort):
     ) -> Trained:
         model, count = self.model, len(self.clients)
         floating = (self.buffers if buffers is None else buffers).detach().clone()
-        totals = plan.total_steps(self._sizes)
+        totals = plan.steps_of(self._sizes, self.clients, self.round)
         loss = torch.zeros(count, dtype=torch.float64, device=rows.device)
         seen, rates = np.zeros(count), np.zeros(count)
         by = self._factored(plan, totals, rows, anchor, pull, shift, train)
