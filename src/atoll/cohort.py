@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,15 @@ from atoll.vectors import Layout, Selection, Trained, Update
 
 if TYPE_CHECKING:
     from atoll.data import Split
+
+
+class Minibatch(NamedTuple):
+    """What a minibatch of each client says at given rows; all nought for a client that has no such step."""
+
+    gradient: Tensor  # [C, P] of the mean loss
+    buffers: Tensor  # [C, B] after the forward
+    loss: Tensor  # [C, 1] mean loss, float64
+    examples: Tensor  # [C, 1] examples in it, float64
 
 
 class Cohort(ABC):
@@ -54,6 +63,11 @@ class Cohort(ABC):
         self.weights = weights
         self.buffers = buffers
         self.own = own
+
+    def steps(self, plan: Plan) -> Tensor:
+        """Local steps each client does under a plan in this round, int64 [C, 1]."""
+        sizes = self.examples[:, 0].long().cpu().numpy()
+        return torch.from_numpy(plan.steps_of(sizes, self.clients, self.round))[:, None]
 
     @property
     def layout(self) -> Layout:
@@ -123,6 +137,30 @@ class Cohort(ABC):
         Args:
             rows: where, [C, P].
             batch: fields [C, n, ...], n examples for each client; default all training examples of each client.
+        """
+
+    @abstractmethod
+    def minibatch(
+        self, rows: Tensor, plan: Plan, step: int, *, buffers: Tensor | None = None, purpose: str = "train"
+    ) -> Minibatch:
+        """Gradients at rows [C, P] on the very minibatch that `sgd` would use in a step: the slow general path.
+
+        For methods whose steps are not `sgd`'s: several gradients on one batch, or at points that move together.
+        Integer buffers begin anew at every call.
+
+        Args:
+            rows: where, [C, P].
+            plan: whose minibatches.
+            step: the local step, from 0.
+            buffers: floating buffers to start from, [C, B]; default those the clients received or keep.
+            purpose: names the keyed randomness; other purposes give independent minibatches.
+        """
+
+    @abstractmethod
+    def curvature(self, rows: Tensor, along: Tensor, plan: Plan, step: int, *, purpose: str = "train") -> Tensor:
+        """The Hessian of a minibatch's mean loss at rows [C, P] times `along` [C, P]: [C, P], by two backwards.
+
+        Arguments are those of `minibatch`; 0 for a client that has no such step.
         """
 
     @abstractmethod

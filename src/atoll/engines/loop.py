@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from atoll import random
-from atoll.cohort import Cohort
+from atoll.cohort import Cohort, Minibatch
 from atoll.engines.base import Chosen, Engine, Remembering, Tile, orders
 from atoll.engines.dropout import Draw, KeyedDropout, SeededDraws
 from atoll.local import Plan
@@ -137,6 +137,43 @@ class _Client(Cohort):
         held, counters = self.buffers[0].detach().clone(), self.model.counters()
         return self._gradient(rows[0].detach(), held, counters, given, "gradient", 0)[0][None]
 
+    def minibatch(
+        self, rows: Tensor, plan: Plan, step: int, *, buffers: Tensor | None = None, purpose: str = "train"
+    ) -> Minibatch:
+        held = (self.buffers if buffers is None else buffers)[0].detach().clone()
+        wide = torch.ones(1, 1, dtype=torch.float64)
+        batch = self._batch(plan, step, purpose)
+        if batch is None:
+            return Minibatch(torch.zeros_like(rows), held[None], 0.0 * wide, 0.0 * wide)
+        gradient, loss = self._gradient(rows[0].detach(), held, self.model.counters(), batch, purpose, step)
+        return Minibatch(gradient[None], held[None], float(loss) * wide, len(batch["y"]) * wide)
+
+    def curvature(self, rows: Tensor, along: Tensor, plan: Plan, step: int, *, purpose: str = "train") -> Tensor:
+        batch = self._batch(plan, step, purpose)
+        if batch is None:
+            return torch.zeros_like(rows)
+        held = self.buffers[0].detach().clone()
+        with torch.enable_grad():
+            leaf = rows[0].detach().clone().requires_grad_()
+            loss = self._training_loss(leaf, held, self.model.counters(), batch, purpose, step)
+            (slope,) = torch.autograd.grad(loss, leaf, create_graph=True)
+            product = (slope * along[0].detach()).sum()
+            if not product.requires_grad:  # a loss that is linear has no curvature
+                return torch.zeros_like(rows)
+            (found,) = torch.autograd.grad(product, leaf)
+        return found[None]
+
+    def _batch(self, plan: Plan, step: int, purpose: str) -> Batch | None:
+        """The examples of a local step; None where the client has no such step."""
+        sizes = np.array([len(self._train["y"])])
+        if step >= int(plan.steps_of(sizes, self.clients, self.round)[0]):
+            return None
+        n = int(sizes[0])
+        size = n if plan.batch_size is None else plan.batch_size
+        number, place = divmod(step, int(plan.steps_per_pass(sizes)[0]))
+        order = torch.from_numpy(orders(plan, self._seed, purpose, self.round, number, self._key, sizes)[0].copy())
+        return {name: t[order[place * size : place * size + size]] for name, t in self._train.items()}
+
     def loss(self, rows: Tensor) -> Tensor:
         return self.model.loss.mean(self.predict(rows)[0], self._train["y"]).reshape(1, 1)
 
@@ -162,13 +199,19 @@ class _Client(Cohort):
         """Gradient [P] and loss at y; buffers are updated in place."""
         with torch.enable_grad():
             leaf = y.clone().requires_grad_()
-            buffers = self.model.buffer_layout.view(held) | counters
-            with ExitStack() as keyed:
-                if self._traits.dropout or self._traits.draws:
-                    draw = Draw(self._seed, purpose, self.round, self._key, np.array([step]))
-                    keyed.enter_context(KeyedDropout(draw))
-                    keyed.enter_context(SeededDraws(self._seed, purpose, self.round, int(self._key[0]), step))
-                output = self.model.call(self.model.layout.view(leaf), buffers, batch, train=True)
-            loss = self.model.loss.mean(output, batch["y"])
+            loss = self._training_loss(leaf, held, counters, batch, purpose, step)
             (gradient,) = torch.autograd.grad(loss, leaf)
         return gradient, loss.detach()
+
+    def _training_loss(
+        self, leaf: Tensor, held: Tensor, counters: dict[str, Tensor], batch: Batch, purpose: str, step: int
+    ) -> Tensor:
+        """Mean loss at a leaf [P]; buffers are updated in place."""
+        buffers = self.model.buffer_layout.view(held) | counters
+        with ExitStack() as keyed:
+            if self._traits.dropout or self._traits.draws:
+                draw = Draw(self._seed, purpose, self.round, self._key, np.array([step]))
+                keyed.enter_context(KeyedDropout(draw))
+                keyed.enter_context(SeededDraws(self._seed, purpose, self.round, int(self._key[0]), step))
+            output = self.model.call(self.model.layout.view(leaf), buffers, batch, train=True)
+        return self.model.loss.mean(output, batch["y"])

@@ -64,6 +64,22 @@ def by_autograd(
     return found.detach()
 
 
+def curvature(
+    model: Model, parts: Sequence[Tensor], held: Named, batch: Batch, draw: Draw, along: Tensor, *, seeded: bool
+) -> Tensor:
+    """The Hessian of one row's mean loss times `along` [1, P], through the module itself: [1, P]."""
+    with torch.enable_grad():
+        leaves = {n: t.detach().requires_grad_() for n, t in named(model, parts).items()}
+        found = means(model.loss, forward(model, leaves, held, batch, draw, batched=False, seeded=seeded), batch["y"])
+        slopes_at = torch.autograd.grad(found.sum(), list(leaves.values()), create_graph=True, materialize_grads=True)
+        ways = model.layout.view(along.detach()).values()
+        product = torch.stack([(s * w).sum() for s, w in zip(slopes_at, ways, strict=True)]).sum()
+        if not product.requires_grad:  # a loss that is linear has no curvature
+            return torch.zeros_like(along)
+        curved = torch.autograd.grad(product, list(leaves.values()), materialize_grads=True)
+    return torch.cat([c.reshape(1, -1) for c in curved], dim=1)
+
+
 def forward(
     model: Model, leaves: Named, held: Named, batch: Batch, draw: Draw | None, *, batched: bool, seeded: bool
 ) -> Tensor:

@@ -4,7 +4,7 @@ At every step rows are grouped by true batch size; clients that are done leave t
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, cast
@@ -15,13 +15,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from atoll import random
-from atoll.cohort import Cohort
+from atoll.cohort import Cohort, Minibatch
 from atoll.engines import paths
 from atoll.engines.arena import Arena
 from atoll.engines.base import orders
 from atoll.engines.blocks import Blocks, Part
 from atoll.engines.dropout import Draw
 from atoll.engines.factors import Use, factored
+from atoll.engines.minibatches import minibatches
 from atoll.engines.program import Program
 from atoll.engines.schedule import Members, schedule
 from atoll.engines.steps import Gradients, Rule, Sink, by_factors
@@ -258,23 +259,61 @@ class Rows(Cohort):
 
     def gradient(self, rows: Tensor, batch: Batch | None = None) -> Tensor:
         if batch is not None:
-            return self._gradient(rows, self.buffers, batch, self._keys)
+            return self._gradient(rows, self.buffers.clone(), batch, self._still(self._keys))[0]
         out = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
         for size in np.unique(self._sizes):
             members = np.flatnonzero(self._sizes == size)
             at = torch.from_numpy(members)
             inputs = self._gather(torch.from_numpy(self._begin[members][:, None] + np.arange(size)))
-            out[at] = self._gradient(rows[at], self.buffers[at], inputs, self._keys[members])
+            out[at], _ = self._gradient(rows[at], self.buffers[at], inputs, self._still(self._keys[members]))
         return out
 
-    def _gradient(self, rows: Tensor, buffers: Tensor, batch: Batch, keys: NDArray[np.uint64]) -> Tensor:
-        """Gradients [k, P] at rows [k, P], one batch each."""
+    def minibatch(
+        self, rows: Tensor, plan: Plan, step: int, *, buffers: Tensor | None = None, purpose: str = "train"
+    ) -> Minibatch:
+        held = (self.buffers if buffers is None else buffers).detach().clone()
+        out = rows.new_zeros(rows.shape)
+        loss = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
+        examples = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
+        for members, batch in self._minibatches(plan, step, purpose):
+            at = torch.from_numpy(members)
+            draw = Draw(self._seed, purpose, self.round, self._keys[members], np.full(len(members), step))
+            own = held[at]
+            out[at], losses = self._gradient(rows[at], own, batch, draw)
+            held[at], loss[at], examples[at] = own, losses.double(), float(batch["y"].shape[1])
+        return Minibatch(out, held, loss[:, None], examples[:, None])
+
+    def curvature(self, rows: Tensor, along: Tensor, plan: Plan, step: int, *, purpose: str = "train") -> Tensor:
+        out = rows.new_zeros(rows.shape)
+        for members, batch in self._minibatches(plan, step, purpose):
+            for i, member in enumerate(members.tolist()):  # the module itself: a program has no second backward
+                one = slice(member, member + 1)
+                parts = Blocks.of(self.model.layout, rows[one]).parts
+                held = Buffers(self.model, self.buffers[one].detach().clone()).take(slice(None))
+                draw = Draw(self._seed, purpose, self.round, self._keys[one], np.array([step]))
+                inputs = {n: t[i : i + 1] for n, t in batch.items()}
+                leaves = cast("list[Tensor]", parts)
+                out[one] = paths.curvature(self.model, leaves, held, inputs, draw, along[one], seeded=self._how.draws)
+        return out
+
+    def _minibatches(self, plan: Plan, step: int, purpose: str) -> Iterator[tuple[NDArray[np.int64], Batch]]:
+        """The examples of a local step: rows that have one, grouped by the size of their batch."""
+        totals = plan.steps_of(self._sizes, self.clients, self.round)
+        key = (self._seed, purpose, self.round)
+        for members, places in minibatches(plan, step, key, self._keys, self._sizes, totals):
+            yield members, self._gather(torch.from_numpy(places + self._begin[members, None]))
+
+    def _still(self, keys: NDArray[np.uint64]) -> Draw:
+        """What keys dropout outside of training."""
+        return Draw(self._seed, "gradient", self.round, keys, np.zeros(len(keys), np.int64))
+
+    def _gradient(self, rows: Tensor, buffers: Tensor, batch: Batch, draw: Draw) -> tuple[Tensor, Tensor]:
+        """Gradients [k, P] at rows [k, P], one batch each, and mean losses [k]; buffers are updated in place."""
         parts = Blocks.of(self.model.layout, rows).parts
-        own = Buffers(self.model, buffers.detach().clone()).take(slice(None))
-        draw = Draw(self._seed, "gradient", self.round, keys, np.zeros(len(keys), np.int64))
+        own = Buffers(self.model, buffers).take(slice(None))
         sink = Gradients(parts)
-        self._gradients(parts, own, batch, draw, sink, None)
-        return torch.cat([g.reshape(len(g), -1) for g in sink.filled()], dim=1)
+        losses = self._gradients(parts, own, batch, draw, sink, None)
+        return torch.cat([g.reshape(len(g), -1) for g in sink.filled()], dim=1), losses
 
     def _gradients(
         self,
