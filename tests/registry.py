@@ -11,20 +11,29 @@ from torch.nn import functional
 from atoll import aggregators, transforms
 from atoll.algorithms import (
     Algorithm,
+    apfl,
     cyclic,
+    ditto,
     fedadagrad,
     fedadam,
     fedavg,
     fedavgm,
+    fedbabu,
     fedbn,
     feddyn,
     fedexp,
     fednova,
     fedper,
     fedprox,
+    fedrep,
     fedsgd,
     fedyogi,
+    fine_tune,
+    ifca,
+    lg_fedavg,
     local_only,
+    per_fedavg,
+    pfedme,
     pooled,
     qfedavg,
     scaffold,
@@ -75,6 +84,8 @@ class Method:
         optimum: it reaches the optimum of the clients' unweighted mean loss whatever the number of local steps.
         averages: one local step on everybody is gradient descent on the mean loss.
         rates: only local sgd is allowed, with or without momentum.
+        private: some parameters, named head or body, stay with the client.
+        several: it keeps several global models.
     """
 
     build: Callable[[Plan], Algorithm]
@@ -84,6 +95,8 @@ class Method:
     optimum: bool = False
     averages: bool = True
     rates: bool = False
+    private: bool = False
+    several: bool = False
 
     def plan(self, lr: float = 0.05, **options: Any) -> Plan:
         """A local plan this algorithm accepts."""
@@ -106,8 +119,19 @@ ALGORITHMS: dict[str, Method] = {
     "feddyn": Method(lambda p: feddyn(p, alpha=0.5), plain=True, averages=False),
     "fedexp": Method(fedexp, averages=False),
     "qfedavg": Method(lambda p: qfedavg(p, q=0.5), plain=True, averages=False),
-    "fedper": Method(lambda p: fedper(p, private=("head.*",)), averages=False),
+    "fedper": Method(lambda p: fedper(p, private=("head.*",)), averages=False, private=True),
+    "lg_fedavg": Method(lambda p: lg_fedavg(p, private=("body.*",)), averages=False, private=True),
+    "fedrep": Method(lambda p: fedrep(p, private=("head.*",)), averages=False, private=True),
+    "fedbabu": Method(lambda p: fedbabu(p, private=("head.*",), tuned="private"), averages=False, private=True),
     "fedbn": Method(fedbn, norms=True, averages=False),
+    "fine_tune": Method(fine_tune),
+    "ditto": Method(lambda p: ditto(p, lam=0.4)),
+    "apfl": Method(lambda p: apfl(p, alpha=0.3), plain=True),
+    "apfl, fixed share": Method(lambda p: apfl(p, alpha=0.3, adaptive=False), plain=True),
+    "pfedme": Method(lambda p: pfedme(p, lam=2.0, eta=0.1, inner=3), plain=True, averages=False),
+    "per_fedavg": Method(lambda p: per_fedavg(p, alpha=0.1), plain=True, averages=False),
+    "per_fedavg, first order": Method(lambda p: per_fedavg(p, alpha=0.1, first_order=True), plain=True, averages=False),
+    "ifca": Method(lambda p: ifca(p, clusters=3), averages=False, several=True),
     "local_only": Method(local_only, averages=False),
     "pooled": Method(pooled),
     "cyclic": Method(cyclic),

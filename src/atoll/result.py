@@ -184,11 +184,13 @@ class Result:
     # --- helpers ------------------------------------------------------------------------------------------------------
 
     def _keep_personal(self) -> None:
-        """Hold the personal models of all clients that were visited, apart from the memory a later run goes on with."""
+        """Hold the personal models of the clients that have one, apart from the memory a later run goes on with."""
         process, state, data = self._process, self._state, self._data
         if process is None or state is None or data is None or not process.personalised or self._personal:
             return
-        visited = [c for c in data.clients if c in state.memory]
+        # Who was never visited keeps nothing; but some methods make a model for whoever asks.
+        anybody = process.algorithm.personal is not None
+        visited = [c for c in data.clients if anybody or c in state.memory]
         size = len(visited) * self.vector.numel() * self.vector.element_size()
         if size > PERSONAL_BYTES:
             self.notes.append(
