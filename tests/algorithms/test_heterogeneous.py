@@ -319,6 +319,13 @@ def test_qfedavg_follows_the_paper(engine: Callable[[], Engine], q: float) -> No
 
 
 @engines
+def test_qfedavg_with_one_step_ends_where_the_fair_objective_is_least(engine: Callable[[], Engine]) -> None:
+    x = scalars(qfedavg(full(1), q=1.0), engine(), points(A, B, SIZES), 60, start=START)[-1]
+    losses = CURVES / 2 * (x - CENTRES) ** 2
+    assert float(shares() @ (losses * CURVES * (x - CENTRES))) == pytest.approx(0.0, abs=1e-6)
+
+
+@engines
 def test_fairness_makes_losses_more_equal(engine: Callable[[], Engine]) -> None:
     def spread(q: float) -> float:
         x = scalars(qfedavg(full(1), q=q), engine(), quadratics(A, B), 200, start=START)[-1]

@@ -28,7 +28,7 @@ from atoll.algorithms import (
     pfedme,
 )
 from atoll.data import FederatedDataset
-from atoll.engines import Engine
+from atoll.engines import Engine, Vectorized
 from atoll.errors import InvalidArgument
 from atoll.local import Plan, local_sgd
 from atoll.result import Result
@@ -419,6 +419,22 @@ def test_personal_models_of_seen_and_unseen_clients_are_evaluated_and_saved(name
     loaded = Result.load(result.save(tmp_path / "result"), model)
     for client in data.clients:
         assert torch.equal(loaded.personal(client), result.personal(client)), client
+
+
+@pytest.mark.parametrize("name", ["fine_tune", "ditto", "apfl", "per_fedavg", "ifca"])
+def test_workers_give_the_bits_of_one_process(name: str) -> None:
+    kind, method = MODELS["layer norm"], ALGORITHMS[name]
+    data = kind.data((6, 2, 7, 4, 5, 3))
+    found = []
+    for workers in (1, 2):
+        result = atoll.simulate(
+            kind.model(), data, algorithm=method.build(method.plan(0.2, epochs=1, batch_size=3)), rounds=2,
+            engine=Vectorized(tile=2), workers=workers,
+        )  # fmt: skip
+        own = torch.stack([result.personal(c) for c in data.clients])
+        found.append((result.vector, own, result.evaluate(data, personal=True).metrics))
+    assert all(torch.equal(a, b) for a, b in zip(found[0][:2], found[1][:2], strict=True))
+    assert found[0][2] == found[1][2]
 
 
 @pytest.mark.parametrize("name", ["fine_tune", "pfedme", "per_fedavg", "fedbabu", "ifca"])
