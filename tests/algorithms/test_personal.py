@@ -437,6 +437,20 @@ def test_workers_give_the_bits_of_one_process(name: str) -> None:
     assert found[0][2] == found[1][2]
 
 
+@pytest.mark.parametrize("name", ["fednova", "feddyn", "fedexp", "qfedavg", "ditto", "apfl", "fedrep", "ifca"])
+def test_a_run_that_goes_on_ends_with_the_bits_of_one_that_was_not_stopped(name: str, tmp_path: Any) -> None:
+    kind, method = MODELS["layer norm"], ALGORITHMS[name]
+    data, found = kind.data((6, 2, 7, 4)), []
+    for stops in ((4,), (2, 4)):
+        for rounds in stops:
+            result = atoll.simulate(
+                kind.model(), data, algorithm=method.build(method.plan(epochs=1, batch_size=3)), rounds=rounds,
+                cohort=3, directory=tmp_path / str(len(stops)), resume=rounds > stops[0],
+            )  # fmt: skip
+        found.append(torch.stack([result.vector, *(result.personal(c) for c in data.clients)]))
+    assert torch.equal(found[0], found[1])
+
+
 @pytest.mark.parametrize("name", ["fine_tune", "pfedme", "per_fedavg", "fedbabu", "ifca"])
 def test_clients_never_seen_have_a_model_of_their_own(name: str) -> None:
     kind, method = MODELS["layer norm"], ALGORITHMS[name]
