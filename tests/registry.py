@@ -146,6 +146,24 @@ AGGREGATORS: dict[str, Callable[[], aggregators.Aggregator]] = {
     "mean": aggregators.mean,
     "uniform mean": lambda: aggregators.mean(weights="uniform"),
     "median": aggregators.median,
+    "trimmed mean": lambda: aggregators.trimmed_mean(drop=1),
+    "trimmed mean, a fraction": lambda: aggregators.trimmed_mean(drop=0.2),
+    "meamed": lambda: aggregators.meamed(byzantine=1),
+    "krum": lambda: aggregators.krum(byzantine=1),
+    "multi-krum": lambda: aggregators.multi_krum(byzantine=1),
+    "multi-krum of two": lambda: aggregators.multi_krum(byzantine=1, keep=2),
+    "bulyan": lambda: aggregators.bulyan(byzantine=1),
+    "mda": lambda: aggregators.mda(byzantine=1),
+    "geometric median": aggregators.geometric_median,
+    "centred clipping": lambda: aggregators.centered_clipping(radius=3.0, iterations=2),
+    "norm bound": aggregators.norm_bound,
+    "norm bound, given": lambda: aggregators.norm_bound(0.5, then=aggregators.median()),
+    "nnm, trimmed mean": lambda: aggregators.nnm(byzantine=1, then=aggregators.trimmed_mean(drop=1)),
+    "nnm, krum": lambda: aggregators.nnm(byzantine=1, then=aggregators.krum(byzantine=1)),
+    "buckets, median": lambda: aggregators.bucketing(size=2, then=aggregators.median()),
+    "buckets, nnm, geometric median": lambda: aggregators.bucketing(
+        size=2, then=aggregators.nnm(byzantine=1, then=aggregators.geometric_median())
+    ),
 }
 
 # --- models -----------------------------------------------------------------------------------------------------------

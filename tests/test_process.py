@@ -455,7 +455,7 @@ def test_parts_compose_as_next_does() -> None:
     state = parts.init(seed=4)
     parts.engine.prepare(parts, data)
     task = parts.open(state, tuple(data.clients), 3)
-    collector = parts.collector(task)
+    collector = parts.collector(state, task)
     for report in parts.engine.run(parts, task, data, state.memory):
         collector.add(report)
     closed = parts.close(state, task, collector.finish())

@@ -53,6 +53,7 @@ class State:
         algorithm: the algorithm's state.
         buffers: global floating buffers [B].
         transforms: server state of each transform.
+        aggregator: what the aggregator keeps between rounds.
         private: start values [P - D] of the private parameters, for clients at their first visit.
         memory: what clients keep; moves on with the state.
         memory_version: which commit of the memory this state belongs to.
@@ -63,6 +64,7 @@ class State:
     algorithm: Any
     buffers: Tensor
     transforms: tuple[Any, ...]
+    aggregator: Any
     private: Tensor
     memory: ClientMemory
     memory_version: int
@@ -80,6 +82,7 @@ class Collected:
     examples: float
     bytes_up: int
     saturated: int
+    aggregator: Any = None
 
 
 class Process:
@@ -199,6 +202,7 @@ class Process:
             self.algorithm.init(shared.clone()),
             self.model.init_buffers(),
             self.chain.init(self.length),
+            self.aggregator.init(vector.new_zeros(self.length)),
             self.kept.take(vector).clone(),
             memory,
             memory.version,
@@ -366,9 +370,9 @@ class Process:
         # Each may be finite, but not their sum: it needs a wider one.
         return clear.total(weight.double(), split) if bool(good.all()) else total
 
-    def collector(self, task: Task) -> "Collector":
+    def collector(self, state: State, task: Task) -> "Collector":
         """What takes in a task's partials, in order."""
-        return Collector(self, task)
+        return Collector(self, task, state.aggregator)
 
     def close(self, state: State, task: Task, collected: Collected, expected: float | None = None) -> State:
         """The state after the round. Without any update the model stays as it is; the round counts."""
@@ -392,6 +396,7 @@ class Process:
             algorithm=self.algorithm.step(state.algorithm, aggregate),
             buffers=buffers,
             transforms=self.chain.update(state.transforms, aggregate),
+            aggregator=collected.aggregator,
         )
 
     def check(self, data: "FederatedDataset") -> None:
@@ -430,18 +435,20 @@ class Process:
 
         Raises:
             InvalidArgument: a stranger in the cohort; a state whose client memory has moved on.
+            CompositionError: too few clients for the aggregator.
             NonFiniteError: an update is not finite; nothing was changed.
         """
         data.check_unchanged()
         clients = tuple(data.clients) if cohort is None else tuple(cohort)
         self._check_cohort(clients, data)
         self._check_fresh(state)
+        self.aggregator.check(len(clients), state.round)
         self.engine.prepare(self, data)
         drawn = data.draw(clients)
         if drawn is not data:
             self.engine.inspect(self, drawn)
         task = self.open(state, clients, len(data))
-        collector = self.collector(task)
+        collector = self.collector(state, task)
         try:
             with self.engine.threads():
                 for partial in self.engine.run(self, task, drawn, state.memory):
@@ -614,12 +621,13 @@ class Process:
 class Collector:
     """Takes in a round's partials in order and combines them: a running sum, or rows where a rule needs them."""
 
-    def __init__(self, process: Process, task: Task) -> None:
+    def __init__(self, process: Process, task: Task, state: Any) -> None:
         self._process = process
         self._task = task
+        self._state = state
         self._total: Tensor | None = None
         self._sealed: Codes | None = None
-        self._rows: list[Tensor] = []
+        self._rows: Tensor | None = None
         self._weights: list[Tensor] = []
         self._parts = (0, 0, 0)
         self._weight = 0.0
@@ -643,7 +651,9 @@ class Collector:
             self._sealed = partial.codes if self._sealed is None else merge(self._sealed, partial.codes)
             return
         if partial.rows is not None:
-            self._rows.append(partial.rows)
+            if self._rows is None:  # rows go straight to their place: there is no second copy of them all
+                self._rows = partial.rows.new_empty(len(self._task.clients), partial.rows.shape[1])
+            self._rows[self._count - len(partial.clients) : self._count] = partial.rows
             self._weights.append(partial.weight[:, 0])
             return
         assert partial.total is not None
@@ -664,20 +674,17 @@ class Collector:
         """
         process = self._process
         dtype, width = process.model.dtype, self._parts[0] + self._parts[1]
-        saturated = 0
+        saturated, kept = 0, self._state
         if not self._count:
             empty = torch.empty(0, dtype=dtype)
-            return Collected(empty, empty, 0.0, 0, 0.0, 0.0, 0, 0)
-        if process.aggregator.rule is not None:
-            if self._count < process.aggregator.least:
-                raise CompositionError(
-                    f"the aggregator {process.aggregator.name} needs at least {process.aggregator.least} clients, but "
-                    f"the cohort of round {self._task.round + 1} has {self._count}: enlarge the cohort."
-                )
-            combined = process.aggregator(torch.cat(self._rows), torch.cat(self._weights))
-            combined = process.chain.decode_sum(combined, self._task.shared)
+            return Collected(empty, empty, 0.0, 0, 0.0, 0.0, 0, 0, kept)
+        if self._rows is not None:
+            process.aggregator.check(self._count, self._task.round)
+            weights = torch.cat(self._weights)
+            ruling = process.aggregator.combine(self._rows[: self._count], weights, self._state)
+            combined, kept = process.chain.decode_sum(ruling.row, self._task.shared), ruling.state
             average, sums = combined[:width], combined[width:] * self._count
-            weight = float(torch.cat(self._weights).sum())
+            weight = float(weights.sum())
         else:
             if self._sealed is not None:
                 assert process.chain.channel.unseal is not None
@@ -697,7 +704,9 @@ class Collector:
                 )
             average, sums = total[:width].div_(divisor), total[width:]
         loss, examples = self._metrics.tolist()
-        return Collected(average.to(dtype), sums.to(dtype), weight, self._count, loss, examples, self._bytes, saturated)
+        return Collected(
+            average.to(dtype), sums.to(dtype), weight, self._count, loss, examples, self._bytes, saturated, kept
+        )
 
     def _refuse(self, names: Sequence[str]) -> None:
         shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -362,7 +362,10 @@ class _Run:
             return
         began = time.monotonic()
         state = self.state
-        tree = {"algorithm": state.algorithm, "buffers": state.buffers, "transforms": state.transforms}
+        tree = {
+            "algorithm": state.algorithm, "buffers": state.buffers, "transforms": state.transforms,
+            "aggregator": state.aggregator,
+        }  # fmt: skip
         tensors, values = encode_leaves({**dict(leaves(tree)), "private": state.private})
         state.memory.flush()
         checkpoint = Checkpoint(state.round, tensors, {"values": values, "memory": state.memory.index})
@@ -375,7 +378,10 @@ class _Run:
         assert self.directory is not None
         stored = {**checkpoint.tensors, **checkpoint.values["values"]}
         state = self.state
-        template = {"algorithm": state.algorithm, "buffers": state.buffers, "transforms": state.transforms}
+        template = {
+            "algorithm": state.algorithm, "buffers": state.buffers, "transforms": state.transforms,
+            "aggregator": state.aggregator,
+        }  # fmt: skip
         tree = rebuild(template, stored)
         self.state = replace(state, round=checkpoint.round, private=stored["private"], **tree)
         self._use_memory(checkpoint.values["memory"])

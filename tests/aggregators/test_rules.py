@@ -21,32 +21,39 @@ matrices = st.integers(1, 9).flatmap(
     lambda n: arrays(np.float64, (n, 4), elements=st.floats(-1e6, 1e6, allow_subnormal=False))
 )
 rules = pytest.mark.parametrize("name", AGGREGATORS)
+STREAMED = ("mean", "uniform mean")
 
 
 @rules
 def test_identical_rows_give_that_row(name: str) -> None:
-    row = torch.tensor([1.0, -2.0, 0.25])
-    found = AGGREGATORS[name]()(row.repeat(5, 1))
+    row = torch.tensor([0.25, -0.375, 0.125])
+    found = AGGREGATORS[name]()(row.repeat(8, 1))
     assert torch.equal(found, row) and found.dtype == torch.float32
 
 
 @rules
 def test_the_order_of_rows_does_not_matter(name: str) -> None:
     draw = torch.Generator().manual_seed(0)
-    rows, order = torch.randn(7, 9, generator=draw, dtype=torch.float64), torch.randperm(7, generator=draw)
-    torch.testing.assert_close(AGGREGATORS[name]()(rows), AGGREGATORS[name]()(rows[order]), rtol=0, atol=1e-14)
+    rows, order = torch.randn(13, 9, generator=draw, dtype=torch.float64), torch.randperm(13, generator=draw)
+    rows[3], rows[5, 0] = rows[8], rows[1, 0]
+    found, other = AGGREGATORS[name]()(rows), AGGREGATORS[name]()(rows[order])
+    if name in STREAMED:
+        torch.testing.assert_close(found, other, rtol=0, atol=1e-14)
+    else:
+        assert torch.equal(found, other), "a rule that sees all rows has the same bits for any order"
 
 
 @rules
 def test_one_row_is_itself_and_none_is_refused(name: str) -> None:
-    row = torch.randn(1, 4, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(AGGREGATORS[name]()(row), row[0])
+    row = 0.1 * torch.randn(1, 4, generator=torch.Generator().manual_seed(0))
+    if AGGREGATORS[name]().least(1) == 1:
+        assert torch.equal(AGGREGATORS[name]()(row), row[0])
     with pytest.raises(InvalidArgument, match="rows="):
         AGGREGATORS[name]()(torch.empty(0, 4))
     with pytest.raises(InvalidArgument, match="rows="):
         AGGREGATORS[name]()(torch.zeros(4))
-    with pytest.raises(InvalidArgument, match=r"weights=\(3,\).*2 rows"):
-        AGGREGATORS[name]()(torch.zeros(2, 4), torch.ones(3))
+    with pytest.raises(InvalidArgument, match=r"weights=\(3,\).*9 rows"):
+        AGGREGATORS[name]()(torch.zeros(9, 4), torch.ones(3))
 
 
 @given(matrices)

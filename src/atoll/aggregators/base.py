@@ -1,15 +1,37 @@
 """The aggregator record: how clients' rows become one."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from atoll.errors import invalid
+from atoll.aggregators.rows import Rows
+from atoll.errors import CompositionError, invalid
 from atoll.spec import Spec
 from atoll.vectors import Weights
+
+
+class Ruling(NamedTuple):
+    """What a rule made of a round's rows."""
+
+    row: Tensor  # [L]
+    share: Tensor | None = None  # [n] weight of each row in it, 0: refused; None when coordinates are judged one by one
+    state: Any = None  # what the rule keeps for the next round
+
+
+def _any_cohort(count: int) -> int:
+    return 1
+
+
+def _none(count: int) -> int:
+    return 0
+
+
+def _stateless(row: Tensor) -> Any:
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,17 +40,24 @@ class Aggregator:
 
     Attributes:
         spec: name and arguments.
-        rule: (rows [n, L], weights [n]) -> [L], or None for the weighted mean, which is streamed.
+        rule: (rows, weights [n], state) -> Ruling, or None for the weighted mean, which is streamed.
         weights: "examples", "uniform" or a callable: a client's weight in the average.
         denominator: what a weighted sum is divided by: the "realised" total weight, or the "expected" one.
-        least: smallest cohort the rule can combine.
+        least: (clients n) -> the fewest clients it can combine with the arguments it has for n.
+        bears: (clients n) -> how many of them may send anything at all while the result stays as near to the others'
+            rows as the rule's text says.
+        needs: why it needs that many, for the error.
+        init: (nought row [L]) -> what the server keeps between rounds; it is checkpointed.
     """
 
     spec: Spec
-    rule: Callable[[Tensor, Tensor], Tensor] | None
+    rule: Callable[[Rows, Tensor, Any], Ruling] | None
     weights: Literal["examples", "uniform"] | Weights = "examples"
     denominator: Literal["realised", "expected"] = "realised"
-    least: int = 1
+    least: Callable[[int], int] = _any_cohort
+    bears: Callable[[int], int] = _none
+    needs: str = ""
+    init: Callable[[Tensor], Any] = _stateless
 
     @property
     def name(self) -> str:
@@ -52,18 +81,63 @@ class Aggregator:
             )
         return weights
 
-    def __call__(self, rows: Tensor, weights: Tensor | None = None) -> Tensor:
-        """Combine rows [n, L] into [L]; weights [n] default to ones."""
-        if rows.ndim != 2 or len(rows) < self.least:
-            raise invalid("rows", tuple(rows.shape), f"a matrix of at least {self.least} rows")
+    def check(self, count: int, round: int) -> None:
+        """Refuse a cohort of `count` clients that is too small.
+
+        Raises:
+            CompositionError: it is; the text says how many are needed and why.
+        """
+        least = self.least(count)
+        if 0 < count < least:
+            raise CompositionError(
+                f"the aggregator {self.name} needs at least {least} clients{self.needs}, but the cohort of round "
+                f"{round + 1} has {count}: enlarge the cohort{', or lower that number' if self.needs else ''}."
+            )
+
+    def combine(self, rows: Tensor, weights: Tensor | None = None, state: Any = None) -> Ruling:
+        """Combine rows [n, L]; weights [n] default to ones.
+
+        Args:
+            rows: finite.
+            weights: of the rows, at least 0.
+            state: from `init` or an earlier ruling; None: that of a first round.
+
+        Returns:
+            The row, each client's share in it where the rule gives shares, and the state for the next round.
+        """
+        least = 1 if rows.ndim != 2 else self.least(len(rows))
+        if rows.ndim != 2 or len(rows) < least:
+            raise invalid("rows", tuple(rows.shape), f"a matrix of at least {least} rows{self.needs}")
         given = rows.new_ones(len(rows), dtype=torch.float64) if weights is None else weights.double()
         if given.shape != (len(rows),):
             raise invalid("weights", tuple(given.shape), f"one number for each of the {len(rows)} rows")
         if self.rule is not None:
-            return self.rule(rows, given)
+            seen = Rows(rows)
+            state = self.init(rows.new_zeros(rows.shape[1])) if state is None else state
+            ruling = self.rule(seen, given[seen.order], state)
+            return ruling._replace(share=seen.by_client(ruling.share))
         if not float(given.sum()) > 0:
             raise invalid("weights", given.tolist(), "numbers of at least 0 that are not all 0")
-        return ((given[:, None] * rows.double()).sum(0) / given.sum()).to(rows.dtype)
+        share = given / given.sum()
+        return Ruling(((given[:, None] * rows.double()).sum(0) / given.sum()).to(rows.dtype), share)
+
+    def __call__(self, rows: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Combine rows [n, L] into [L]; weights [n] default to ones."""
+        return self.combine(rows, weights).row
+
+
+def composed(then: Aggregator, rows: Rows, weights: Tensor, state: Any) -> Ruling:
+    """What another rule makes of rows that stand for a rule's own."""
+    if then.rule is not None:
+        return then.rule(rows, weights, state)
+    share = weights / weights.sum()
+    return Ruling(rows.sum(share).to(rows.dtype), share)
+
+
+def check_then(then: object) -> None:
+    """Refuse anything but an aggregator as the rule behind a pre-aggregation."""
+    if not isinstance(then, Aggregator):
+        raise invalid("then", then, "a rule such as atoll.aggregators.trimmed_mean(drop=2)")
 
 
 def check_weights(weights: object) -> None:
@@ -72,3 +146,16 @@ def check_weights(weights: object) -> None:
         raise invalid(
             "weights", weights, '"examples", "uniform" or callable(examples [C, 1], clients) -> weights [C, 1]'
         )
+
+
+def malicious(argument: str, value: int | float) -> Callable[[int], int]:
+    """(clients n) -> how many malicious ones to expect, from a number or a fraction of the cohort, rounded up."""
+    fraction = isinstance(value, float)
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not (0 <= value < 0.5 if fraction else value >= 0)
+    ):
+        raise invalid(argument, value, "a number of clients of at least 0, or a fraction of the cohort in [0, 0.5)")
+    # What a product is above a whole number by rounding alone must not make one client more.
+    return (lambda count: math.ceil(value * count - 1e-9)) if fraction else (lambda count: int(value))
