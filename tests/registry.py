@@ -140,6 +140,16 @@ ALGORITHMS: dict[str, Method] = {
 TRANSFORMS: dict[str, Callable[[], Transform]] = {
     "clip_norm": lambda: transforms.clip_norm(0.05),
     "quantize": lambda: transforms.quantize(8),
+    "half": transforms.half,
+    "half, bfloat16": lambda: transforms.half("bfloat16"),
+    "sign": transforms.sign,
+    "top_k": lambda: transforms.top_k(0.3),
+    "rand_k": lambda: transforms.rand_k(0.4),
+    "rotate": transforms.rotate,
+    "rotate, small blocks": lambda: transforms.rotate(block=8),
+    "eden": lambda: transforms.eden(3),
+    "error_feedback": lambda: transforms.error_feedback(transforms.top_k(0.3)),
+    "error_feedback of codes": lambda: transforms.error_feedback(transforms.top_k(0.5), transforms.quantize(6)),
 }
 
 AGGREGATORS: dict[str, Callable[[], aggregators.Aggregator]] = {

@@ -115,7 +115,7 @@ def test_a_stale_state_has_no_personal_models(how: str) -> None:
 
 
 def test_the_median_needs_clients_and_says_so() -> None:
-    few = replace(aggregators.median(), least=3)
+    few = replace(aggregators.median(), least=lambda count: 3)
     made = process(scalar_model(), fedavg(PLAN), aggregator=few)
     with pytest.raises(CompositionError, match="median needs at least 3 clients, but the cohort of round 1 has 2"):
         made.next(made.init(), quadratics((1.0, 2.0), (0.0, 1.0)))

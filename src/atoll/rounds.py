@@ -29,7 +29,7 @@ from atoll.messages import Clear, Partial, Report, Task
 from atoll.model import Model
 from atoll.spec import Spec, record
 from atoll.transforms.base import Codes, Keys, Transform
-from atoll.transforms.chain import Chain, compose
+from atoll.transforms.chain import Chain, compose, keys_of
 from atoll.transforms.channel import Channel, add, merge
 from atoll.transforms.channel import resolve as resolve_channel
 from atoll.tree import nbytes
@@ -155,9 +155,14 @@ class Process:
         return self.algorithm.personal is not None or bool(self.private_names) or local_buffers
 
     @property
+    def split(self) -> int:
+        """Where the summed part of a client's row begins."""
+        return self.selection.size + self.averaged_buffers
+
+    @property
     def length(self) -> int:
         """Length L of the row a client sends: averaged part, averaged buffers, summed part."""
-        return self.selection.size + self.averaged_buffers + self.algorithm.sums(self.selection.size)
+        return self.split + self.algorithm.sums(self.selection.size)
 
     @property
     def spec(self) -> Spec:
@@ -201,7 +206,7 @@ class Process:
             0,
             self.algorithm.init(shared.clone()),
             self.model.init_buffers(),
-            self.chain.init(self.length),
+            self.chain.init(self.length, self.split),
             self.aggregator.init(vector.new_zeros(self.length)),
             self.kept.take(vector).clone(),
             memory,
@@ -281,7 +286,7 @@ class Process:
         if not self._adds_rows:
             rows = clear.rows
             finite = _finite(rows)
-            wire, stages = self.chain.encode(rows, mine, task.shared, seed=task.seed, round=task.round, clients=keys)
+            wire, stages = self.chain.encode(rows, mine, task.shared, keys_of(task.seed, task.round, keys, split))
         kept = {f"algorithm/{n}": t for n, t in renewed.items()} | {f"transforms/{n}": t for n, t in stages.items()}
         if update.trained is not None:
             if self.private_names:
@@ -299,8 +304,9 @@ class Process:
         if channel.seal is not None:
             assert isinstance(wire, Tensor)
             sealing = Keys(task.seed, "channel", task.round, keys)
-            sealed_split = self.selection.size + self.averaged_buffers
-            wire = channel.seal(wire, sealed_split, update.weight, len(task.clients), sealing)
+            wire = channel.seal(
+                wire, self.chain.sizes(self.length, split)[-1][1], update.weight, len(task.clients), sealing
+            )
             weight = update.weight.new_empty(count, 0)
         memory = (
             torch.cat([kept[n].reshape(count, -1) for n in remembered], dim=1)
@@ -332,7 +338,8 @@ class Process:
         elif isinstance(report.wire, Clear):
             total = self._added(report.wire, report.weight, split, good)
         else:
-            rows = self.chain.decode_each(report.wire, task.shared, length, self.model.dtype)
+            keys = keys_of(task.seed, task.round, random.client_keys(report.clients), split)
+            rows = self.chain.decode_each(report.wire, task.shared, length, keys, self.model.dtype)
             if self.aggregator.rule is not None:
                 rows = rows.clone()  # a tile's own memory is used again by the next
             else:
@@ -593,7 +600,7 @@ class Process:
         fields: dict[str, Tensor] = {}
         if self.algorithm.client_init is not None:
             fields |= {f"algorithm/{n}": t for n, t in self.algorithm.client_init(vector, buffers).items()}
-        fields |= {f"transforms/{n}": t for n, t in self.chain.memory(self.length).items()}
+        fields |= {f"transforms/{n}": t for n, t in self.chain.memory(self.length, self.split).items()}
         if self.private_names:
             fields["private"] = private
         if self.buffer_rule == "local" and buffers.numel():
@@ -675,6 +682,8 @@ class Collector:
         process = self._process
         dtype, width = process.model.dtype, self._parts[0] + self._parts[1]
         saturated, kept = 0, self._state
+        length, task = sum(self._parts), self._task
+        keys = keys_of(task.seed, task.round, random.client_keys(()), width)
         if not self._count:
             empty = torch.empty(0, dtype=dtype)
             return Collected(empty, empty, 0.0, 0, 0.0, 0.0, 0, 0, kept)
@@ -682,18 +691,19 @@ class Collector:
             process.aggregator.check(self._count, self._task.round)
             weights = torch.cat(self._weights)
             ruling = process.aggregator.combine(self._rows[: self._count], weights, self._state)
-            combined, kept = process.chain.decode_sum(ruling.row, self._task.shared), ruling.state
+            combined, kept = process.chain.decode_sum(ruling.row, task.shared, length, keys), ruling.state
             average, sums = combined[:width], combined[width:] * self._count
             weight = float(weights.sum())
         else:
             if self._sealed is not None:
                 assert process.chain.channel.unseal is not None
-                opened = process.chain.channel.unseal(self._sealed, width, len(self._task.clients), self._count)
+                sealed = process.chain.sizes(length, width)[-1][1]
+                opened = process.chain.channel.unseal(self._sealed, sealed, len(task.clients), self._count)
                 total, weight, saturated = torch.cat((opened.weighted, opened.sums)), opened.weight, opened.saturated
             else:
                 assert self._total is not None
                 total, weight, self._total = self._total, self._weight, None
-            total = process.chain.decode_sum(total, self._task.shared)
+            total = process.chain.decode_sum(total, task.shared, length, keys)
             divisor = weight
             if process.aggregator.denominator == "expected":
                 divisor = float(len(self._task.clients)) if expected is None else expected

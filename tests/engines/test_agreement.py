@@ -184,7 +184,8 @@ def test_every_engine_runs_every_algorithm_as_the_specification_does(method: Met
 @pytest.mark.parametrize("transform", [*TRANSFORMS, "ring_sum"])
 @pytest.mark.parametrize("method", ALGORITHMS.values(), ids=ALGORITHMS.keys())
 def test_pipelines_work_with_every_algorithm_on_every_engine(method: Method, transform: str) -> None:
-    kind = MODELS["batch norm, mean"]
+    # Biases in front of BatchNorm change by nought but rounding, of which a sign would make much.
+    kind = MODELS["layer norm" if transform == "sign" else "batch norm, mean"]
     data = kind.data((6, 2, 7, 4, 11))
     options: dict[str, object] = (
         {"channel": transforms.ring_sum(clip=10.0, weight_cap=50.0, bits=40)}

@@ -14,7 +14,7 @@ from atoll.local import local_sgd
 from atoll.rounds import Process
 from atoll.spec import record
 from atoll.transforms import Transform, clip_norm, plain, quantize, ring_sum
-from atoll.transforms.chain import compose
+from atoll.transforms.chain import compose, keys_of
 
 
 def build(**options: Any) -> Process:
@@ -91,7 +91,7 @@ def doubled(name: str, log: list[str]) -> Transform:
         log.append(f"encode {name} {shared}")
         return rows * 2, {"visits": memory["visits"] + 1}
 
-    def decode(total: torch.Tensor, shared: Any) -> torch.Tensor:
+    def decode(total: torch.Tensor, shared: Any, length: int, keys: Any) -> torch.Tensor:
         log.append(f"decode {name} {shared}")
         return total / 2
 
@@ -121,8 +121,8 @@ def test_stages_draw_randomness_of_their_own() -> None:
     rows = torch.randn(1, 50, generator=torch.Generator().manual_seed(0))
     clients = random.client_keys(["a"])
     one, two = compose((quantize(2),), plain()), compose((clip_norm(1e9), quantize(2)), plain())
-    wires = [c.encode(rows, {}, (None,) * len(c.stages), seed=0, round=0, clients=clients)[0] for c in (one, two)]
-    assert not torch.equal(wires[0]["codes"], wires[1]["codes"])  # type: ignore[index]
+    wires = [c.encode(rows, {}, (None,) * len(c.stages), keys_of(0, 0, clients, 50))[0] for c in (one, two)]
+    assert not torch.equal(wires[0]["0/codes"], wires[1]["1/codes"])  # type: ignore[index]
 
 
 def test_specs_are_told_apart() -> None:

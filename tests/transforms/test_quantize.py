@@ -16,7 +16,7 @@ from atoll.local import local_sgd
 from atoll.rounds import Process
 from atoll.transforms import quantize
 from atoll.transforms.base import Keys
-from atoll.transforms.quantize import pack, unpack
+from atoll.transforms.packing import pack, unpack
 
 
 def send(rows: torch.Tensor, bits: int, *, seed: int = 0, round: int = 0, first: int = 0) -> tuple[torch.Tensor, Any]:
@@ -24,7 +24,7 @@ def send(rows: torch.Tensor, bits: int, *, seed: int = 0, round: int = 0, first:
     keys = Keys(seed, "transforms/0", round, random.client_keys([f"c{first + i}" for i in range(len(rows))]))
     codes, _ = stage.encode(rows, {}, None, keys)
     assert stage.decode_each is not None
-    return stage.decode_each(codes, None, rows.shape[1]), codes  # type: ignore[arg-type]
+    return stage.decode_each(codes, None, rows.shape[1], keys), codes  # type: ignore[arg-type]
 
 
 @given(bits=st.integers(1, 16), length=st.integers(1, 40), clients=st.integers(1, 3), data=st.data())

@@ -3,6 +3,27 @@
 from atoll.transforms.base import Transform
 from atoll.transforms.channel import Channel, plain, ring_sum
 from atoll.transforms.clip_norm import clip_norm
+from atoll.transforms.eden import eden
+from atoll.transforms.error_feedback import error_feedback
+from atoll.transforms.half import half
 from atoll.transforms.quantize import quantize
+from atoll.transforms.rand_k import rand_k
+from atoll.transforms.rotate import rotate
+from atoll.transforms.sign import sign
+from atoll.transforms.top_k import top_k
 
-__all__ = ["Channel", "Transform", "clip_norm", "plain", "quantize", "ring_sum"]
+__all__ = [
+    "Channel",
+    "Transform",
+    "clip_norm",
+    "eden",
+    "error_feedback",
+    "half",
+    "plain",
+    "quantize",
+    "rand_k",
+    "ring_sum",
+    "rotate",
+    "sign",
+    "top_k",
+]

@@ -10,18 +10,29 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from atoll.errors import CompositionError, invalid
-from atoll.transforms.base import Keys, Transform, Wire
+from atoll.transforms.base import Codes, Keys, Transform, Wire
 from atoll.transforms.channel import Channel
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What is known of a row after the whole chain."""
+    """What is known of a row after the whole chain.
+
+    Attributes:
+        sums: whether rows may be added up before they are decoded.
+        unbiased: whether the decoded row has the client's row as its expectation.
+        bound: L2 bound on the decoded row; None where there is none.
+        fixed_size: whether the bytes do not depend on the values.
+        memory: whether clients keep something for a stage.
+        shared: whether the server must draw a stage's random numbers again.
+    """
 
     sums: bool
     unbiased: bool
     bound: float | None
     fixed_size: bool
+    memory: bool
+    shared: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,15 +47,29 @@ class Chain:
     channel: Channel
 
     def __post_init__(self) -> None:
-        codec: Transform | None = None
+        codec = feedback = on_rows = None
         for stage in self.stages:
             if codec is not None:
                 raise CompositionError(
                     f"{stage.name} cannot stand after {codec.name}: {codec.name} gives codes, {stage.name} needs rows. "
                     f"Put {stage.name} before {codec.name}."
                 )
+            if feedback is not None and not stage.lossless:
+                raise CompositionError(
+                    f"{stage.name} cannot stand after {feedback.name}: {feedback.name} would not see what {stage.name} "
+                    f"loses. Put {stage.name} before {feedback.name}, or inside it."
+                )
+            if stage.decode_sum is not None and stage.decode_each is None and on_rows is not None:
+                raise CompositionError(
+                    f"{stage.name} cannot stand after {on_rows.name}: {stage.name} is undone on the sum, "
+                    f"{on_rows.name} only on each row. Put {stage.name} before {on_rows.name}."
+                )
             if stage.gives == "codes":
                 codec = stage
+            if stage.name == "error_feedback":
+                feedback = stage
+            if stage.decode_each is not None and stage.decode_sum is None:
+                on_rows = stage
         if self.channel.sums_only:
             for stage in self.stages:
                 if not stage.sums or stage.gives == "codes":
@@ -65,11 +90,27 @@ class Chain:
             all(s.unbiased for s in self.stages),
             bound,
             all(s.fixed_size for s in self.stages),
+            any(s.remembers for s in self.stages),
+            any(s.randomness == "shared" for s in self.stages),
         )
 
-    def init(self, length: int) -> tuple[Any, ...]:
+    def sizes(self, length: int, split: int) -> list[tuple[int, int]]:
+        """Length of the rows that enter each stage and where their summed part begins; last, of those that leave."""
+        found = [(length, split)]
+        for stage in self.stages:
+            found.append(stage.size(*found[-1]))
+        return found
+
+    def bytes(self, length: int, split: int, item: int) -> int:
+        """Bytes of the encoded row of a client, when a number of the model has `item` bytes."""
+        sizes = self.sizes(length, split)
+        total = sum(s.bytes(*size, item) for s, size in zip(self.stages, sizes, strict=False))
+        coded = bool(self.stages) and self.stages[-1].gives == "codes"
+        return total if coded else total + sizes[-1][0] * item
+
+    def init(self, length: int, split: int) -> tuple[Any, ...]:
         """Server state of every stage for rows of this length."""
-        return tuple(stage.init(length) for stage in self.stages)
+        return tuple(stage.init(n) for stage, (n, _) in zip(self.stages, self.sizes(length, split), strict=False))
 
     def share(self, state: Sequence[Any]) -> tuple[Any, ...]:
         """What clients must know of every stage."""
@@ -79,43 +120,74 @@ class Chain:
         """State of every stage after a round."""
         return tuple(stage.update(s, aggregate) for stage, s in zip(self.stages, state, strict=True))
 
-    def memory(self, length: int) -> dict[str, Tensor]:
+    def memory(self, length: int, split: int) -> dict[str, Tensor]:
         """A client's memory of every stage at its first visit, by `stage number/name`."""
-        return {f"{i}/{n}": t for i, stage in enumerate(self.stages) for n, t in stage.memory(length).items()}
+        sizes = self.sizes(length, split)
+        return {f"{i}/{n}": t for i, stage in enumerate(self.stages) for n, t in stage.memory(sizes[i][0]).items()}
 
     def encode(
-        self,
-        rows: Tensor,
-        memory: dict[str, Tensor],
-        shared: Sequence[Any],
-        *,
-        seed: int,
-        round: int,
-        clients: NDArray[np.uint64],
+        self, rows: Tensor, memory: dict[str, Tensor], shared: Sequence[Any], keys: Keys
     ) -> tuple[Wire, dict[str, Tensor]]:
-        """Client halves, in order."""
-        wire: Wire = rows
-        renewed: dict[str, Tensor] = {}
-        for i, stage in enumerate(self.stages):
-            own = {n.split("/", 1)[1]: t for n, t in memory.items() if n.startswith(f"{i}/")}
-            wire, own = stage.encode(wire, own, shared[i], Keys(seed, f"transforms/{i}", round, clients))
-            renewed.update({f"{i}/{n}": t for n, t in own.items()})
-        return wire, renewed
+        """Client halves, in order. Codes are called `stage number/name`, and rows that are left at the end "rows"."""
+        last: Tensor | None = rows
+        codes, renewed = dict[str, Tensor](), dict[str, Tensor]()
+        for i, (stage, own_keys) in enumerate(zip(self.stages, self._keys(rows.shape[1], keys), strict=True)):
+            wire, own = stage.encode(last, _own(memory, i), shared[i], own_keys)
+            if isinstance(wire, Tensor):
+                last = wire
+            else:
+                last = wire.get("rows")
+                codes |= {f"{i}/{n}": t for n, t in wire.items() if n != "rows"}
+            renewed |= {f"{i}/{n}": t for n, t in own.items()}
+        if last is None:
+            return codes, renewed
+        return ({**codes, "rows": last} if codes else last), renewed
 
-    def decode_each(self, wire: Wire, shared: Sequence[Any], length: int, dtype: torch.dtype) -> Tensor:
-        """Server halves on clients' rows, in reverse: [C, length]."""
-        for stage, known in zip(reversed(self.stages), reversed(tuple(shared)), strict=True):
-            if stage.decode_each is not None:
-                wire = stage.decode_each(wire, known, length)  # pyright: ignore[reportArgumentType]
-        assert isinstance(wire, Tensor)
-        return wire.to(dtype)
+    def decode_each(self, wire: Wire, shared: Sequence[Any], length: int, keys: Keys, dtype: torch.dtype) -> Tensor:
+        """Server halves on clients' rows, in reverse, down to the last stage that is undone on the sum."""
+        codes: Codes = {"rows": wire} if isinstance(wire, Tensor) else wire
+        rows, sizes, own_keys = codes.get("rows"), self.sizes(length, _split(length, keys)), self._keys(length, keys)
+        for i in reversed(range(self._summed, len(self.stages))):
+            decode = self.stages[i].decode_each
+            if decode is not None:
+                own = _own(codes, i) | ({} if rows is None else {"rows": rows})
+                rows = decode(own, shared[i], sizes[i][0], own_keys[i])
+        assert rows is not None
+        return rows.to(dtype)
 
-    def decode_sum(self, total: Tensor, shared: Sequence[Any]) -> Tensor:
-        """Server halves on the combined row, in reverse: [length]."""
-        for stage, known in zip(reversed(self.stages), reversed(tuple(shared)), strict=True):
-            if stage.decode_sum is not None:
-                total = stage.decode_sum(total, known)
+    def decode_sum(self, total: Tensor, shared: Sequence[Any], length: int, keys: Keys) -> Tensor:
+        """Server halves on the combined row, in reverse: [length]. Those that were undone on each row are left out."""
+        own_keys, sizes = self._keys(length, keys), self.sizes(length, _split(length, keys))
+        for i in reversed(range(len(self.stages) if self.channel.sums_only else self._summed)):
+            decode = self.stages[i].decode_sum
+            if decode is not None:
+                total = decode(total, shared[i], sizes[i][0], own_keys[i])
         return total
+
+    @property
+    def _summed(self) -> int:
+        """Stages, from the first, that the server undoes on the sum although it sees rows."""
+        last = [i for i, s in enumerate(self.stages) if s.decode_sum is not None and s.decode_each is None]
+        return last[-1] + 1 if last else 0
+
+    def _keys(self, length: int, keys: Keys) -> list[Keys]:
+        sizes = self.sizes(length, _split(length, keys))
+        return [
+            Keys(keys.seed, f"{keys.stage}/{i}", keys.round, keys.clients, sizes[i][1]) for i in range(len(self.stages))
+        ]
+
+
+def _split(length: int, keys: Keys) -> int:
+    return length if keys.split is None else keys.split
+
+
+def _own(named: Codes, stage: int) -> dict[str, Tensor]:
+    return {n.split("/", 1)[1]: t for n, t in named.items() if n.startswith(f"{stage}/")}
+
+
+def keys_of(seed: int, round: int, clients: NDArray[np.uint64], split: int) -> Keys:
+    """Keys a whole chain is used with."""
+    return Keys(seed, "transforms", round, clients, split)
 
 
 def compose(transforms: Sequence[Transform], channel: Channel) -> Chain:

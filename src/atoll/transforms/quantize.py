@@ -11,6 +11,7 @@ from torch import Tensor
 from atoll.errors import invalid
 from atoll.spec import record
 from atoll.transforms.base import Codes, Keys, Transform
+from atoll.transforms.packing import pack, packed_bytes, unpack
 
 
 def quantize(bits: int) -> Transform:
@@ -38,26 +39,17 @@ def quantize(bits: int) -> Transform:
         codes = torch.floor(position + draw).clamp(0, levels).to(torch.int64)
         return {"codes": pack(codes, bits), "scale": scale}, memory
 
-    def decode(codes: Codes, shared: None, length: int) -> Tensor:
+    def decode(codes: Codes, shared: None, length: int, keys: Keys) -> Tensor:
         position = unpack(codes["codes"], bits, length).to(torch.float64)
         return (position * (2 / levels) - 1) * codes["scale"].double()
 
     return Transform(
-        record("quantize", bits=bits), encode, decode_each=decode, gives="codes", sums=False, bound=lambda before: None
+        record("quantize", bits=bits),
+        encode,
+        decode_each=decode,
+        bytes=lambda length, split, item: packed_bytes(length, bits) + 4,
+        gives="codes",
+        sums=False,
+        bound=lambda before: None,
+        randomness="private",
     )
-
-
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """Pack integers in [0, 2**bits) of each row [C, n] into bytes [C, ceil(n bits / 8)], lowest bit first."""
-    shifts = torch.arange(bits, device=codes.device)
-    stream = ((codes[:, :, None] >> shifts) & 1).reshape(len(codes), -1)
-    padded = torch.nn.functional.pad(stream, (0, -stream.shape[1] % 8)).reshape(len(codes), -1, 8)
-    return (padded << torch.arange(8, device=codes.device)).sum(dim=2).to(torch.uint8)
-
-
-def unpack(packed: Tensor, bits: int, length: int) -> Tensor:
-    """Undo `pack`: int64 [C, length]."""
-    eight = torch.arange(8, device=packed.device)
-    stream = ((packed.to(torch.int64)[:, :, None] >> eight) & 1).reshape(len(packed), -1)[:, : length * bits]
-    shifts = torch.arange(bits, device=packed.device)
-    return (stream.reshape(len(packed), length, bits) << shifts).sum(dim=2)

@@ -1,0 +1,75 @@
+"""The largest numbers of a row and where they stand.
+
+Aji & Heafield 2017, "Sparse communication for distributed gradient descent"; Stich, Cordonnier & Jaggi 2018,
+"Sparsified SGD with memory". Biased: use it inside `error_feedback`. With k = ceil(fraction L): k numbers, which go on
+as a shorter row, and k places of ceil(log2 L) bits.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from atoll.errors import invalid
+from atoll.spec import record
+from atoll.transforms.base import Codes, Keys, Transform
+from atoll.transforms.packing import pack, packed_bytes, unpack
+
+
+def top_k(fraction: float) -> Transform:
+    """Send only the numbers of largest absolute value, over the whole row.
+
+    Of equal ones the first are sent. What leaves is a row of k numbers that another stage may code.
+
+    Args:
+        fraction: of the numbers to send, in (0, 1]; rounded up.
+    """
+    check_fraction(fraction)
+
+    def encode(rows: Tensor, memory: dict[str, Tensor], shared: None, keys: Keys) -> tuple[Codes, dict[str, Tensor]]:
+        length = rows.shape[1]
+        kept = kept_of(length, fraction)
+        # What is not finite counts as largest: such a row is refused for it, not for what it does here.
+        size = rows.abs().nan_to_num(nan=torch.inf, posinf=torch.inf)
+        least = size.topk(kept, dim=1).values.amin(dim=1, keepdim=True) if kept else size.new_zeros(len(rows), 1)
+        above, equal = size > least, size == least
+        room = kept - above.sum(dim=1, keepdim=True)
+        chosen = above | (equal & (equal.cumsum(dim=1) <= room))
+        places = chosen.nonzero()[:, 1].reshape(len(rows), kept)
+        return {"places": pack(places, place_bits(length)), "rows": rows.gather(1, places)}, memory
+
+    def decode(codes: Codes, shared: None, length: int, keys: Keys) -> Tensor:
+        places = unpack(codes["places"], place_bits(length), kept_of(length, fraction))
+        return codes["rows"].new_zeros(len(places), length).scatter_(1, places, codes["rows"])
+
+    def size(length: int, split: int) -> tuple[int, int]:
+        kept = kept_of(length, fraction)
+        return kept, kept
+
+    return Transform(
+        record("top_k", fraction=fraction),
+        encode,
+        decode_each=decode,
+        size=size,
+        bytes=lambda length, split, item: packed_bytes(kept_of(length, fraction), place_bits(length)),
+        sums=False,
+        unbiased=fraction == 1,
+        lossless=fraction == 1,
+    )
+
+
+def check_fraction(fraction: object) -> None:
+    """Refuse anything but a number in (0, 1]."""
+    if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
+        raise invalid("fraction", fraction, "a number above 0 and at most 1")
+
+
+def kept_of(length: int, fraction: float) -> int:
+    """How many of `length` numbers are sent."""
+    # What a product is above a whole number by rounding alone must not make one number more.
+    return min(length, math.ceil(length * fraction - 1e-9))
+
+
+def place_bits(length: int) -> int:
+    """Bits that tell one of `length` places."""
+    return max(1, (length - 1).bit_length())
