@@ -19,7 +19,7 @@ LAYERS = (
     ("model", "data", "report"),
     ("partition", "datasets", "cohort"),
     ("algorithms", "transforms", "aggregators", "evaluation"),
-    ("engines",),
+    ("engines", "attacks"),
     ("rounds",),
     ("result",),
     ("simulation",),

@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 # Names are imported when they are first used, so that `import atoll` and `atoll --help` load neither torch nor pandas.
 _MODULES = (
     "aggregators",
+    "attacks",
     "datasets",
     "errors",
     "losses",
@@ -62,6 +63,7 @@ _NAMES = {
 if TYPE_CHECKING:
     from atoll import (
         aggregators,
+        attacks,
         datasets,
         errors,
         losses,
@@ -120,6 +122,7 @@ __all__ = [
     "Result",
     "aggregators",
     "apfl",
+    "attacks",
     "cyclic",
     "datasets",
     "ditto",

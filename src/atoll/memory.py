@@ -135,6 +135,14 @@ class ClientMemory:
         self._staged.clear()
         self.version += 1
 
+    def withdraw(self, clients: Sequence[str]) -> None:
+        """Forget the staged rows of some clients, before `commit`: they keep what they had."""
+        self.settled += bool(clients)  # who holds copies of what was staged must not take them for accepted
+        for client in clients:
+            slot = self._staged.pop(client, None)
+            if slot is not None:
+                self._release(slot)
+
     def discard(self) -> None:
         """Forget the staged rows."""
         self.settled += 1

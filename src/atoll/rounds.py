@@ -341,6 +341,7 @@ class Process:
             keys = keys_of(task.seed, task.round, random.client_keys(report.clients), split)
             rows = self.chain.decode_each(report.wire, task.shared, length, keys, self.model.dtype)
             if self.aggregator.rule is not None:
+                good &= _finite(rows)
                 rows = rows.clone()  # a tile's own memory is used again by the next
             else:
                 clear = Clear(Change((len(rows), split), rows[:, :split]), rows[:, split:])
@@ -355,7 +356,8 @@ class Process:
             rows,
             codes,
             report.weight,
-            report.metrics.sum(dim=0),
+            # A rule does without broken clients; else they end the round.
+            report.metrics[good].sum(dim=0) if rows is not None else report.metrics.sum(dim=0),
             report.bytes * len(report.clients),
         )
 
@@ -471,6 +473,7 @@ class Process:
         except BaseException:
             state.memory.discard()
             raise
+        state.memory.withdraw(collector.broken)
         state.memory.commit()
         closed = replace(closed, memory_version=state.memory.version)
         metrics = {
@@ -635,6 +638,8 @@ class Collector:
         self._total: Tensor | None = None
         self._sealed: Codes | None = None
         self._rows: Tensor | None = None
+        self._names: list[str] = []
+        self.broken: list[str] = []
         self._weights: list[Tensor] = []
         self._parts = (0, 0, 0)
         self._weight = 0.0
@@ -646,9 +651,9 @@ class Collector:
         """Take in one tile.
 
         Raises:
-            NonFiniteError: a client's update, loss or weight is not finite.
+            NonFiniteError: a client's update, loss or weight is not finite, and there is no rule to leave it out.
         """
-        if partial.broken:
+        if partial.broken and partial.rows is None:
             self._refuse(partial.broken)
         self._parts = partial.parts
         self._count += len(partial.clients)
@@ -661,6 +666,8 @@ class Collector:
             if self._rows is None:  # rows go straight to their place: there is no second copy of them all
                 self._rows = partial.rows.new_empty(len(self._task.clients), partial.rows.shape[1])
             self._rows[self._count - len(partial.clients) : self._count] = partial.rows
+            self._names += partial.clients
+            self.broken += partial.broken
             self._weights.append(partial.weight[:, 0])
             return
         assert partial.total is not None
@@ -689,8 +696,14 @@ class Collector:
             return Collected(empty, empty, 0.0, 0, 0.0, 0.0, 0, 0, kept)
         if self._rows is not None:
             process.aggregator.check(self._count, self._task.round)
-            weights = torch.cat(self._weights)
-            ruling = process.aggregator.combine(self._rows[: self._count], weights, self._state)
+            if len(self.broken) == self._count:
+                self._refuse(self.broken)
+            weights = torch.cat(self._weights).double()
+            if self.broken:
+                out = torch.tensor([name in set(self.broken) for name in self._names], device=weights.device)
+                self._rows[: self._count][out], weights = torch.nan, weights.masked_fill(out, 0.0)
+                self._count -= len(self.broken)
+            ruling = process.aggregator.combine(self._rows[: len(weights)], weights, self._state, self._names)
             combined, kept = process.chain.decode_sum(ruling.row, task.shared, length, keys), ruling.state
             average, sums = combined[:width], combined[width:] * self._count
             weight = float(weights.sum())

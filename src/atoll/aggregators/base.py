@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from atoll.aggregators.rows import Rows
-from atoll.errors import CompositionError, invalid
+from atoll.errors import CompositionError, NonFiniteError, invalid
 from atoll.spec import Spec
 from atoll.vectors import Weights
 
@@ -94,13 +94,19 @@ class Aggregator:
                 f"{round + 1} has {count}: enlarge the cohort{', or lower that number' if self.needs else ''}."
             )
 
-    def combine(self, rows: Tensor, weights: Tensor | None = None, state: Any = None) -> Ruling:
+    def combine(
+        self, rows: Tensor, weights: Tensor | None = None, state: Any = None, clients: Sequence[str] = ()
+    ) -> Ruling:
         """Combine rows [n, L]; weights [n] default to ones.
 
+        A rule leaves rows out that are not finite, with a share of 0; where too few would be left, they count as
+        noughts, so that nobody can stop a round. The mean cannot bear them.
+
         Args:
-            rows: finite.
+            rows: one for each client.
             weights: of the rows, at least 0.
             state: from `init` or an earlier ruling; None: that of a first round.
+            clients: names, one for each row; default their places.
 
         Returns:
             The row, each client's share in it where the rule gives shares, and the state for the next round.
@@ -112,10 +118,21 @@ class Aggregator:
         if given.shape != (len(rows),):
             raise invalid("weights", tuple(given.shape), f"one number for each of the {len(rows)} rows")
         if self.rule is not None:
-            seen = Rows(rows)
+            fine = torch.isfinite(rows).all(dim=1)
+            rest = int(fine.sum())
+            if rest < len(rows) and (not rest or rest < self.least(rest)):
+                return self.combine(torch.where(fine[:, None], rows, 0.0), given, state, clients)
+            if rest < len(rows):
+                names = [c for c, good in zip(clients, fine.tolist(), strict=True) if good] if clients else ()
+                ruling = self.combine(rows[fine], given[fine], state, names)
+                share = None if ruling.share is None else given.new_zeros(len(rows)).masked_scatter(fine, ruling.share)
+                return ruling._replace(share=share)
+            seen = Rows(rows, clients=clients)
             state = self.init(rows.new_zeros(rows.shape[1])) if state is None else state
             ruling = self.rule(seen, given[seen.order], state)
             return ruling._replace(share=seen.by_client(ruling.share))
+        if not bool(torch.isfinite(rows).all()):
+            raise NonFiniteError("rows hold NaN or infinite values, which a mean cannot bear: use a robust rule.")
         if not float(given.sum()) > 0:
             raise invalid("weights", given.tolist(), "numbers of at least 0 that are not all 0")
         share = given / given.sum()

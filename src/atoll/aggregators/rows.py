@@ -5,7 +5,7 @@ Rules go by coordinates (`by_columns`) or by the geometry of the rows, which one
 of the clients, and ties go to the row that is smaller in the first coordinate in which they differ.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cmp_to_key
 
 import torch
@@ -31,12 +31,16 @@ class Rows:
         matrix: clients' rows [N, L].
         mix: weights [n, N] of clients' rows in the order of their content, when the rows are sums of them.
         order: the order of the clients' rows by content, where it is known.
+        clients: their names, in the order of `matrix`; default their places.
     """
 
-    def __init__(self, matrix: Tensor, mix: Tensor | None = None, order: Tensor | None = None) -> None:
+    def __init__(
+        self, matrix: Tensor, mix: Tensor | None = None, order: Tensor | None = None, clients: Sequence[str] = ()
+    ) -> None:
         self.matrix = matrix
         self.mix = mix
         self.order = _ordered(matrix) if order is None else order
+        self.clients = tuple(clients) or tuple(str(i) for i in range(len(matrix)))
         self.length = matrix.shape[1]
         self.dtype = matrix.dtype
 
@@ -45,7 +49,7 @@ class Rows:
 
     def mixed(self, weights: Tensor) -> "Rows":
         """Weighted sums of these rows: weights [m, n] float64."""
-        return Rows(self.matrix, weights if self.mix is None else weights @ self.mix, self.order)
+        return Rows(self.matrix, weights if self.mix is None else weights @ self.mix, self.order, self.clients)
 
     def by_client(self, share: Tensor | None) -> Tensor | None:
         """Weights of these rows [n] as weights of the clients [N], in the order of `matrix`."""

@@ -1,0 +1,279 @@
+"""Attacks: their formulas on small matrices, who is malicious, and what they do to a run."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from problems import quadratics, scalar_model
+from torch import Tensor
+
+import atoll
+from atoll import aggregators, attacks
+from atoll.algorithms import fedavg, scaffold
+from atoll.attacks import Attack, apply, chosen
+from atoll.errors import InvalidArgument, NonFiniteError
+from atoll.local import local_sgd
+from atoll.rounds import Process
+
+ATTACKS: dict[str, Attack] = {
+    "sign_flip": attacks.sign_flip(3.0), "gaussian": attacks.gaussian(), "alie": attacks.alie(),
+    "model_replacement": attacks.model_replacement(), "alie, given": attacks.alie(1.5), "ipm": attacks.ipm(),
+    "mimic": attacks.mimic(), "min_max": attacks.min_max(), "min_sum": attacks.min_sum(),
+    "lying_weight": attacks.lying_weight(), "non_finite": attacks.non_finite(), "free_rider": attacks.free_rider(),
+    "stale": attacks.stale(),
+}  # fmt: skip
+every = pytest.mark.parametrize("name", ATTACKS)
+
+
+def drawn(count: int = 10, length: int = 6, seed: int = 0) -> Tensor:
+    return torch.randn(count, length, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.7
+
+
+def split(rows: Tensor, fraction: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Which rows are malicious, the honest ones, and those."""
+    names = [str(i) for i in range(len(rows))]
+    bad = torch.tensor([n in chosen(names, fraction) for n in names])
+    return bad, rows[~bad], rows[bad]
+
+
+def test_every_attack_is_listed() -> None:
+    made = {a.name for a in ATTACKS.values()} | {"label_flip", "backdoor"}
+    assert made | {"Attack", "Poison", "apply", "chosen"} == set(attacks.__all__)
+
+
+# --- who --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_malicious_are_a_fraction_rounded_down_and_the_same_whoever_else_is_there() -> None:
+    names = [f"c{i}" for i in range(10)]
+    assert [len(chosen(names, f)) for f in (0, 0.19, 0.2, 0.3, 0.99, 1)] == [0, 1, 2, 3, 9, 10]
+    assert set(chosen(names, 0.2)) <= set(chosen(names, 0.5))
+    assert chosen(names, 0.3) == tuple(c for c in names if c in set(chosen(names[::-1], 0.3)))
+    assert chosen(names, 0.3) != chosen(names, 0.3, seed=1) and chosen((), 0.5) == ()
+
+
+@every
+def test_honest_rows_stay_and_the_same_seed_gives_the_same_rows(name: str) -> None:
+    rows = drawn()
+    bad, honest, _ = split(rows, 0.3)
+    found = apply(rows, ATTACKS[name], fraction=0.3)
+    assert torch.equal(found[~bad], honest) and rows is not found
+    assert torch.equal(found.nan_to_num(), apply(rows, ATTACKS[name], fraction=0.3).nan_to_num())
+    assert torch.equal(apply(rows, ATTACKS[name], fraction=0.05), rows), "nobody is malicious"
+    assert found.dtype == torch.float64 and apply(rows.float(), ATTACKS[name], fraction=0.3).dtype == torch.float32
+
+
+# --- what -------------------------------------------------------------------------------------------------------------
+
+
+def test_formulas() -> None:
+    rows = drawn()
+    bad, honest, own = split(rows, 0.3)
+    mean, spread = honest.mean(0), honest.std(0, correction=0)
+    # n = 10, f = 3: 6 - 3 = 3 supporters are needed, and 4 of the 7 honest ones shall lie farther out.
+    z = float(torch.special.ndtri(torch.tensor(4 / 7, dtype=torch.float64)))
+    for name, expected in {
+        "sign_flip": -3 * own, "model_replacement": own * 10 / 3, "alie": (mean - z * spread).expand(3, -1),
+        "alie, given": (mean - 1.5 * spread).expand(3, -1), "ipm": (-0.5 * mean).expand(3, -1),
+        "lying_weight": -own, "free_rider": 0 * own, "stale": 0 * own,
+    }.items():  # fmt: skip
+        torch.testing.assert_close(apply(rows, ATTACKS[name], fraction=0.3)[bad], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_noise_has_the_size_it_says() -> None:
+    rows = drawn(10, 4000)
+    bad, honest, _ = split(rows, 0.3)
+    noise = apply(rows, attacks.gaussian(5.0), fraction=0.3)[bad]
+    assert float(noise.std() / honest.square().mean().sqrt()) == pytest.approx(5, rel=0.03)
+    assert not torch.equal(noise[0], noise[1])
+    other = apply(rows, attacks.gaussian(5.0), fraction=0.3, seed=0)[bad]
+    assert torch.equal(noise, other)
+
+
+def test_mimics_copy_the_honest_row_that_stands_out() -> None:
+    rows = drawn()
+    bad, _, _ = split(rows, 0.3)
+    rows[~bad] = 0.01 * rows[~bad]
+    place = int((~bad).nonzero()[4])
+    rows[place, 2] += 1.0
+    assert torch.equal(apply(rows, attacks.mimic(), fraction=0.3)[bad], rows[place].expand(3, -1))
+
+
+def test_min_max_and_min_sum_go_as_far_as_they_may() -> None:
+    rows = drawn()
+    bad, honest, _ = split(rows, 0.3)
+    apart = torch.cdist(honest, honest)
+    for name, size, most in (
+        ("min_max", lambda d: d.max(), apart.max()),
+        ("min_sum", lambda d: d.square().sum(), apart.square().sum(1).max()),
+    ):
+        sent = apply(rows, ATTACKS[name], fraction=0.3)[bad][0]
+        assert float(size((honest - sent).norm(dim=1))) == pytest.approx(float(most), rel=1e-9)
+        step = (sent - honest.mean(0)) / honest.std(0, correction=0)
+        assert float(step.max()) == pytest.approx(float(step.min())) and float(step[0]) < -0.5
+    assert torch.equal(apply(torch.ones(5, 3), attacks.min_max(), fraction=0.4), torch.ones(5, 3)), "no spread, no step"
+
+
+def test_stale_updates_are_those_of_the_first_round() -> None:
+    rule = apply(aggregators.mean(weights="uniform"), attacks.stale(), fraction=0.3)
+    rows, later = drawn(seed=1), drawn(seed=2)
+    bad, _, own = split(rows, 0.3)
+    first = rule.combine(rows)
+    second = rule.combine(later, None, first.state)
+    expected = later.clone()
+    expected[bad] = own.mean(0)
+    torch.testing.assert_close(second.row, expected.mean(0), rtol=1e-12, atol=1e-12)
+
+
+# --- on rules ---------------------------------------------------------------------------------------------------------
+
+
+@every
+@pytest.mark.parametrize("rule", ["median", "nnm"])
+def test_a_rule_sees_what_the_attack_makes_of_the_rows(name: str, rule: str) -> None:
+    behind = (
+        aggregators.median() if rule == "median" else aggregators.nnm(byzantine=3, then=aggregators.krum(byzantine=2))
+    )
+    rows = drawn()
+    names = [str(i) for i in range(10)]
+    attacked = apply(behind, ATTACKS[name], fraction=0.3)
+    found = attacked.combine(rows, None, None, names)
+    if name != "stale":  # a first round tells the attacker what to send later
+        expected = behind.combine(apply(rows, ATTACKS[name], fraction=0.3))
+        assert torch.equal(found.row, expected.row)
+        if found.share is not None and expected.share is not None:
+            assert torch.equal(found.share, expected.share), "shares are the clients' own"
+    assert bool(torch.isfinite(found.row).all())
+    assert (attacked.least(9), attacked.bears(9), attacked.weights) == (behind.least(9), behind.bears(9), "uniform")
+
+
+def test_a_lying_weight_owns_the_mean_and_not_the_median() -> None:
+    rows = torch.tensor([[1.0], [2.0], [3.0], [4.0]])
+    bad, _, own = split(rows, 0.25)
+    lie = attacks.lying_weight(1e9)
+    assert float(apply(aggregators.mean(), lie, fraction=0.25)(rows)) == pytest.approx(-float(own), rel=1e-6)
+    assert 1 <= float(apply(aggregators.median(), lie, fraction=0.25)(rows)) <= 3
+    assert int(bad.sum()) == 1
+
+
+def test_a_mean_cannot_bear_what_is_not_finite_and_a_rule_leaves_it_out() -> None:
+    rows, attack = drawn(), attacks.non_finite()
+    _, honest, _ = split(rows, 0.3)
+    with pytest.raises(NonFiniteError, match="robust rule"):
+        apply(aggregators.mean(), attack, fraction=0.3)(rows)
+    assert torch.equal(apply(aggregators.median(), attack, fraction=0.3)(rows), aggregators.median()(honest))
+    found = apply(aggregators.krum(byzantine=2), attack, fraction=0.3).combine(rows)
+    assert found.share is not None and float(found.share.sum()) == 1 and found.share.shape == (10,)
+
+
+def test_nobody_can_stop_a_round_by_sending_what_is_not_finite() -> None:
+    """Of seven clients, bulyan(1) needs all: the broken row counts as nought, one of those it bears."""
+    rows = drawn(7)
+    broken = rows.clone()
+    broken[2, 3] = torch.nan
+    rows[2] = 0.0
+    rule = aggregators.bulyan(byzantine=1)
+    assert torch.equal(rule(broken), rule(rows))
+    assert torch.equal(rule(torch.full((7, 2), torch.nan)), torch.zeros(2))
+
+
+# --- on data ----------------------------------------------------------------------------------------------------------
+
+
+def labelled() -> atoll.FederatedDataset:
+    clients = {f"c{i}": (torch.rand(4, 2, 3), torch.tensor([0, 1, 2, 3])) for i in range(5)}
+    return atoll.FederatedDataset.from_arrays(clients, test=clients)
+
+
+def test_labels_are_flipped_at_the_malicious_clients_only() -> None:
+    data = labelled()
+    poisoned = apply(data, attacks.label_flip(), fraction=0.4)
+    bad = chosen(list(data.clients), 0.4)
+    for client in data.clients:
+        flipped = poisoned[client].train["y"].tolist()
+        assert flipped == ([3, 2, 1, 0] if client in bad else [0, 1, 2, 3])
+        assert torch.equal(poisoned[client].test["y"], data[client].test["y"])
+        assert torch.equal(poisoned[client].train["x"], data[client].train["x"])
+    assert data[bad[0]].train["y"].tolist() == [0, 1, 2, 3], "the data given stay as they are"
+    assert poisoned.fingerprint() != data.fingerprint() and "label_flip" in poisoned.name
+
+
+def test_a_backdoor_marks_some_examples_and_gives_them_its_label() -> None:
+    data = labelled()
+    poisoned = apply(data, attacks.backdoor(target=2, fraction=0.5, features=2, value=9.0), fraction=0.2)
+    (client,) = chosen(list(data.clients), 0.2)
+    x, y = poisoned[client].train["x"], poisoned[client].train["y"]
+    assert y.tolist() == [2, 2, 2, 3]
+    assert x[:2, 1, 1:].flatten().tolist() == [9.0] * 4 and torch.equal(x[2:], data[client].train["x"][2:])
+    assert torch.equal(x[:2, 0], data[client].train["x"][:2, 0])
+
+
+# --- in a run ---------------------------------------------------------------------------------------------------------
+
+
+def run(rule: Any, **options: Any) -> Any:
+    return Process(scalar_model(), fedavg(local_sgd(0.1, steps=1, batch_size=None)), aggregator=rule, **options)
+
+
+@pytest.mark.parametrize("engine", ["loop", "auto"])
+def test_malicious_clients_in_a_round(engine: str) -> None:
+    data = quadratics((1.0,) * 5, (1.0, 1.0, 1.0, 1.0, 1.0))
+    for rule, expected in ((aggregators.mean(weights="uniform"), 0.1 * (4 - 50) / 5), (aggregators.median(), 0.1)):
+        process = run(apply(rule, attacks.sign_flip(50.0), fraction=0.2), engine=engine)
+        state, _ = process.next(process.init(), data)
+        assert float(process.vector(state)) == pytest.approx(expected, abs=1e-12)
+        assert state.aggregator["round"] == 1
+
+
+@pytest.mark.parametrize("engine", ["loop", "auto"])
+def test_a_round_goes_on_without_a_broken_client_and_it_keeps_what_it_had(engine: str) -> None:
+    process = Process(scalar_model(), scaffold(local_sgd(0.1, steps=1, batch_size=None)), engine=engine,
+                      aggregator=aggregators.median())  # fmt: skip
+    fine = quadratics((1.0,) * 4, (1.0, 2.0, 3.0, 4.0))
+    state, _ = process.next(process.init(), fine)
+    names = list(fine.clients)
+    before = state.memory.rows(names, torch.zeros(1, dtype=torch.float64)).clone()
+    state, metrics = process.next(state, quadratics((1.0,) * 4, (1.0, 2.0, 3.0, 1e200)))
+    assert metrics["clients"] == 3 and metrics["loss"] < 10
+    # x is 0.25, c is -2.5 and c_i is -b_i: everybody steps by 0.1 (2.5 - 0.25).
+    assert float(process.vector(state)) == pytest.approx(0.25 + 0.225)
+    after = state.memory.rows(names, torch.zeros(1, dtype=torch.float64))
+    assert float(after[3]) == float(before[3]) and float(after[0]) != float(before[0])
+    with pytest.raises(NonFiniteError, match="c0, c1"):
+        process.next(state, quadratics((1.0,) * 4, (1e200,) * 4))
+
+
+def test_an_attack_goes_on_where_it_was_after_a_resume(tmp_path: Path) -> None:
+    def go(rounds: int, **options: Any) -> atoll.Result:
+        rule = apply(aggregators.centered_clipping(radius=0.5), attacks.stale(), fraction=0.4)
+        return atoll.simulate(
+            scalar_model(), quadratics((1.0,) * 5, (1.0, 2.0, 3.0, 4.0, 9.0)), rounds=rounds, aggregator=rule,
+            algorithm=fedavg(local_sgd(0.1, steps=1, batch_size=None)), progress=False, **options,
+        )  # fmt: skip
+
+    whole = go(6)
+    go(2, directory=tmp_path)
+    assert torch.equal(go(6, directory=tmp_path, resume=True).vector, whole.vector)
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: apply(labelled(), attacks.alie(), fraction=0.2), "attack=.*one on data"),  # type: ignore[call-overload]
+        (lambda: apply(drawn(), attacks.label_flip(), fraction=0.2), "attack=.*one on updates"),  # type: ignore[call-overload]
+        (lambda: apply("median", attacks.alie(), fraction=0.2), "target='median'"),  # type: ignore[call-overload]
+        (lambda: apply(drawn(), attacks.alie(), fraction=1.2), "fraction=1.2"),
+        (lambda: apply(quadratics((1.0,), (1.0,)), attacks.label_flip(), fraction=1.0), "needs an integer field y"),
+        (lambda: apply(labelled(), attacks.backdoor(target=7), fraction=0.2), "target=7 is no class: the data has 4"),
+        (lambda: attacks.backdoor(target=-1), "target=-1"),
+        (lambda: attacks.backdoor(target=1, fraction=0.0), "fraction=0.0"),
+        (lambda: attacks.backdoor(target=1, features=0), "features=0"),
+        (lambda: attacks.sign_flip(0.0), "scale=0.0"),
+        (lambda: attacks.lying_weight(-1.0), "factor=-1.0"),
+        (lambda: attacks.alie(float("inf")), "z=inf"),
+    ],
+)
+def test_wrong_arguments(call: Any, said: str) -> None:
+    with pytest.raises(InvalidArgument, match=said):
+        call()
