@@ -28,6 +28,8 @@ class Record:
         seconds: by phase ("train", "evaluate", "save").
         epsilon: privacy spent so far; None without differential privacy.
         notes: what a reader should know, such as why a metric is undefined.
+        refused: clients whose updates had no part in the round: "reason", and where they are known the "norm" of the
+            update and its "distance" from the round's result.
     """
 
     round: int
@@ -44,6 +46,7 @@ class Record:
     seconds: Metrics = field(default_factory=dict)
     epsilon: float | None = None
     notes: tuple[str, ...] = ()
+    refused: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def loss(self) -> float:
@@ -70,6 +73,8 @@ class Record:
             row |= {f"{part}_{name}_{kind}": v for name, over in spread.items() for kind, v in over.items()}
         row |= {"bytes_up": self.bytes_up, "bytes_down": self.bytes_down}
         row |= {f"seconds_{name}": value for name, value in self.seconds.items()}
+        if self.refused:
+            row["refused"] = len(self.refused)
         if self.epsilon is not None:
             row["epsilon"] = self.epsilon
         return row

@@ -8,7 +8,7 @@
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from atoll import random
-from atoll.aggregators import Aggregator, mean
+from atoll.aggregators import Aggregator, Ruling, mean
 from atoll.algorithms.base import Algorithm
 from atoll.cohort import Cohort
 from atoll.engines import Engine
@@ -38,6 +38,9 @@ from atoll.vectors import Aggregate, Change, Layout, Personal, Selection
 if TYPE_CHECKING:
     from atoll.data import FederatedDataset, LazyDataset, Split
 
+
+REFUSED = 100
+"""Refused clients that are told of in a round."""
 
 PIECE = 2**18
 """Numbers that are added up at a time."""
@@ -83,6 +86,7 @@ class Collected:
     bytes_up: int
     saturated: int
     aggregator: Any = None
+    refused: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
 
 
 class Process:
@@ -433,8 +437,8 @@ class Process:
         cohort: Sequence[str] | None = None,
         *,
         expected: float | None = None,
-    ) -> tuple[State, dict[str, float]]:
-        """One round: the state after it, and its sums (loss, examples, clients, bytes up and down).
+    ) -> tuple[State, dict[str, Any]]:
+        """One round: the state after it, its sums (loss, examples, clients, bytes up and down), and who was "refused".
 
         Args:
             state: from `init` or an earlier `next`.
@@ -483,6 +487,7 @@ class Process:
             "bytes_up": float(collected.bytes_up),
             "bytes_down": float(len(clients) * self.bytes_down(task)),
             "saturated": float(collected.saturated),
+            "refused": collected.refused,
         }
         return closed, metrics
 
@@ -688,7 +693,7 @@ class Collector:
         """
         process = self._process
         dtype, width = process.model.dtype, self._parts[0] + self._parts[1]
-        saturated, kept = 0, self._state
+        saturated, kept, refused = 0, self._state, dict[str, Mapping[str, Any]]()
         length, task = sum(self._parts), self._task
         keys = keys_of(task.seed, task.round, random.client_keys(()), width)
         if not self._count:
@@ -704,6 +709,7 @@ class Collector:
                 self._rows[: self._count][out], weights = torch.nan, weights.masked_fill(out, 0.0)
                 self._count -= len(self.broken)
             ruling = process.aggregator.combine(self._rows[: len(weights)], weights, self._state, self._names)
+            refused = self._refused(self._rows[: len(weights)], ruling)
             combined, kept = process.chain.decode_sum(ruling.row, task.shared, length, keys), ruling.state
             average, sums = combined[:width], combined[width:] * self._count
             weight = float(weights.sum())
@@ -728,8 +734,34 @@ class Collector:
             average, sums = total[:width].div_(divisor), total[width:]
         loss, examples = self._metrics.tolist()
         return Collected(
-            average.to(dtype), sums.to(dtype), weight, self._count, loss, examples, self._bytes, saturated, kept
+            average.to(dtype),
+            sums.to(dtype),
+            weight,
+            self._count,
+            loss,
+            examples,
+            self._bytes,
+            saturated,
+            kept,
+            refused,
         )
+
+    def _refused(self, rows: Tensor, ruling: Ruling) -> dict[str, Mapping[str, Any]]:
+        """Clients that had no part in the ruling, the farthest first: why, and how long and how far off a row is."""
+        rows = rows if ruling.rows is None else ruling.rows
+        fine = torch.isfinite(rows).all(dim=1).tolist()
+        broken = [name for name, good in zip(self._names, fine, strict=True) if not good]
+        found: dict[str, Mapping[str, Any]] = {n: {"reason": "the update or loss is not finite"} for n in broken}
+        if ruling.share is not None:
+            reason = f"{self._process.aggregator.name} gave it no share"
+            away: list[tuple[float, float, str]] = []
+            for i in (ruling.share == 0).nonzero()[:, 0].tolist():
+                if fine[i]:
+                    row = rows[i].double()
+                    away.append((float((row - ruling.row).norm()), float(row.norm()), self._names[i]))
+            away.sort(reverse=True)
+            found |= {name: {"reason": reason, "norm": norm, "distance": far} for far, norm, name in away}
+        return dict(list(found.items())[:REFUSED])
 
     def _refuse(self, names: Sequence[str]) -> None:
         shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

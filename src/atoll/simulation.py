@@ -284,6 +284,7 @@ class _Run:
             bytes_down=int(metrics["bytes_down"]),
             seconds={"train": trained - began, "evaluate": time.perf_counter() - trained},
             notes=notes,
+            refused={name: dict(told) for name, told in metrics["refused"].items()},
         )
 
     def _evaluate(self) -> dict[str, Any]:

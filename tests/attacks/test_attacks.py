@@ -244,6 +244,39 @@ def test_a_round_goes_on_without_a_broken_client_and_it_keeps_what_it_had(engine
         process.next(state, quadratics((1.0,) * 4, (1e200,) * 4))
 
 
+def test_who_was_refused_and_why_is_told(tmp_path: Path) -> None:
+    """Pulls of 0.1, 0.2, 0.3, 0.4 and, flipped, -9 times one of them: multi-Krum leaves that one out in every round."""
+    data = quadratics((1.0,) * 5, (1.0, 1.1, 1.2, 1.3, 1.4))
+    (bad,) = chosen(list(data.clients), 0.2)
+    result = atoll.simulate(
+        scalar_model(), data, rounds=3, progress=False, directory=tmp_path,
+        algorithm=fedavg(local_sgd(0.1, steps=1, batch_size=None)),
+        aggregator=apply(aggregators.multi_krum(byzantine=1), attacks.sign_flip(90.0), fraction=0.2),
+    )  # fmt: skip
+    record = result.history[0]
+    assert list(record.refused) == [bad] and record.clients == 5 and record.flat()["refused"] == 1
+    told, own = record.refused[bad], 0.1 * float(data[bad].train["y"][:, 1].mean())
+    honest = [0.1 * (1 + i / 10) for i, c in enumerate(data.clients) if c != bad]
+    assert told["reason"] == "multi_krum under sign_flip gave it no share" and told["norm"] == pytest.approx(90 * own)
+    assert told["distance"] == pytest.approx(90 * own + sum(honest) / 4)
+    kept = atoll.Result.load(tmp_path).history
+    assert [list(r.refused) for r in kept] == [[bad]] * 3 and kept[0].refused == record.refused
+    result.report(tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert "Refused updates" in page and "gave it no share" in page
+
+
+def test_broken_clients_are_told_of_too() -> None:
+    rule = apply(aggregators.median(), attacks.non_finite(), fraction=0.25)
+    process = run(rule)
+    data = quadratics((1.0,) * 5, (1.0, 2.0, 3.0, 4.0, 1e200))
+    _, metrics = process.next(process.init(), data)
+    assert set(metrics["refused"]) == {"c4", *chosen(["c0", "c1", "c2", "c3"], 0.25)}
+    assert all(told == {"reason": "the update or loss is not finite"} for told in metrics["refused"].values())
+    _, metrics = run(aggregators.median()).next(process.init(), quadratics((1.0,) * 3, (1.0, 2.0, 3.0)))
+    assert metrics["refused"] == {}
+
+
 def test_an_attack_goes_on_where_it_was_after_a_resume(tmp_path: Path) -> None:
     def go(rounds: int, **options: Any) -> atoll.Result:
         rule = apply(aggregators.centered_clipping(radius=0.5), attacks.stale(), fraction=0.4)

@@ -20,6 +20,7 @@ class Ruling(NamedTuple):
     row: Tensor  # [L]
     share: Tensor | None = None  # [n] weight of each row in it, 0: refused; None when coordinates are judged one by one
     state: Any = None  # what the rule keeps for the next round
+    rows: Tensor | None = None  # [n, L] what was judged, where an attack stands before the rule
 
 
 def _any_cohort(count: int) -> int:
@@ -126,7 +127,11 @@ class Aggregator:
                 names = [c for c, good in zip(clients, fine.tolist(), strict=True) if good] if clients else ()
                 ruling = self.combine(rows[fine], given[fine], state, names)
                 share = None if ruling.share is None else given.new_zeros(len(rows)).masked_scatter(fine, ruling.share)
-                return ruling._replace(share=share)
+                judged = ruling.rows
+                if judged is not None:
+                    judged = torch.full_like(rows, torch.nan)
+                    judged[fine] = ruling.rows
+                return ruling._replace(share=share, rows=judged)
             seen = Rows(rows, clients=clients)
             state = self.init(rows.new_zeros(rows.shape[1])) if state is None else state
             ruling = self.rule(seen, given[seen.order], state)

@@ -183,10 +183,10 @@ def _attacked(behind: Aggregator, attack: Attack, fraction: float, seed: int) ->
         }
         # Shares are told for the rows as they stand here.
         share = None if ruling.share is None else ruling.share[rows.order]
-        return ruling._replace(share=share, state=kept)
+        return ruling._replace(share=share, state=kept, rows=matrix)
 
     return Aggregator(
-        record("attacked", attack=attack, fraction=fraction, seed=seed, then=behind),
+        record(f"{behind.name} under {attack.name}", attack=attack, fraction=fraction, seed=seed, then=behind),
         rule,
         behind.weights,
         behind.denominator,

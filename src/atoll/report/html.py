@@ -103,6 +103,7 @@ def _write_run(run: Run, path: Path) -> Path:
         "client_pictures": everyone,
         "clients": _client_sheet(run.clients),
         "spread": _spread_sheet(run.history),
+        "refused": _refused_sheet(run.history),
         "seconds": _seconds_sheet(run.history),
         "privacy": [_statement(s) for s in run.privacy] or [_NO_PRIVACY],
         "notes": _notes(run),
@@ -216,6 +217,25 @@ def _spread_sheet(history: Sequence[Record]) -> Sheet | None:
             rows.append((row, *(amount(v) for v in values), f"{undefined:,}" if undefined else "0"))
     columns = ("", "all examples", "mean over clients", "worst decile", "standard deviation", "undefined at")
     return Sheet(columns, tuple(rows), f"On the clients' test examples after round {record.round:,}.")
+
+
+def _refused_sheet(history: Sequence[Record]) -> Sheet | None:
+    told: dict[str, list[tuple[int, Mapping[str, Any]]]] = {}
+    for record in history:
+        for client, why in record.refused.items():
+            told.setdefault(client, []).append((record.round, why))
+    if not told:
+        return None
+    names = sorted(told, key=lambda client: (-len(told[client]), client))
+    rows: list[tuple[str, ...]] = []
+    for client in names[:LISTED]:
+        last, why = told[client][-1]
+        numbers = (amount(why.get("norm")), amount(why.get("distance")))
+        rows.append((client, f"{len(told[client]):,}", f"{last:,}", *numbers, str(why.get("reason", ""))))
+    note = "Updates that had no part in a round. Norm and distance from the round's result are those of the last time."
+    if len(names) > LISTED:
+        note += f" Of {len(names):,} clients, the {LISTED} that were refused most often are listed."
+    return Sheet(("client", "rounds", "last", "norm", "distance", "reason"), tuple(rows), note)
 
 
 def _seconds_sheet(history: Sequence[Record]) -> Sheet:
