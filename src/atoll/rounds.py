@@ -139,6 +139,17 @@ class Process:
                 f"{stage} treats what a client sends as one vector, but {algorithm.name} sends numbers of other units "
                 f"with its update, which {stage} would mix with it: leave {stage} out, or use fedavg."
             )
+        for stage in self.chain.stages:
+            if stage.settle is not None and self.aggregator.weights != "uniform":
+                raise CompositionError(
+                    f"{stage.name} cannot stand before the aggregator {self.aggregator.name} with weights: what its "
+                    'server keeps is the unweighted mean over all clients. Use aggregators.mean(weights="uniform").'
+                )
+            if stage.settle is not None and algorithm.sums(1):
+                raise CompositionError(
+                    f"{stage.name} cannot carry the summed part of {algorithm.name}: its server keeps a mean over all "
+                    "clients, not this cohort's sum. Use error_feedback instead."
+                )
         self.private_names = algorithm.private(model) if algorithm.private is not None else frozenset[str]()
         self.selection: Selection = model.layout.without(self.private_names)
         self.kept = Selection(model.layout, tuple(n for n in model.layout.names if n in self.private_names))
@@ -392,9 +403,15 @@ class Process:
         if not collected.count:
             return replace(state, round=state.round + 1)
         width = self.selection.size
+        mean, sums, transforms = collected.mean, collected.sums, state.transforms
+        if any(stage.settle is not None for stage in self.chain.stages):
+            row, transforms = self.chain.settle(
+                transforms, torch.cat((mean, sums)), collected.count / max(task.population, collected.count)
+            )
+            mean, sums = row[: len(mean)], row[len(mean) :]
         aggregate = Aggregate(
-            collected.mean[:width],
-            collected.sums,
+            mean[:width],
+            sums,
             collected.weight,
             collected.count,
             task.population,
@@ -402,13 +419,13 @@ class Process:
         )
         buffers = state.buffers
         if self.averaged_buffers:
-            buffers = state.buffers + collected.mean[width:]
+            buffers = state.buffers + mean[width:]
         return replace(
             state,
             round=state.round + 1,
             algorithm=self.algorithm.step(state.algorithm, aggregate),
             buffers=buffers,
-            transforms=self.chain.update(state.transforms, aggregate),
+            transforms=self.chain.update(transforms, aggregate),
             aggregator=collected.aggregator,
         )
 
@@ -608,7 +625,7 @@ class Process:
         fields: dict[str, Tensor] = {}
         if self.algorithm.client_init is not None:
             fields |= {f"algorithm/{n}": t for n, t in self.algorithm.client_init(vector, buffers).items()}
-        fields |= {f"transforms/{n}": t for n, t in self.chain.memory(self.length, self.split).items()}
+        fields |= {f"transforms/{n}": t.to(vector.dtype) for n, t in self.chain.memory(self.length, self.split).items()}
         if self.private_names:
             fields["private"] = private
         if self.buffer_rule == "local" and buffers.numel():

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import atoll
 from atoll import random, transforms
+from atoll.aggregators import mean
 from atoll.algorithms import fedavg, scaffold
 from atoll.errors import CompositionError, InvalidArgument, NonFiniteError
 from atoll.local import local_sgd
@@ -19,6 +20,7 @@ from atoll.transforms import (
     Transform,
     clip_norm,
     eden,
+    ef21,
     error_feedback,
     half,
     plain,
@@ -229,10 +231,14 @@ def test_a_resumed_run_has_the_bits_of_one(name: str, tmp_path: Path) -> None:
 STAGES: dict[str, Transform] = {
     "clip_norm": clip_norm(1.0), "half": half(), "quantize": quantize(4), "sign": sign(), "top_k": top_k(0.1),
     "rand_k": rand_k(0.1), "rotate": rotate(), "eden": eden(2), "error_feedback": error_feedback(top_k(0.1)),
-    "error_feedback of codes": error_feedback(top_k(0.1), quantize(4)),
+    "error_feedback of codes": error_feedback(top_k(0.1), quantize(4)), "ef21": ef21(top_k(0.1)),
 }  # fmt: skip
 CODED = ("half", "quantize", "sign", "eden", "error_feedback of codes")
 """Nothing can stand behind these: only their server half can read what leaves them."""
+FEEDBACK = ("error_feedback", "ef21")
+"""They must see whatever is lost."""
+MOVING = ("top_k", "rand_k", "rotate")
+"""Memory behind these would belong to other numbers in the next round."""
 CHANNELS = {"plain": plain(), "ring_sum": ring_sum(clip=1.0)}
 ADDING = ("clip_norm", "rand_k", "rotate")
 """What a channel that only adds can stand behind."""
@@ -250,9 +256,11 @@ def test_every_pair_of_stages(first: str, second: str) -> None:
     said = None
     if first in CODED:
         said = rf"^{after.name} cannot stand after {before.name}: .*codes.*Put {after.name} before {before.name}\.$"
-    elif first == "error_feedback" and second != "rotate":
+    elif first in FEEDBACK and second != "rotate":
+        said = rf"^{after.name} cannot stand after {first}: .*would not see.*Put {after.name} before.*or inside it"
+    elif first in MOVING and after.remembers:
         said = (
-            rf"^{after.name} cannot stand after error_feedback: .*would not see.*Put {after.name} before.*or inside it"
+            rf"^{after.name} cannot stand after {first}: .*other numbers.*Put {first} inside {after.name}, or leave it"
         )
     if said is not None:
         with pytest.raises(CompositionError, match=said):
@@ -279,14 +287,18 @@ def test_every_stage_with_every_channel(stage: str, channel: str) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_stage_inside_error_feedback(stage: str) -> None:
-    refused = {"rand_k": "rand_k cannot stand inside error_feedback: it scales.*Use rand_k without", "error_feedback":
-               "error_feedback cannot stand inside error_feedback.*into one"}  # fmt: skip
-    said = refused.get(STAGES[stage].name)
-    if said is None:
-        assert error_feedback(STAGES[stage]).gives == STAGES[stage].gives
-        return
-    with pytest.raises(CompositionError, match=said):
-        error_feedback(STAGES[stage])
+    for around in (error_feedback, ef21):
+        refused = {
+            "rand_k": f"rand_k cannot stand inside {around.__name__}: it scales.*Use rand_k without",
+            "error_feedback": f"error_feedback cannot stand inside {around.__name__}.*into one",
+            "ef21": f"ef21 cannot stand inside {around.__name__}.*into one",
+        }
+        said = refused.get(STAGES[stage].name)
+        if said is None:
+            assert around(STAGES[stage]).gives == STAGES[stage].gives
+            continue
+        with pytest.raises(CompositionError, match=said):
+            around(STAGES[stage])
 
 
 def test_a_stage_that_is_undone_on_the_sum_cannot_hide_one_that_is_not() -> None:
@@ -437,6 +449,58 @@ def test_error_feedback_by_hand() -> None:
     for given, expected, left in (([3.0, 2.0], [3.0, 0.0], [0.0, 2.0]), ([3.0, 2.0], [0.0, 4.0], [3.0, 0.0])):
         decoded, _, memory = send(chain, torch.tensor([given]), keys(1, split=2), memory)
         assert decoded.tolist() == [expected] and memory["0/error"].tolist() == [left]
+
+
+def test_ef21_by_hand() -> None:
+    """One number a round: what is known creeps up on the update, and the server knows the mean of what is known."""
+    chain = one(ef21(top_k(0.5)))
+    memory, state = {"0/known": torch.zeros(2, 2)}, chain.init(2, 2)
+    given = torch.tensor([[3.0, 2.0], [0.0, -4.0]])
+    for expected in ([[3.0, 0.0], [0.0, -4.0]], [[3.0, 2.0], [0.0, -4.0]]):
+        decoded, _, memory = send(chain, given, keys(2, split=2), memory)
+        assert memory["0/known"].tolist() == expected
+        row, state = chain.settle(state, decoded.mean(0), 0.5)  # two of four clients
+        torch.testing.assert_close(row, memory["0/known"].sum(0) / 4)
+
+
+@pytest.mark.parametrize("engine", ["loop", "auto"])
+def test_ef21s_server_knows_the_mean_of_what_its_clients_know(engine: str) -> None:
+    kind = MODELS["batch norm, mean"]
+    data = kind.data((6, 4, 8, 4))
+    process = Process(kind.model(), fedavg(local_sgd(0.1, epochs=1, batch_size=4)), engine=engine,
+                      transforms=(ef21(top_k(0.1), quantize(6)),), aggregator=mean(weights="uniform"))  # fmt: skip
+    state = process.init()
+    for cohort in (["c0", "c1"], ["c3"], ["c0", "c2", "c3"]):
+        before = process.vector(state)
+        state, _ = process.next(state, data, cohort)
+        size = state.memory.layout.size
+        known = state.memory.rows(list(data.clients), torch.zeros(size, dtype=torch.float64)).mean(0)
+        torch.testing.assert_close(state.transforms[0], known, rtol=0, atol=1e-12)
+        torch.testing.assert_close(process.vector(state) - before, known[: process.model.size], rtol=0, atol=1e-12)
+
+
+def test_ef21_refuses_weights_and_summed_parts() -> None:
+    with pytest.raises(CompositionError, match=r"ef21 cannot stand before the aggregator mean with weights.*uniform"):
+        Process(scalar_model(), fedavg(local_sgd(0.1)), transforms=(ef21(sign()),))
+    with pytest.raises(CompositionError, match=r"ef21 cannot carry the summed part of scaffold.*error_feedback"):
+        Process(
+            scalar_model(), scaffold(local_sgd(0.1)), transforms=(ef21(sign()),), aggregator=mean(weights="uniform")
+        )
+
+
+def test_ef21_is_resumed_with_the_same_bits(tmp_path: Path) -> None:
+    kind = MODELS["perceptron"]
+
+    def run(rounds: int, **options: Any) -> atoll.Result:
+        return atoll.simulate(
+            kind.model(), kind.data((4, 3, 5)), algorithm=fedavg(local_sgd(0.1, epochs=1, batch_size=2)), cohort=2,
+            rounds=rounds, transforms=(ef21(top_k(0.2)),), aggregator=mean(weights="uniform"), progress=False,
+            **options,
+        )  # fmt: skip
+
+    whole = run(5)
+    run(3, directory=tmp_path)
+    assert torch.equal(run(5, directory=tmp_path, resume=True).vector, whole.vector)
 
 
 def test_error_feedback_reaches_the_optimum_where_sparse_updates_alone_do_not() -> None:

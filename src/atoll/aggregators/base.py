@@ -127,9 +127,8 @@ class Aggregator:
                 names = [c for c, good in zip(clients, fine.tolist(), strict=True) if good] if clients else ()
                 ruling = self.combine(rows[fine], given[fine], state, names)
                 share = None if ruling.share is None else given.new_zeros(len(rows)).masked_scatter(fine, ruling.share)
-                judged = ruling.rows
-                if judged is not None:
-                    judged = torch.full_like(rows, torch.nan)
+                judged = None if ruling.rows is None else torch.full_like(rows, torch.nan)
+                if judged is not None and ruling.rows is not None:
                     judged[fine] = ruling.rows
                 return ruling._replace(share=share, rows=judged)
             seen = Rows(rows, clients=clients)

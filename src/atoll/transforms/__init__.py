@@ -4,6 +4,7 @@ from atoll.transforms.base import Transform
 from atoll.transforms.channel import Channel, plain, ring_sum
 from atoll.transforms.clip_norm import clip_norm
 from atoll.transforms.eden import eden
+from atoll.transforms.ef21 import ef21
 from atoll.transforms.error_feedback import error_feedback
 from atoll.transforms.half import half
 from atoll.transforms.quantize import quantize
@@ -17,6 +18,7 @@ __all__ = [
     "Transform",
     "clip_norm",
     "eden",
+    "ef21",
     "error_feedback",
     "half",
     "plain",

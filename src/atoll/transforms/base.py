@@ -95,6 +95,8 @@ class Transform:
         init: (L) -> server state.
         share: (state) -> what clients must know.
         update: (state, aggregate) -> state after the round.
+        settle: (server state, combined row [L], cohort / population) -> (row for the algorithm, state); None: the row
+            as it is. The row holds the mean of the averaged part and the sum of the summed part.
         memory: (L) -> a client's memory at its first visit.
         size: (length, split) of what enters -> of the rows that leave.
         bytes: (length, split, bytes of a number) of what enters -> bytes a client sends beside the rows that leave.
@@ -102,6 +104,8 @@ class Transform:
         sums: whether the sum of what leaves the stage tells the sum of what entered it.
         unbiased: whether the decoded row has the row that entered as its expectation.
         lossless: whether the decoded row is the row that entered.
+        aligned: whether number j of the rows that leave is number j of those that entered, in every round.
+        feedback: whether it remembers what is lost, so that nothing lossy may stand behind it.
         contracts: whether the error is shorter than the row, so that `error_feedback` can hold it.
         bound: (L2 bound on what enters or None) -> L2 bound on what the server decodes or None.
         fixed_size: whether the bytes do not depend on the values.
@@ -115,6 +119,7 @@ class Transform:
     init: Callable[[int], Any] = _stateless
     share: Callable[[Any], Any] = _same
     update: Callable[[Any, Any], Any] = _keep
+    settle: Callable[[Any, Tensor, float], tuple[Tensor, Any]] | None = None
     memory: Callable[[int], dict[str, Tensor]] = _no_memory
     size: Callable[[int, int], tuple[int, int]] = _as_long
     bytes: Callable[[int, int, int], int] = _no_bytes
@@ -122,6 +127,8 @@ class Transform:
     sums: bool = True
     unbiased: bool = True
     lossless: bool = False
+    aligned: bool = True
+    feedback: bool = False
     contracts: bool = True
     bound: Callable[[float | None], float | None] = lambda bound: bound
     fixed_size: bool = True

@@ -47,7 +47,7 @@ class Chain:
     channel: Channel
 
     def __post_init__(self) -> None:
-        codec = feedback = on_rows = None
+        codec = feedback = on_rows = moving = None
         for stage in self.stages:
             if codec is not None:
                 raise CompositionError(
@@ -59,6 +59,12 @@ class Chain:
                     f"{stage.name} cannot stand after {feedback.name}: {feedback.name} would not see what {stage.name} "
                     f"loses. Put {stage.name} before {feedback.name}, or inside it."
                 )
+            if stage.remembers and moving is not None:
+                raise CompositionError(
+                    f"{stage.name} cannot stand after {moving.name}: in the next round {moving.name} puts other "
+                    f"numbers where {stage.name} remembers them. Put {moving.name} inside {stage.name}, or leave it "
+                    "out."
+                )
             if stage.decode_sum is not None and stage.decode_each is None and on_rows is not None:
                 raise CompositionError(
                     f"{stage.name} cannot stand after {on_rows.name}: {stage.name} is undone on the sum, "
@@ -66,8 +72,10 @@ class Chain:
                 )
             if stage.gives == "codes":
                 codec = stage
-            if stage.name == "error_feedback":
+            if stage.feedback:
                 feedback = stage
+            if not stage.aligned:
+                moving = stage
             if stage.decode_each is not None and stage.decode_sum is None:
                 on_rows = stage
         if self.channel.sums_only:
@@ -119,6 +127,14 @@ class Chain:
     def update(self, state: Sequence[Any], aggregate: Any) -> tuple[Any, ...]:
         """State of every stage after a round."""
         return tuple(stage.update(s, aggregate) for stage, s in zip(self.stages, state, strict=True))
+
+    def settle(self, state: Sequence[Any], row: Tensor, share: float) -> tuple[Tensor, tuple[Any, ...]]:
+        """What the algorithm is given instead of the round's combined row [length], and the state of every stage."""
+        renewed = list(state)
+        for i, stage in reversed(list(enumerate(self.stages))):
+            if stage.settle is not None:
+                row, renewed[i] = stage.settle(state[i], row, share)
+        return row, tuple(renewed)
 
     def memory(self, length: int, split: int) -> dict[str, Tensor]:
         """A client's memory of every stage at its first visit, by `stage number/name`."""

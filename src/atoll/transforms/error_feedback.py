@@ -8,13 +8,15 @@ leaves, and moves on only when the update was accepted. It is for clients that t
 a thousand rounds adds an error that is long out of date.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from atoll.errors import CompositionError, invalid
-from atoll.spec import record
+from atoll.spec import Spec, record
 from atoll.transforms.base import Codes, Keys, Transform
-from atoll.transforms.chain import compose
+from atoll.transforms.chain import Chain, compose
 from atoll.transforms.channel import plain
 
 
@@ -27,50 +29,59 @@ def error_feedback(*stages: Transform) -> Transform:
     Raises:
         CompositionError: stages that do not fit, or one whose error may be longer than the row.
     """
+    inner, nothing = compressor("error_feedback", stages), (None,) * len(stages)
+
+    def encode(rows: Tensor, memory: dict[str, Tensor], shared: Any, keys: Keys) -> tuple[Codes, dict[str, Tensor]]:
+        wanted = rows + memory["error"]
+        wire, _ = inner.encode(wanted, {}, nothing, keys)
+        got = inner.decode_each(wire, nothing, rows.shape[1], keys, rows.dtype)
+        return ({"rows": wire} if isinstance(wire, Tensor) else wire), {"error": wanted - got}
+
+    return stage_around(inner, record("error_feedback", stages=list(stages)), encode, "error")
+
+
+def compressor(around: str, stages: tuple[Transform, ...]) -> Chain:
+    """The chain of the stages inside `error_feedback` or `ef21`, checked: whatever they lose, both ends know."""
     if not stages:
-        raise invalid("stages", stages, "at least one transform", "Write for instance error_feedback(top_k(0.01)).")
-    inner = compose(stages, plain())
+        raise invalid("stages", stages, "at least one transform", f"Write for instance {around}(top_k(0.01)).")
     for stage in stages:
-        if not stage.contracts:
+        if isinstance(stage, Transform) and stage.remembers:
             raise CompositionError(
-                f"{stage.name} cannot stand inside error_feedback: it scales what it sends to be unbiased, so the "
-                f"error would grow from round to round. Use {stage.name} without error_feedback, or top_k inside it."
-            )
-        if stage.remembers and stage.name == "error_feedback":
-            raise CompositionError(
-                "error_feedback cannot stand inside error_feedback: the inner one already remembers what is lost. Put "
+                f"{stage.name} cannot stand inside {around}: {around} already remembers for the stages inside it. Put "
                 "all stages into one."
             )
+        if isinstance(stage, Transform) and not stage.contracts:
+            raise CompositionError(
+                f"{stage.name} cannot stand inside {around}: it scales what it sends to be unbiased, so the error "
+                f"would grow from round to round. Use {stage.name} without {around}, or top_k inside it."
+            )
+    return compose(stages, plain())
 
-    def encode(
-        rows: Tensor, memory: dict[str, Tensor], shared: tuple[None, ...], keys: Keys
-    ) -> tuple[Codes, dict[str, Tensor]]:
-        wanted = rows + memory["error"]
-        wire, kept = inner.encode(wanted, memory, shared, keys)
-        got = inner.decode_each(wire, shared, rows.shape[1], keys, rows.dtype)
-        return ({"rows": wire} if isinstance(wire, Tensor) else wire), {**kept, "error": wanted - got}
 
-    def decode(codes: Codes, shared: tuple[None, ...], length: int, keys: Keys) -> Tensor:
-        return inner.decode_each(codes, shared, length, keys, torch.float64)
+def stage_around(inner: Chain, spec: Spec, encode: Any, field: str, **more: Any) -> Transform:
+    """The stage that compresses by a chain and keeps one row of memory under a name."""
+    last = inner.stages[-1].gives
+
+    def decode(codes: Codes, shared: Any, length: int, keys: Keys) -> Tensor:
+        return inner.decode_each(codes, (None,) * len(inner.stages), length, keys, torch.float64)
 
     def parts(length: int, split: int, item: int) -> int:
-        rows = 0 if stages[-1].gives == "codes" else inner.sizes(length, split)[-1][0] * item
+        rows = 0 if last == "codes" else inner.sizes(length, split)[-1][0] * item
         return inner.bytes(length, split, item) - rows
 
     return Transform(
-        record("error_feedback", stages=list(stages)),
+        spec,
         encode,
         decode_each=decode,
-        init=lambda length: inner.init(length, length),
-        share=inner.share,
-        update=inner.update,
-        memory=lambda length: {**inner.memory(length, length), "error": torch.zeros(length)},
+        memory=lambda length: {field: torch.zeros(length)},
         size=lambda length, split: inner.sizes(length, split)[-1],
         bytes=parts,
-        gives=stages[-1].gives,
+        gives=last,
         sums=False,
         unbiased=False,
+        feedback=True,
         bound=lambda before: None,
         fixed_size=inner.facts.fixed_size,
         randomness="shared" if inner.facts.shared else "private",
+        **more,
     )

@@ -60,6 +60,7 @@ def rand_k(fraction: float) -> Transform:
         decode_each=decode,
         decode_sum=lambda total, shared, length, keys: spread(total, length, keys),
         size=size,
+        aligned=False,
         lossless=fraction == 1,
         contracts=fraction == 1,
         bound=lambda before: None if before is None else before / fraction,

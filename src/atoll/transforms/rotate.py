@@ -49,6 +49,7 @@ def rotate(*, block: int = BLOCK) -> Transform:
         encode,
         decode_each=decode,
         decode_sum=lambda total, shared, length, keys: turn(total[None], keys, back=True)[0],
+        aligned=False,
         lossless=True,
         randomness="shared",
     )

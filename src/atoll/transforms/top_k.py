@@ -54,6 +54,7 @@ def top_k(fraction: float) -> Transform:
         bytes=lambda length, split, item: packed_bytes(kept_of(length, fraction), place_bits(length)),
         sums=False,
         unbiased=fraction == 1,
+        aligned=False,
         lossless=fraction == 1,
     )
 
