@@ -194,7 +194,8 @@ def test_pipelines_work_with_every_algorithm_on_every_engine(method: Method, tra
     )
     algorithm = method.build(method.plan(epochs=1, batch_size=4))
     if algorithm.scalars and transform != "ring_sum":
-        with pytest.raises(CompositionError, match=f"{TRANSFORMS[transform]().name} treats what a client sends as one vector"):
+        name = TRANSFORMS[transform]().name
+        with pytest.raises(CompositionError, match=f"{name} treats what a client sends as one vector"):
             Process(kind.model(), algorithm, **options)  # type: ignore[arg-type]
         return
     _, _, expected = run(kind.model(), data, algorithm, Loop(), **options)
