@@ -38,7 +38,7 @@ def test_one_stream_of_batches_equals_client_by_client(
     process = Process(m, atoll.fedavg(atoll.local_sgd(0.1, batch_size=None)))
     state, _ = process.next(process.init(), data)
     found = process.evaluate(state, data, split="train")
-    task = process.open(state, data.clients, 3, kind="evaluate")
+    task = process.open_global(state, data.clients, 3)
     for cohort, remembered in process.engine.tiles(process, task, data, state.memory):
         places = data.places(cohort.clients)
         sums, _ = process.examine(task, cohort, remembered, data.train, places, personal=False)

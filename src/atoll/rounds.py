@@ -32,7 +32,7 @@ from atoll.transforms.base import Codes, Keys, Transform
 from atoll.transforms.chain import Chain, compose, keys_of
 from atoll.transforms.channel import Channel, add, merge
 from atoll.transforms.channel import resolve as resolve_channel
-from atoll.tree import nbytes
+from atoll.tree import leaves, nbytes, rebuild
 from atoll.vectors import Aggregate, Change, Layout, Personal, Selection
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ class Collected:
     examples: float
     bytes_up: int
     saturated: int
+    divisor: float = 0.0
     aggregator: Any = None
     refused: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
 
@@ -138,6 +139,16 @@ class Process:
             raise CompositionError(
                 f"{stage} treats what a client sends as one vector, but {algorithm.name} sends numbers of other units "
                 f"with its update, which {stage} would mix with it: leave {stage} out, or use fedavg."
+            )
+        if algorithm.scalars and self.chain.channel.sums_only:
+            raise CompositionError(
+                f"the channel {self.chain.channel.name} cuts every number at one clip, but {algorithm.name} sends "
+                'numbers of other units with its update, which would be cut too: use channel="plain", or fedavg.'
+            )
+        if algorithm.additive and self.aggregator.rule is not None:
+            raise CompositionError(
+                f"the summed part of {algorithm.name} is only right when it is added up: under the aggregator "
+                f"{self.aggregator.name} most clients would count for nothing. Use aggregators.mean()."
             )
         for stage in self.chain.stages:
             if stage.settle is not None and self.aggregator.weights != "uniform":
@@ -252,6 +263,12 @@ class Process:
             state.private,
             self.chain.share(state.transforms),
         )
+
+    def open_global(self, state: State, clients: Sequence[str], population: int) -> Task:
+        """The task to evaluate the global model, which need not be what clients train from: it stands as `vector`."""
+        task = self.open(state, clients, population, kind="evaluate")
+        own = dict(leaves(task.message)) | {"vector": self.algorithm.model(state.algorithm)}
+        return replace(task, message=rebuild(task.message, own))
 
     def remembered(self, task: Task, clients: Sequence[str], memory: ClientMemory | Window) -> dict[str, Tensor]:
         """Memory fields [C, ...] of clients, with first-visit values for those never seen."""
@@ -416,6 +433,7 @@ class Process:
             collected.count,
             task.population,
             task.round,
+            collected.divisor,
         )
         buffers = state.buffers
         if self.averaged_buffers:
@@ -569,7 +587,7 @@ class Process:
         """A tile's answer to an evaluation task: sums [C, 2 + ...] of loss, examples and metrics, and the metrics.
 
         Args:
-            task: from `open(kind="evaluate")`.
+            task: from `open(kind="evaluate")`, or `open_global` for the global model.
             cohort: the tile.
             remembered: what its clients remember.
             split: the examples to look at; a client without any gives zeros.
@@ -715,7 +733,7 @@ class Collector:
         keys = keys_of(task.seed, task.round, random.client_keys(()), width)
         if not self._count:
             empty = torch.empty(0, dtype=dtype)
-            return Collected(empty, empty, 0.0, 0, 0.0, 0.0, 0, 0, kept)
+            return Collected(empty, empty, 0.0, 0, 0.0, 0.0, 0, 0, 0.0, kept)
         if self._rows is not None:
             process.aggregator.check(self._count, self._task.round)
             if len(self.broken) == self._count:
@@ -729,7 +747,7 @@ class Collector:
             refused = self._refused(self._rows[: len(weights)], ruling)
             combined, kept = process.chain.decode_sum(ruling.row, task.shared, length, keys), ruling.state
             average, sums = combined[:width], combined[width:] * self._count
-            weight = float(weights.sum())
+            weight = divisor = float(weights.sum())
         else:
             if self._sealed is not None:
                 assert process.chain.channel.unseal is not None
@@ -759,6 +777,7 @@ class Collector:
             examples,
             self._bytes,
             saturated,
+            divisor,
             kept,
             refused,
         )

@@ -306,6 +306,7 @@ class Aggregate:
         count: clients whose updates are in it.
         population: clients there are.
         round: the round, from 0.
+        divisor: what the weighted sum was divided by: the total weight, or the expected one.
     """
 
     mean: Tensor
@@ -314,6 +315,7 @@ class Aggregate:
     count: int
     population: int
     round: int
+    divisor: float
 
 
 class Personal(NamedTuple):

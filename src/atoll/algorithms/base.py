@@ -44,7 +44,8 @@ class Algorithm:
         asynchronous: whether updates may be applied to a newer state than they were computed from.
         sums: (D) -> length of the updates' summed part.
         scalars: the summed part holds numbers of other units than the update (losses, lengths, counts), so that stages
-            which clip or quantise a row as one vector are refused.
+            which clip or quantise a row as one vector are refused, and channels that cut every number alike.
+        additive: the summed part is only right when it is added up: rules that choose among clients are refused.
         plans: the local training it will do, for checks before any work.
     """
 
@@ -63,6 +64,7 @@ class Algorithm:
     asynchronous: bool = False
     sums: Callable[[int], int] = lambda size: 0
     scalars: bool = False
+    additive: bool = False
     plans: tuple[Plan, ...] = ()
 
     @property

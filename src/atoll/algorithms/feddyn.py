@@ -58,7 +58,8 @@ def feddyn(plan: Plan, *, alpha: float) -> Algorithm:
         return update, {"term": torch.sub(term, trained.minus(start), alpha=alpha)}
 
     def step(state: State, aggregate: Aggregate) -> State:
-        term = torch.sub(state.term, aggregate.mean, alpha=alpha * aggregate.count / aggregate.population)
+        # The sum over the cohort, whatever it was divided by; every client weighs one.
+        term = torch.sub(state.term, aggregate.mean, alpha=alpha * aggregate.divisor / aggregate.population)
         return State(state.vector + aggregate.mean - term / alpha, term)
 
     return Algorithm(

@@ -50,7 +50,8 @@ def fedexp(plan: Plan, *, epsilon: float = 1e-3, average: bool = True) -> Algori
 
     def step(state: State, aggregate: Aggregate) -> State:
         spread = aggregate.sums[0] / aggregate.weight
-        eta = (spread / (2 * (aggregate.mean.square().sum() + epsilon))).clamp(min=1.0)
+        change = aggregate.mean * (aggregate.divisor / aggregate.weight)  # the mean of those that took part
+        eta = (spread / (2 * (change.square().sum() + epsilon))).clamp(min=1.0)
         return State(state.vector + eta * aggregate.mean, state.vector)
 
     return Algorithm(

@@ -114,5 +114,6 @@ def ifca(
         buffers="local",
         sums=lambda size: clusters * (size + 1),
         scalars=True,
+        additive=True,
         plans=(plan,),
     )  # fmt: skip

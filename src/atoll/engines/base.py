@@ -152,7 +152,7 @@ class Engine(ABC):
         self, process: "Process", state: "State", data: "FederatedDataset | LazyDataset", split: str
     ) -> "list[tuple[Tensor, tuple[Any, ...]]]":
         """Sums of the global model over a split, in pieces [clients, ...] in the clients' order, and the metrics."""
-        task = process.open(state, (), len(data), kind="evaluate")
+        task = process.open_global(state, (), len(data))
         return [process.survey(task, part) for _, whole in data.chunks(split) for part in stretches(whole)]
 
     def tiles(self, process: "Process", task: Task, data: "FederatedDataset", memory: ClientMemory) -> Iterator[Tile]:

@@ -170,7 +170,7 @@ class Spread(Engine):
         ):
             return self.inner.stream(process, state, data, split)
         pieces = list(stretches(getattr(data, split)))
-        task = process.open(state, tuple(data.clients), len(data), kind="evaluate")
+        task = process.open_global(state, tuple(data.clients), len(data))
         if len(pieces) == 1 or not crew.fits(task, state.memory):
             return self.inner.stream(process, state, data, split)
         full = next((p for p in pieces if len(p)), pieces[0])
