@@ -21,7 +21,7 @@ LAYERS = (
     ("algorithms", "transforms", "aggregators", "evaluation"),
     ("engines", "attacks"),
     ("rounds",),
-    ("result",),
+    ("result", "net"),
     ("simulation",),
     ("experiment",),
     ("study", "bench"),

@@ -315,7 +315,7 @@ class Process:
         keys = random.client_keys(cohort.clients)
         mine = {n.removeprefix("transforms/"): t for n, t in remembered.items() if n.startswith("transforms/")}
         finite, wire, stages = torch.ones(count, dtype=torch.bool), clear, dict[str, Tensor]()
-        if not self._adds_rows:
+        if not self.adds_rows:
             rows = clear.rows
             finite = _finite(rows)
             wire, stages = self.chain.encode(rows, mine, task.shared, keys_of(task.seed, task.round, keys, split))
@@ -354,8 +354,28 @@ class Process:
         size = sent + (8 if channel.seal is None else 0) + 16
         return Report(cohort.clients, wire, lengths, weight, update.metrics, finite, memory, size)
 
+    def blank(self, task: Task) -> Report:
+        """A single client's report with nothing in it: the shapes and types that a site may send."""
+        row, weight = torch.zeros(1, self.length, dtype=self.model.dtype), torch.ones(1, 1, dtype=torch.float64)
+        keys, channel = random.client_keys(("",)), self.chain.channel
+        memory = {n: t[None].to(row.dtype) for n, t in self.chain.memory(self.length, self.split).items()}
+        wire, _ = self.chain.encode(row, memory, task.shared, keys_of(task.seed, task.round, keys, self.split))
+        if channel.seal is not None:
+            assert isinstance(wire, Tensor)
+            sealing = Keys(task.seed, "channel", task.round, keys)
+            sealed = self.chain.sizes(self.length, self.split)[-1][1]
+            wire = channel.seal(wire, sealed, 0 * weight, len(task.clients), sealing)
+            weight = weight.new_empty(1, 0)
+        sums, finite = torch.zeros(1, 2, dtype=torch.float64), torch.ones(1, dtype=torch.bool)
+        return Report(("",), wire, self.parts, weight, sums, finite, row.new_empty(1, 0), 0)
+
     @property
-    def _adds_rows(self) -> bool:
+    def parts(self) -> tuple[int, int, int]:
+        """Lengths of a row's averaged part, averaged buffers and summed part."""
+        return self.selection.size, self.averaged_buffers, self.algorithm.sums(self.selection.size)
+
+    @property
+    def adds_rows(self) -> bool:
         """Whether the server adds up the very rows that clients computed."""
         return not self.chain.stages and not self.chain.channel.sums_only and self.aggregator.rule is None
 
@@ -703,9 +723,12 @@ class Collector:
             self._sealed = partial.codes if self._sealed is None else merge(self._sealed, partial.codes)
             return
         if partial.rows is not None:
-            if self._rows is None:  # rows go straight to their place: there is no second copy of them all
-                self._rows = partial.rows.new_empty(len(self._task.clients), partial.rows.shape[1])
-            self._rows[self._count - len(partial.clients) : self._count] = partial.rows
+            if len(partial.clients) == len(self._task.clients):  # those of everybody need no other place
+                self._rows = partial.rows
+            else:
+                if self._rows is None:  # rows go straight to their place: there is no second copy of them all
+                    self._rows = partial.rows.new_empty(len(self._task.clients), partial.rows.shape[1])
+                self._rows[self._count - len(partial.clients) : self._count] = partial.rows
             self._names += partial.clients
             self.broken += partial.broken
             self._weights.append(partial.weight[:, 0])

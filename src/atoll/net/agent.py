@@ -1,0 +1,240 @@
+"""The site's side of a run: carries out what the party decides, on a file system that is handed in.
+
+    journal             finished reports and what became of them
+    reports/ROUND.TRY   the frame of a finished report, until its round is over
+    memory/ROUND.TRY    what the client remembers after it; the journal says which one counts
+
+It has no clock, thread or socket: whoever owns those calls `due` when `wake` seconds have passed, `heard` with an
+answer, and `train` while `busy`; each gives the messages to be sent.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import msgspec
+import numpy as np
+import torch
+
+from atoll.errors import AtollError, NonFiniteError, RunError
+from atoll.memory import ClientMemory
+from atoll.messages import Clear
+from atoll.net import party
+from atoll.net.control import Answer, Deliver, Request, Stamp, Work
+from atoll.net.frames import Limits, TensorSpec, content_hash, decode, encode
+from atoll.net.packing import pack_report, unpack_task
+from atoll.net.party import Pace
+from atoll.net.storage import FileSystem, Log, write_durably
+from atoll.rounds import Process
+
+if TYPE_CHECKING:
+    from atoll.data import FederatedDataset
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What training gave.
+
+    Attributes:
+        frame: of the report.
+        parts: lengths of the averaged part, the averaged buffers and the summed part.
+        sent: bytes the pipeline counts.
+        memory: what the client remembers if the update counts; empty: nothing.
+    """
+
+    frame: bytes
+    parts: tuple[int, int, int]
+    sent: int
+    memory: bytes
+
+
+Training = Callable[[Work, bytes, bytes], Done]
+"""(message, frame of the task, memory) -> what training gave; the memory is empty for a client that has none yet."""
+
+Out = tuple[Request, bytes]
+"""A message and the frame beside it, which may be empty."""
+
+
+class Agent:
+    """A run at a site.
+
+    Args:
+        site: its name.
+        run: the run's.
+        training: what works on a task.
+        files: where the site's folder for this run is.
+        pace: how often it speaks.
+        notice: called with what the site's owner should hear of.
+    """
+
+    def __init__(
+        self,
+        site: str,
+        run: str,
+        training: Training,
+        files: FileSystem,
+        *,
+        pace: Pace | None = None,
+        notice: Callable[[str], None] | None = None,
+    ) -> None:
+        self._training, self._files, self._pace = training, files, pace or Pace()
+        self._notice = notice or (lambda text: None)
+        self._log = Log(files, "journal")
+        self.state = party.replay(site, run, [_decoder.decode(r) for r in self._log])
+        self._todo: tuple[Work, bytes] | None = None
+        self._done: Done | None = None
+        self.wake = 0.0
+        self._tidy()
+
+    @property
+    def busy(self) -> bool:
+        """Whether `train` has something to do."""
+        return self._todo is not None
+
+    @property
+    def memory(self) -> bytes:
+        """What the client remembers; empty for one that was never counted.
+
+        Raises:
+            OSError: it is not there.
+        """
+        stamp = self.state.memory
+        return b"" if stamp is None else self._files.read(f"memory/{_name(stamp)}")
+
+    def due(self) -> list[Out]:
+        """`wake` seconds have passed."""
+        return self._happen(party.Due())
+
+    def heard(self, answer: Answer, content: bytes = b"") -> list[Out]:
+        """The server answered; beside a `Work` its frame."""
+        return self._happen(party.Heard(answer), content)
+
+    def train(self) -> list[Out]:
+        """Work on the task that waits."""
+        assert self._todo is not None
+        work, content = self._todo
+        stamp = (work.round, work.attempt)
+        event: party.Event
+        try:
+            try:
+                if self._done is None:
+                    self._done = self._training(work, content, self.memory)
+            except Exception as error:  # whatever the author's code raises, the site stays up and says so
+                told = str(error) if isinstance(error, AtollError) else type(error).__name__
+                self._notice(f"round {work.round + 1}: {type(error).__name__}: {error}")
+                event = party.Broke(stamp, told)
+            else:
+                event = party.Trained(self._stored(work, self._done))
+            return self._happen(event)
+        except OSError as error:  # the task waits, and what came of it: there may be room the next time
+            self._notice(f"the disk refuses: {error}")
+            self._settle()
+            return []
+
+    def _stored(self, work: Work, done: Done) -> Deliver:
+        """Make a report and its memory durable; its message."""
+        name = _name((work.round, work.attempt))
+        write_durably(self._files, f"memory/{name}", done.memory)
+        write_durably(self._files, f"reports/{name}", done.frame)
+        return Deliver(
+            work.run, self.state.site, work.round, work.attempt, work.base, content_hash(done.frame), len(done.frame),
+            done.parts, done.sent,
+        )  # fmt: skip
+
+    def _happen(self, event: party.Event, content: bytes = b"") -> list[Out]:
+        after, effects = party.handle(self.state, event, self._pace)
+        out: list[Out] = []
+        recorded = not any(isinstance(e, party.Record) for e in effects)
+        for effect in effects:
+            match effect:
+                case party.Record(entry):
+                    self._log.append(msgspec.json.encode(entry))
+                    self.state, recorded = after, True
+                case party.Send(message):
+                    frame = b""
+                    if isinstance(message, Deliver):
+                        frame = self._files.read(f"reports/{_name((message.round, message.attempt))}")
+                    out.append((message, frame))
+                case party.Train(work):
+                    self._todo, self._done = (work, content), None
+                case party.Sleep(seconds):
+                    self.wake = seconds
+                case party.Tidy():
+                    self._tidy()
+        assert recorded
+        self.state = after
+        self._settle()
+        return out
+
+    def _settle(self) -> None:
+        """Let go of a task that is done, or over without this site."""
+        if self._todo is not None:
+            stamp = (self._todo[0].round, self._todo[0].attempt)
+            if self.state.phase is not party.Phase.TRAINING or self.state.stamp != stamp:
+                self._todo = self._done = None
+
+    def _tidy(self) -> None:
+        """Remove what no restart will need; what cannot be removed now is the next time."""
+        state = self.state
+        needed = {_name(s) for s in (state.stamp, state.memory) if s is not None}
+        try:
+            for folder in ("memory", "reports"):
+                for name in self._files.names(folder):
+                    if name not in needed:
+                        self._files.remove(f"{folder}/{name}")
+        except OSError as error:
+            self._notice(f"the disk refuses: {error}")
+
+
+class Trainer:
+    """Works on tasks with a process and the site's own data.
+
+    Args:
+        process: the very one of the server.
+        data: the site's, with the site as its only client.
+        limits: of frames.
+    """
+
+    def __init__(self, process: Process, data: "FederatedDataset", limits: Limits | None = None) -> None:
+        self._process, self._data, self._limits = process, data, limits
+        (self._site,) = data.clients
+        start = process.init()
+        self._template = process.open(start, (self._site,), 1)
+        self._layout, self._dtype = start.memory.layout, process.model.dtype
+
+    def __call__(self, work: Work, content: bytes, memory: bytes) -> Done:
+        """Train on a task.
+
+        Raises:
+            FrameError: a task that is not of this experiment, or a memory that is not this process's.
+            NonFiniteError: training diverged; nothing may be sent.
+            RunError: the task is not for this site.
+        """
+        process = self._process
+        task = unpack_task(self._template, work, content, self._limits)
+        if self._site not in task.clients:
+            raise RunError(f"{self._site} was given a task of a cohort it is not in.")
+        kept = ClientMemory(self._layout, self._dtype)
+        if memory and self._layout.size:
+            spec = TensorSpec("memory", self._dtype, (1, self._layout.size))
+            kept.stage([self._site], decode(memory, (spec,))["memory"])
+            kept.commit()
+        engine = process.engine
+        engine.prepare(process, self._data)
+        with engine.threads():
+            chosen = np.array([task.clients.index(self._site)])
+            cohort, remembered = engine.tile(process, task, self._data, kept, chosen)
+            report = process.work(task, cohort, remembered)
+            frame = pack_report(report)
+        wire = report.wire.rows if isinstance(report.wire, Clear) else report.wire
+        fine = bool(report.finite.all() and torch.isfinite(report.metrics).all())
+        if not fine or (isinstance(wire, torch.Tensor) and not bool(torch.isfinite(wire).all())):
+            raise NonFiniteError(f"round {task.round + 1}: training became non-finite.")
+        return Done(frame, report.parts, report.bytes, encode({"memory": report.memory.to(self._dtype)}))
+
+
+_decoder: msgspec.json.Decoder[party.Entry] = msgspec.json.Decoder(party.Entry)
+
+
+def _name(stamp: Stamp) -> str:
+    return f"{stamp[0]:08d}.{stamp[1]}"

@@ -1,0 +1,196 @@
+"""The messages that sites and server exchange: fixed fields, checked types, bounded lengths, unknown fields forbidden.
+
+A message names its round and attempt, so that it may arrive late, twice or in any order. Tensors travel beside it, as
+a frame whose hash the message announces. Every answer tells the site which of its updates was counted last: that is how
+it learns, whatever was lost on the way, whether to keep what it remembers of a round.
+"""
+
+from typing import Annotated, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from atoll.errors import InvalidArgument
+
+Name = Annotated[str, Meta(min_length=1, max_length=200, pattern=r"\A[A-Za-z0-9][A-Za-z0-9._@ -]*\Z")]
+"""Of a run or a site: A-z 0-9 . _ @ - and blanks, at most 200 characters."""
+Text = Annotated[str, Meta(max_length=1000)]
+Count = Annotated[int, Meta(ge=0, le=2**53)]
+Hash = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+Value = int | float | bool | Text | None
+"""A leaf of a task that is no tensor."""
+
+Stamp = tuple[Count, Count]
+"""(round, attempt)."""
+
+
+class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
+    run: Name
+
+
+# --- from a site ------------------------------------------------------------------------------------------------------
+
+
+class Ask(_Message, frozen=True):
+    """Is there work, and what became of my last update?
+
+    Attributes:
+        at: round and attempt of the task the site is working on, which it need not be given again.
+    """
+
+    site: Name
+    at: Stamp | None = None
+
+
+class Deliver(_Message, frozen=True):
+    """An update; its frame travels beside it.
+
+    Attributes:
+        base: `base` of the work it answers: the hash of the task's frame.
+        sha256: hash of the report's frame.
+        size: bytes of the report's frame.
+        parts: lengths of the averaged part, the averaged buffers and the summed part.
+        bytes: bytes the pipeline counts for it.
+    """
+
+    site: Name
+    round: Count
+    attempt: Count
+    base: Hash
+    sha256: Hash
+    size: Count
+    parts: tuple[Count, Count, Count]
+    bytes: Count
+
+
+class Decline(_Message, frozen=True):
+    """This site will not answer this attempt."""
+
+    site: Name
+    round: Count
+    attempt: Count
+    reason: Text
+
+
+# --- from the server --------------------------------------------------------------------------------------------------
+
+
+class Work(_Message, frozen=True):
+    """A task; its frame travels beside it.
+
+    Attributes:
+        base: hash of the task's frame.
+        size: bytes of the task's frame.
+        clients: the cohort, in order: a sealing channel and keyed randomness need it.
+        values: leaves of the task that are no tensors, by path.
+        counted: the site's update that was counted last.
+    """
+
+    round: Count
+    attempt: Count
+    base: Hash
+    size: Count
+    kind: Literal["train", "evaluate"]
+    seed: int
+    clients: Annotated[tuple[Name, ...], Meta(max_length=100_000)]
+    population: Count
+    values: Annotated[dict[Annotated[str, Meta(max_length=256)], Value], Meta(max_length=4096)]
+    counted: Stamp | None
+
+
+class Wait(_Message, frozen=True):
+    """Nothing to do in this round for now: ask again."""
+
+    round: Count
+    counted: Stamp | None
+
+
+class Received(_Message, frozen=True):
+    """The update is on disk: it will not be lost, and need not be sent again."""
+
+    round: Count
+    attempt: Count
+    counted: Stamp | None
+
+
+Cause = Literal[
+    "unknown site", "revoked", "identity", "run", "stale", "conflict", "base", "not in cohort", "excluded", "content",
+    "transport", "busy",
+]  # fmt: skip
+"""Why a message was refused; after "transport" and "busy" the very same may be sent again."""
+
+
+class Refused(_Message, frozen=True):
+    """The message with this round and attempt changed nothing; `now` is the server's own round."""
+
+    round: Count
+    attempt: Count
+    cause: Cause
+    detail: Text
+    now: Count
+    counted: Stamp | None
+
+
+class Ended(_Message, frozen=True):
+    """The run is over."""
+
+    round: Count
+    reason: Text
+    counted: Stamp | None
+
+
+Request = Ask | Deliver | Decline
+Answer = Work | Wait | Received | Refused | Ended
+
+_T = TypeVar("_T")
+
+LONGEST = 2**24
+"""Bytes of a message."""
+
+_requests: msgspec.json.Decoder[Request] = msgspec.json.Decoder(Request)
+_answers: msgspec.json.Decoder[Answer] = msgspec.json.Decoder(Answer)
+
+
+class MessageError(InvalidArgument):
+    """Bytes that are no message of the kind expected."""
+
+
+def encode(message: Request | Answer) -> bytes:
+    """A message as JSON."""
+    return msgspec.json.encode(message)
+
+
+def named_well(name: str) -> bool:
+    """Whether a run or a site can have this name."""
+    try:
+        msgspec.convert(name, Name)
+    except msgspec.ValidationError:
+        return False
+    return True
+
+
+def decode_request(content: bytes) -> Request:
+    """A site's message.
+
+    Raises:
+        MessageError: for whatever is not exactly that; nothing else is ever raised.
+    """
+    return _decoded(_requests, content)
+
+
+def decode_answer(content: bytes) -> Answer:
+    """The server's message.
+
+    Raises:
+        MessageError: for whatever is not exactly that; nothing else is ever raised.
+    """
+    return _decoded(_answers, content)
+
+
+def _decoded(decoder: "msgspec.json.Decoder[_T]", content: bytes) -> _T:
+    if len(content) > LONGEST:
+        raise MessageError(f"the message has {len(content)} bytes, more than the limit of {LONGEST}.")
+    try:
+        return decoder.decode(content)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise MessageError(f"not a message: {str(error)[:200]}") from error

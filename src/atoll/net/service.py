@@ -1,0 +1,299 @@
+"""The server's side of a run: carries out what the coordinator decides, on a file system that is handed in.
+
+    journal              the recorded events, each durable before an answer that depends on it leaves
+    spool/ROUND/HASH     accepted updates
+    models/ROUND         checkpoints; a recorded event names the hash of the one that counts
+
+It has no clock, thread or socket: whoever owns those calls `receive` with what came, `tick` when time has passed, and
+`work` while `busy`. Killed anywhere and made anew on the same files, it goes on where its journal ends.
+"""
+
+import hashlib
+from collections import deque
+from collections.abc import Callable
+
+import msgspec
+import torch
+
+from atoll.errors import AtollError, NonFiniteError, RunError, invalid
+from atoll.messages import Task
+from atoll.net import coordinator as core
+from atoll.net.admission import Finding, Rules, examine
+from atoll.net.control import Answer, Ask, Cause, Decline, Deliver, Refused, Value, Work, decode_request
+from atoll.net.coordinator import Entry, Plan
+from atoll.net.frames import Limits, Schema, content_hash
+from atoll.net.packing import pack_state, pack_task, report_schema, unpack_state
+from atoll.net.spool import BLOCK, Spool, reduce
+from atoll.net.storage import FileSystem, Log, write_durably
+from atoll.rounds import Process, State
+
+Told = tuple[Answer, bytes]
+"""An answer and the frame beside it, which may be empty."""
+
+KEPT = 2
+"""Checkpoints that stay on disk."""
+
+
+class Service:
+    """A run on the server.
+
+    Args:
+        process: what is trained and how; the very one of the sites.
+        plan: of the run.
+        files: where the run's folder is.
+        now: seconds.
+        rules: what an update may be.
+        limits: of frames.
+        block: coordinates that are combined at a time.
+        notice: called with what the operator should hear of: alarms, events out of place, disks that are full.
+
+    Raises:
+        RunError: the folder holds another run, or is damaged.
+        OSError: the folder cannot be written.
+    """
+
+    def __init__(
+        self,
+        process: Process,
+        plan: Plan,
+        files: FileSystem,
+        *,
+        now: float,
+        rules: Rules | None = None,
+        limits: Limits | None = None,
+        block: int = BLOCK,
+        notice: Callable[[str], None] | None = None,
+    ) -> None:
+        self.process, self.plan, self.files = process, plan, files
+        self.rules, self.limits, self.block = rules or Rules(), limits or Limits(), block
+        self.rules.check(process)
+        if plan.keep and process.chain.channel.seal is not None:
+            raise invalid("keep", True, "False with a summing channel, whose codes depend on the cohort")
+        self._notice = notice or (lambda text: None)
+        self._spool = Spool(files)
+        self._log = Log(files, "journal")
+        self._task: Task | None = None
+        self._values: dict[str, Value] = {}
+        self._frame = b""
+        self._schema: Schema | None = None
+        self._next: tuple[State, str] | None = None
+        self._todo: deque[core.Open | core.Reduce] = deque()
+        self.model: State = process.init(plan.seed)
+        entries = [_decoder.decode(record) for record in self._log]
+        self.state: core.State = core.replay(plan, entries)
+        if not self.state.model:
+            self.happen(core.Started(self._saved(self.model)), now)
+        else:
+            self.model = self._loaded(self.state)
+            self.happen(core.Restarted(), now)
+        self._tidy()
+
+    @property
+    def busy(self) -> bool:
+        """Whether `work` has something to do."""
+        return bool(self._todo)
+
+    def receive(self, site: str, message: bytes, content: bytes, now: float) -> Told:
+        """Answer a site's message.
+
+        Args:
+            site: whose it is, as the transport has authenticated it.
+            message: as it came.
+            content: the frame beside it.
+            now: seconds.
+
+        Raises:
+            MessageError: it is no message.
+        """
+        request = decode_request(message)
+        event: core.Event
+        if isinstance(request, Ask):
+            event = core.Asked(site, request.at)
+            if request.site != site or request.run != self.plan.run:
+                cause: Cause = "run" if request.site == site else "identity"
+                self._notice(f"{site}: asked in the name of {request.site} for the run {request.run}")
+                return Refused(self.plan.run, 0, 0, cause, "", self.state.round, None), b""
+        elif isinstance(request, Decline):
+            event = core.Declined(site, request)
+        else:
+            event = core.Submitted(site, request, Finding())
+            # Whether its content matters at all is known before it is looked at.
+            _, effects = core.handle(self.plan, self.state, event, now)
+            if any(isinstance(e, core.Store) for e in effects):
+                event = core.Submitted(site, request, self._examined(request, content))
+        try:
+            told = self.happen(event, now, content)
+        except OSError as error:
+            self._notice(f"the disk refuses: {error}")
+            told = None
+        if told is None:
+            at = (0, 0) if isinstance(request, Ask) else (request.round, request.attempt)
+            known = self.state.sites.get(site)
+            counted = None if known is None else known.counted
+            told = Refused(self.plan.run, *at, "busy", "try again later.", self.state.round, counted), b""
+        return told
+
+    def tick(self, now: float) -> None:
+        """Time has passed."""
+        try:
+            self.happen(core.Ticked(), now)
+        except OSError as error:
+            self._notice(f"the disk refuses: {error}")
+
+    def work(self, now: float) -> None:
+        """Make a task or combine a round: the first thing that waits for it."""
+        effect = self._todo[0]
+        try:
+            if isinstance(effect, core.Open):
+                self._opened(effect, now)
+            else:
+                self._reduced(effect, now)
+        except OSError as error:  # it stays the first: there may be room the next time
+            self._notice(f"the disk refuses: {error}")
+            return
+        if self._todo and self._todo[0] is effect:
+            self._todo.popleft()
+
+    def happen(self, event: core.Event, now: float, content: bytes = b"") -> Told | None:
+        """Handle an event and carry out its effects; the answer, if it has one.
+
+        Raises:
+            OSError: something could not be made durable; nothing has happened then.
+        """
+        after, effects = core.handle(self.plan, self.state, event, now)
+        told: Told | None = None
+        for effect in effects:
+            match effect:
+                case core.Store(claim):
+                    self._spool.put(claim, content)
+                case core.Record(entry):
+                    self._log.append(msgspec.json.encode(entry))
+                    self._taken(after, event)
+                case core.Reply(_, answer):
+                    told = answer, b""
+                case core.Offer(_, counted):
+                    told = self._offer(counted)
+                case core.Open() | core.Reduce():
+                    self._todo.append(effect)
+                case core.Forget():
+                    self._tidy()
+                case core.Alarm(site, text):
+                    self._notice(f"{site}: {text}")
+                case core.Misplaced(name, phase):
+                    self._notice(f"{name} has no place while {phase.value}")
+        return told
+
+    def _taken(self, after: core.State, event: core.Event) -> None:
+        """A recorded event is the truth from here on."""
+        self.state = after
+        if isinstance(event, core.Reduced):
+            assert self._next is not None
+            self.model, self._next = self._next[0], None
+        # What waits to be done for an attempt that is over is not done.
+        current = (after.round, after.attempt)
+        self._todo = deque(e for e in self._todo if (e.round, e.attempt) == current)
+
+    def _offer(self, counted: tuple[int, int] | None) -> Told | None:
+        state, task = self.state, self._task
+        if task is None or (task.round, task.clients) != (state.round, state.cohort):
+            return None  # after a restart it is still to be made again
+        work = Work(
+            self.plan.run, state.round, state.attempt, state.base, len(self._frame), task.kind, task.seed, task.clients,
+            task.population, self._values, counted,
+        )  # fmt: skip
+        return work, self._frame
+
+    def _examined(self, claim: Deliver, content: bytes) -> Finding:
+        if self._task is None:
+            return Finding("transport", "the task is being made again.")
+        assert self._schema is not None
+        return examine(self.process, self._task, claim, content, self._schema, self.rules, self.limits)
+
+    def _opened(self, effect: core.Open, now: float) -> None:
+        try:
+            task = self.process.open(self.model, effect.cohort, effect.population)
+            values, frame = pack_task(task)
+            if self._schema is None:
+                self._schema = report_schema(self.process, task)
+        except Exception as error:  # whatever an author's code raises, the run is paused and not lost
+            self.happen(core.Failed(effect.round, effect.attempt, _told(error)), now)
+            return
+        base = content_hash(frame)
+        if effect.base and effect.base != base:
+            raise RunError(
+                "the task of the round at work is not the one that sites were given: the experiment or the library has "
+                "changed under the run. Start the version it began with."
+            )
+        self._task, self._values, self._frame = task, values, frame
+        if not effect.base:
+            self.happen(core.Opened(effect.round, effect.attempt, base), now)
+
+    def _reduced(self, effect: core.Reduce, now: float) -> None:
+        try:
+            model = self._combined(effect)
+        except OSError:
+            raise
+        except Exception as error:  # as above
+            self.happen(core.Failed(effect.round, effect.attempt, _told(error)), now)
+            return
+        digest = self._saved(model)
+        self._next = model, digest
+        self.happen(core.Reduced(effect.round, effect.attempt, digest), now)
+
+    def _combined(self, effect: core.Reduce) -> State:
+        task, process = self._task, self.process
+        assert task is not None and self._schema is not None
+        claims = [u.claim for u in effect.updates]
+        expected = None if self.plan.cohort is None else float(self.plan.cohort)
+        collected = reduce(
+            process,
+            self.model,
+            task,
+            self._spool,
+            claims,
+            self._schema,
+            expected=expected,
+            limits=self.limits,
+            block=self.block,
+        )
+        closed = process.close(self.model, task, collected)
+        if not bool(torch.isfinite(process.vector(closed)).all()):
+            raise NonFiniteError(
+                f"round {task.round + 1}: the server's step made the model non-finite although every update was "
+                "finite. Lower the server's lr, or bound the updates' norm."
+            )
+        return closed
+
+    def _saved(self, model: State) -> str:
+        content = pack_state(model)
+        write_durably(self.files, _model_path(model.round), content)
+        return content_hash(content)
+
+    def _loaded(self, state: core.State) -> State:
+        path = _model_path(state.round)
+        content = self.files.read(path) if self.files.size(path) >= 0 else b""
+        if hashlib.sha256(content).hexdigest() != state.model:
+            raise RunError(f"{path} is missing or damaged: restore it from a backup.")
+        return unpack_state(self.model, content)
+
+    def _tidy(self) -> None:
+        """Remove what no restart will need; what cannot be removed now is the next time."""
+        try:
+            self._spool.forget(self.state.round)
+            for name in self.files.names("models"):
+                if name.isdecimal() and int(name) <= self.state.round - KEPT:
+                    self.files.remove(f"models/{name}")
+        except OSError as error:
+            self._notice(f"the disk refuses: {error}")
+
+
+_decoder = msgspec.json.Decoder(Entry)
+
+
+def _model_path(round: int) -> str:
+    return f"models/{round:08d}"
+
+
+def _told(error: Exception) -> str:
+    """What an operator is told of an error."""
+    return (str(error) if isinstance(error, AtollError) else f"{type(error).__name__}: {error}")[:1000]

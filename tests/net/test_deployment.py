@@ -1,0 +1,278 @@
+"""A deployed run is the simulated one: same model, same memory at the clients, whatever the parts."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from deployed import deploy, sites
+from problems import quadratics, scalar_model
+from registry import ENGINES, MODELS
+from torch import Tensor
+from world import drawn
+
+import atoll
+from atoll import aggregators, transforms
+from atoll.algorithms import fedadam, fedavg, fedbn, fedper, scaffold
+from atoll.local import local_sgd
+from atoll.net import control, frames
+from atoll.net.agent import Agent, Trainer
+from atoll.net.coordinator import Joined, Phase, Plan
+from atoll.net.service import Service
+from atoll.net.storage import Disk
+from atoll.rounds import Process
+
+PLAN = local_sgd(0.1, epochs=2, batch_size=3)
+KIND = MODELS["perceptron"]
+NORMS = MODELS["batch norm, mean"]
+DATA = KIND.data((5, 8, 6, 3), torch.float32)
+
+PARTS: dict[str, Callable[[], dict[str, Any]]] = {
+    "fedavg": lambda: {"algorithm": fedavg(PLAN)},
+    "fedadam": lambda: {"algorithm": fedadam(PLAN, lr=0.05)},
+    "scaffold": lambda: {"algorithm": scaffold(PLAN)},
+    "fedper": lambda: {"algorithm": fedper(PLAN, private=("head.*",))},
+    "fedbn": lambda: {"algorithm": fedbn(PLAN), "kind": NORMS},
+    "averaged buffers": lambda: {"algorithm": fedavg(PLAN), "kind": NORMS},
+    "clip_norm": lambda: {"algorithm": fedavg(PLAN), "transforms": (transforms.clip_norm(0.05),)},
+    "quantize": lambda: {"algorithm": fedavg(PLAN), "transforms": (transforms.quantize(8),)},
+    "clipped and sealed": lambda: {
+        "algorithm": fedavg(PLAN), "transforms": (transforms.clip_norm(0.5),),
+        "channel": transforms.ring_sum(clip=0.5, weight_cap=8.0),
+    },
+    "sealed sums": lambda: {"algorithm": scaffold(PLAN), "channel": transforms.ring_sum(clip=2.0, weight_cap=8.0)},
+    "median": lambda: {"algorithm": scaffold(PLAN), "aggregator": aggregators.median()},
+    "median of codes": lambda: {
+        "algorithm": fedavg(PLAN), "aggregator": aggregators.median(), "transforms": (transforms.quantize(8),)
+    },
+    "expected": lambda: {
+        "algorithm": fedavg(PLAN), "aggregator": aggregators.mean(weights="uniform", denominator="expected")
+    },
+}  # fmt: skip
+
+
+def process(name: str, engine: str = "loop") -> Process:
+    parts = PARTS[name]()
+    kind = parts.pop("kind", KIND)
+    return Process(kind.model(torch.float32), parts.pop("algorithm"), engine=ENGINES[engine](), **parts)
+
+
+def simulated(name: str, rounds: int, engine: str = "loop") -> tuple[Process, Any]:
+    made = process(name, engine)
+    state = made.init()
+    for _ in range(rounds):
+        state, _ = made.next(state, DATA)
+    return made, state
+
+
+def own(content: bytes, width: int) -> Tensor:
+    spec = frames.TensorSpec("memory", torch.float32, (1, width))
+    return frames.decode(content, (spec,))["memory"]
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_deployed_run_has_the_bits_of_the_specification(name: str) -> None:
+    """With one client after the other in simulation, even the sums are the same."""
+    made, state = simulated(name, 3)
+    world = deploy(lambda: process(name), DATA, 3, sites(lambda: process(name), DATA))
+    assert world.server is not None
+    got = world.server.model
+    assert torch.equal(made.vector(state), made.vector(got))
+    assert torch.equal(state.buffers, got.buffers)
+    width = state.memory.layout.size
+    for client, agent in world.agents.items():
+        if width:
+            kept = state.memory.rows([client], torch.zeros(width))
+            assert torch.equal(kept, own(agent.memory, width)), "what a client keeps"
+
+
+@pytest.mark.parametrize("name", ["fedavg", "scaffold", "averaged buffers"])
+def test_engines_agree(name: str) -> None:
+    made, state = simulated(name, 3, "auto")
+    build = lambda: process(name, "auto")  # noqa: E731
+    world = deploy(build, DATA, 3, sites(build, DATA))
+    assert world.server is not None
+    assert torch.allclose(made.vector(state), made.vector(world.server.model), atol=1e-6)
+
+
+def test_a_deployed_run_agrees_with_simulate() -> None:
+    result = atoll.simulate(KIND.model(torch.float32), DATA, algorithm=scaffold(PLAN), rounds=3, progress=False)
+    build = lambda: process("scaffold", "auto")  # noqa: E731
+    world = deploy(build, DATA, 3, sites(build, DATA))
+    assert world.server is not None
+    assert torch.allclose(result.vector, world.server.process.vector(world.server.model), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["scaffold", "median of codes", "clipped and sealed"])
+def test_faults_do_not_change_a_bit(name: str) -> None:
+    training = sites(lambda: process(name), DATA)
+    vectors: list[Tensor] = []
+    for seed in range(8):
+        faults = drawn(seed, list(DATA.clients)) if seed else ()
+        world = deploy(lambda: process(name), DATA, 2, training, seed=seed, faults=faults)
+        assert world.server is not None
+        vectors.append(world.server.process.vector(world.server.model))
+    assert all(torch.equal(v, vectors[0]) for v in vectors)
+
+
+def test_on_a_real_disk_and_from_a_cold_start_at_every_step(tmp_path: Path) -> None:
+    """The server and a site are made anew before every single message."""
+    made, state = simulated("scaffold", 2)
+    plan = Plan("r", 2, least=4)
+    training = sites(lambda: process("scaffold"), DATA)
+
+    def server() -> Service:
+        found = Service(process("scaffold"), plan, Disk(tmp_path / "server"), now=0.0, block=7)
+        while found.busy:
+            found.work(0.0)
+        return found
+
+    def site(name: str) -> Agent:
+        return Agent(name, "r", training[name], Disk(tmp_path / name))
+
+    for name in DATA.clients:
+        server().happen(Joined(name), 0.0)
+    for _ in range(40):
+        for name in DATA.clients:
+            agent = site(name)
+            for message, frame in agent.due():
+                answer, content = server().receive(name, control.encode(message), frame, 0.0)
+                agent.heard(answer, content)
+                if agent.busy:
+                    agent.train()
+        if all(site(name).state.memory == (1, 1) for name in DATA.clients):
+            break
+    last = server()
+    assert last.state.phase is Phase.FINISHED
+    assert torch.equal(made.vector(state), made.vector(last.model))
+    assert sorted(p.name for p in (tmp_path / "server" / "models").iterdir()) == ["00000001", "00000002"]
+    assert not list((tmp_path / "server" / "spool").glob("*/*")), "what was counted is not kept"
+    for name in DATA.clients:
+        assert torch.equal(state.memory.rows([name], torch.zeros(state.memory.layout.size)), own(
+            site(name).memory, state.memory.layout.size))  # fmt: skip
+
+
+# --- what goes wrong at the rim ---------------------------------------------------------------------------------------
+
+
+def scalar(algorithm: Any = None, **parts: Any) -> Process:
+    return Process(
+        scalar_model(), algorithm or fedavg(local_sgd(0.1, steps=1, batch_size=None)), engine="loop", **parts
+    )
+
+
+def begun(tmp_path: Path, **more: Any) -> tuple[Service, list[str]]:
+    """A server that offers its first task to a and b, and what it tells its operator."""
+    notices: list[str] = []
+    plan = more.pop("plan", Plan("r", 2, least=2))
+    made = Service(scalar(), plan, Disk(tmp_path), now=0.0, notice=notices.append, **more)
+    for name in "ab":
+        made.happen(Joined(name), 0.0)
+    made.work(0.0)
+    assert made.state.phase is Phase.COLLECTING
+    return made, notices
+
+
+def test_a_site_whose_code_raises_declines_and_stays_up(tmp_path: Path) -> None:
+    server, _ = begun(tmp_path / "server")
+
+    def breaks(work: Any, content: bytes, memory: bytes) -> Any:
+        raise ZeroDivisionError("secret of a patient")
+
+    heard: list[str] = []
+    agent = Agent("a", "r", breaks, Disk(tmp_path / "a"), notice=heard.append)
+    work, content = server.receive("a", control.encode(agent.due()[0][0]), b"", 0.0)
+    agent.heard(work, content)
+    ((decline, _),) = agent.train()
+    assert decline == control.Decline("r", "a", 0, 1, "ZeroDivisionError"), "the text stays at the site"
+    assert "secret of a patient" in heard[0]
+    server.receive("a", control.encode(decline), b"", 0.0)
+    assert server.state.excluded == {"a": "ZeroDivisionError"}
+    agent.heard(work, content)
+    assert not agent.busy, "it does not try the same task again"
+
+
+def test_a_task_of_another_experiment_is_refused_by_the_site(tmp_path: Path) -> None:
+    server, _ = begun(tmp_path / "server")
+    data = quadratics((1.0,), (1.0,), names=["a"])
+    other = Trainer(scalar(scaffold(local_sgd(0.1, steps=1, batch_size=None))), data)
+    agent = Agent("a", "r", other, Disk(tmp_path / "a"))
+    agent.heard(*server.receive("a", control.encode(control.Ask("r", "a")), b"", 0.0))
+    ((decline, _),) = agent.train()
+    assert isinstance(decline, control.Decline) and "missing" in decline.reason
+
+
+def test_asking_in_anothers_name_is_refused(tmp_path: Path) -> None:
+    server, notices = begun(tmp_path)
+    answer, content = server.receive("a", control.encode(control.Ask("r", "b")), b"", 0.0)
+    assert isinstance(answer, control.Refused) and answer.cause == "identity" and not content
+    assert "in the name of b" in notices[-1]
+    answer, _ = server.receive("a", control.encode(control.Ask("s", "a")), b"", 0.0)
+    assert isinstance(answer, control.Refused) and answer.cause == "run"
+
+
+def test_no_message_is_an_error_and_changes_nothing(tmp_path: Path) -> None:
+    server, _ = begun(tmp_path)
+    before = server.state
+    with pytest.raises(control.MessageError):
+        server.receive("a", b"\x80\x04.", b"", 0.0)
+    assert server.state == before
+
+
+def test_a_step_that_fails_pauses_the_run_with_its_reason(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    def step(state: Any, aggregate: Any) -> Any:
+        raise ValueError("no such optimiser")
+
+    algorithm = replace(fedavg(local_sgd(0.1, steps=1, batch_size=None)), step=step)
+    data = quadratics((1.0, 2.0), (1.0, 2.0), names=["a", "b"])
+    server = Service(scalar(algorithm), Plan("r", 1, least=2), Disk(tmp_path / "s"), now=0.0)
+    for name in "ab":
+        server.happen(Joined(name), 0.0)
+    server.work(0.0)
+    for name in "ab":
+        mine = Trainer(scalar(algorithm), quadratics((1.0,), (1.0,), names=[name]))
+        agent = Agent(name, "r", mine, Disk(tmp_path / name))
+        agent.heard(*server.receive(name, control.encode(control.Ask("r", name)), b"", 0.0))
+        for message, frame in agent.train():
+            server.receive(name, control.encode(message), frame, 0.0)
+    server.work(0.0)
+    assert server.state.phase is Phase.PAUSED and server.state.reason == "ValueError: no such optimiser"
+    assert len(server.state.accepted) == len(data.clients)
+
+
+def test_a_folder_of_another_experiment_is_refused(tmp_path: Path) -> None:
+    begun(tmp_path)
+    other = scalar(scaffold(local_sgd(0.1, steps=1, batch_size=None)))
+    with pytest.raises(atoll.errors.RunError, match="another experiment"):
+        Service(other, Plan("r", 2, least=2), Disk(tmp_path), now=0.0)
+
+
+def test_an_experiment_that_changed_under_a_round_is_refused(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    from atoll.algorithms.base import Message
+
+    begun(tmp_path)
+    algorithm = replace(
+        fedavg(local_sgd(0.1, steps=1, batch_size=None)), broadcast=lambda state: Message(state.vector + 1)
+    )
+    server = Service(scalar(algorithm), Plan("r", 2, least=2), Disk(tmp_path), now=0.0)
+    with pytest.raises(atoll.errors.RunError, match="changed under the run"):
+        server.work(0.0)
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
+    begun(tmp_path)
+    (path,) = (tmp_path / "models").iterdir()
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with pytest.raises(atoll.errors.RunError, match="damaged"):
+        begun(tmp_path)
+
+
+def test_keeping_updates_that_depend_on_the_cohort_is_refused(tmp_path: Path) -> None:
+    sealed = scalar(channel=transforms.ring_sum(clip=1.0, weight_cap=4.0))
+    with pytest.raises(atoll.errors.InvalidArgument, match="keep"):
+        Service(sealed, Plan("r", 1), Disk(tmp_path), now=0.0)

@@ -1,0 +1,155 @@
+"""Updates on disk and their reduction: any order of arrival, any block, the bits of a collector."""
+
+from typing import Any
+
+import pytest
+import torch
+from registry import MODELS
+from torch import Tensor
+from world import Disk
+
+from atoll import aggregators, transforms
+from atoll.algorithms import scaffold
+from atoll.errors import InvalidArgument
+from atoll.local import local_sgd
+from atoll.messages import Clear, Report, Task
+from atoll.net.control import Deliver
+from atoll.net.frames import content_hash
+from atoll.net.packing import clear, pack_report, report_schema
+from atoll.net.spool import Spool, SpoolError, reduce
+from atoll.random import client_keys
+from atoll.rounds import Collected, Process
+from atoll.transforms.chain import keys_of
+
+KIND = MODELS["batch norm, mean"]
+LOCAL = local_sgd(0.1, steps=1)
+NAMES = tuple("abcde")
+PARTS: dict[str, dict[str, Any]] = {
+    "mean": {},
+    "expected": {"aggregator": aggregators.mean(weights="uniform", denominator="expected")},
+    "clip_norm": {"transforms": (transforms.clip_norm(1.0),)},
+    "quantize": {"transforms": (transforms.quantize(8),)},
+    "median": {"aggregator": aggregators.median()},
+    "median of codes": {"aggregator": aggregators.median(), "transforms": (transforms.quantize(8),)},
+}
+
+
+def made(name: str) -> tuple[Process, Task, Spool, list[Deliver], list[Report]]:
+    """Five updates of random rows on disk, and the same as reports."""
+    process = Process(KIND.model(torch.float32), scaffold(LOCAL), engine="loop", **PARTS[name])
+    task = process.open(process.init(), NAMES, 5)
+    draw = torch.Generator().manual_seed(1)
+    spool, claims, reports = Spool(Disk()), list[Deliver](), list[Report]()
+    for i, site in enumerate(NAMES):
+        rows = torch.randn(1, process.length, generator=draw) * 10.0**i
+        memory = {n: t[None] for n, t in process.chain.memory(process.length, process.split).items()}
+        keys = client_keys([site])
+        wire, _ = process.chain.encode(rows, memory, task.shared, keys_of(0, 0, keys, process.split))
+        if process.adds_rows:
+            assert isinstance(wire, Tensor)
+            wire = clear(wire, process.parts[0])
+        report = Report(
+            (site,), wire, process.parts, torch.full((1, 1), i + 1.0, dtype=torch.float64),
+            torch.tensor([[0.5 * i, i + 1.0]], dtype=torch.float64), torch.ones(1, dtype=torch.bool),
+            torch.empty(1, 0), 7,
+        )  # fmt: skip
+        content = pack_report(report)
+        claims.append(Deliver("r", site, 0, 1, "0" * 64, content_hash(content), len(content), process.parts, 7))
+        reports.append(report)
+    for i in (3, 0, 4, 2, 1):
+        spool.put(claims[i], pack_report(reports[i]))
+    return process, task, spool, claims, reports
+
+
+def same(left: Collected, right: Collected) -> bool:
+    numbers = ("weight", "count", "loss", "examples", "bytes_up", "saturated")
+    return (
+        torch.equal(left.mean, right.mean)
+        and torch.equal(left.sums, right.sums)
+        and all(getattr(left, n) == getattr(right, n) for n in numbers)
+    )
+
+
+@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("block", [1, 7, 64, 10**6])
+def test_the_bits_are_those_of_a_collector(name: str, block: int) -> None:
+    process, task, spool, claims, reports = made(name)
+    collector = process.collector(process.init(), task)
+    for report in reports:
+        collector.add(process.combine(task, report))
+    schema = report_schema(process, task)
+    assert same(
+        reduce(process, process.init(), task, spool, claims, schema, expected=9.0, block=block), collector.finish(9.0)
+    )
+
+
+def test_only_blocks_are_read() -> None:
+    process, task, spool, claims, _ = made("mean")
+    longest: list[int] = []
+    read = spool.files.read
+
+    def watched(path: str, offset: int = 0, length: int = -1) -> bytes:
+        content = read(path, offset, length)
+        longest.append(len(content))
+        return content
+
+    spool.files.read = watched  # type: ignore[method-assign]
+    schema = report_schema(process, task)
+    reduce(process, process.init(), task, spool, claims, schema, block=8)
+    whole = sum(n == claims[0].size for n in longest)
+    assert whole <= 2 * len(claims), "once to check the hash, once for the header: these are small frames"
+    assert sorted(longest)[-2 * len(claims) - 1] <= 32
+
+
+def test_nothing_to_reduce_changes_nothing() -> None:
+    for name in PARTS:
+        process, task, spool, _, _ = made(name)
+        assert reduce(process, process.init(), task, spool, (), report_schema(process, task)).count == 0
+
+
+@pytest.mark.parametrize("harm", ["gone", "short", "flipped"])
+def test_what_happened_to_an_update_is_noticed(harm: str) -> None:
+    process, task, spool, claims, _ = made("mean")
+    path = spool.path(claims[2])
+    if harm == "gone":
+        spool.files.remove(path)
+    elif harm == "short":
+        spool.files.truncate(path, 10)
+    else:
+        content = bytearray(spool.files.read(path))
+        content[-1] ^= 1
+        spool.files.write(path, bytes(content))
+    with pytest.raises(SpoolError, match="update of c in round 1"):
+        reduce(process, process.init(), task, spool, claims, report_schema(process, task))
+
+
+def test_weights_of_nought_are_refused_as_in_a_simulation() -> None:
+    process, task, spool, _, reports = made("mean")
+    report = reports[0]
+    nought = Report(report.clients, report.wire, report.parts, 0 * report.weight, *(
+        getattr(report, n) for n in ("metrics", "finite", "memory", "bytes")))  # fmt: skip
+    content = pack_report(nought)
+    claim = Deliver("r", "a", 1, 1, "0" * 64, content_hash(content), len(content), process.parts, 7)
+    spool.put(claim, content)
+    with pytest.raises(InvalidArgument, match="weight 0"):
+        reduce(process, process.init(), task, spool, [claim], report_schema(process, task))
+
+
+def test_names_of_sites_are_no_paths() -> None:
+    spool = Spool(Disk())
+    claim = Deliver("r", "../../etc/passwd", 0, 1, "0" * 64, "0" * 64, 1, (1, 0, 0), 1)
+    assert ".." not in spool.path(claim) and "etc" not in spool.path(claim)
+
+
+def test_rounds_that_are_over_are_forgotten() -> None:
+    _, _, spool, claims, _ = made("mean")
+    spool.forget(0)
+    assert spool.files.size(spool.path(claims[0])) > 0
+    spool.forget(1)
+    assert spool.files.size(spool.path(claims[0])) == -1
+
+
+def test_a_report_in_the_clear_keeps_its_parts() -> None:
+    process, _, _, _, reports = made("mean")
+    wire = reports[0].wire
+    assert isinstance(wire, Clear) and wire.change.shape == (1, process.parts[0])
