@@ -8,7 +8,7 @@ import pytest
 import torch
 from deployed import deploy, sites
 from problems import quadratics, scalar_model
-from registry import ENGINES, MODELS
+from registry import AGGREGATORS, ALGORITHMS, ENGINES, MODELS, TRANSFORMS
 from torch import Tensor
 from world import drawn
 
@@ -85,6 +85,40 @@ def test_a_deployed_run_has_the_bits_of_the_specification(name: str) -> None:
         if width:
             kept = state.memory.rows([client], torch.zeros(width))
             assert torch.equal(kept, own(agent.memory, width)), "what a client keeps"
+
+
+MANY = KIND.data((5, 8, 6, 3, 5, 6, 8, 3), torch.float32)
+LEFT_OUT = {"pooled", "cyclic"}  # one puts all examples into one place, the other has cohorts of its own
+EVERY = (
+    [("algorithm", n) for n in ALGORITHMS if n not in LEFT_OUT]
+    + [("transform", n) for n in TRANSFORMS]
+    + [("aggregator", n) for n in AGGREGATORS]
+)
+
+
+def listed(what: str, name: str) -> Process:
+    kind, method = KIND, ALGORITHMS["fedavg"]
+    if what == "algorithm":
+        method = ALGORITHMS[name]
+        kind = NORMS if method.norms else KIND
+    more: dict[str, Any] = {}
+    if what == "transform":
+        more = {"transforms": (TRANSFORMS[name](),)}
+    if what == "aggregator":
+        more = {"aggregator": AGGREGATORS[name]()}
+    algorithm = method.build(method.plan(epochs=1, batch_size=3))
+    return Process(kind.model(torch.float32), algorithm, engine="loop", **more)
+
+
+@pytest.mark.parametrize(("what", "name"), EVERY, ids=lambda v: v)
+def test_whatever_is_listed_can_be_deployed(what: str, name: str) -> None:
+    made = listed(what, name)
+    state = made.init()
+    for _ in range(2):
+        state, _ = made.next(state, MANY)
+    world = deploy(lambda: listed(what, name), MANY, 2, sites(lambda: listed(what, name), MANY))
+    assert world.server is not None
+    assert torch.equal(made.vector(state), made.vector(world.server.model))
 
 
 @pytest.mark.parametrize("name", ["fedavg", "scaffold", "averaged buffers"])
