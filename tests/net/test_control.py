@@ -69,6 +69,21 @@ def test_long_messages_are_not_looked_at() -> None:
         decode_request(b"[" * 10**6)
 
 
+@pytest.mark.parametrize("reason", ["a\nb", "\x1b[2J", "a\u202eb", "\x00", "x" * 1001, "\x9b31m", "\u2028"])
+def test_what_a_screen_would_obey_does_not_travel(reason: str) -> None:
+    plain = json.loads(encode(REQUESTS[2]))
+    with pytest.raises(MessageError):
+        decode_request(json.dumps(plain | {"reason": reason}).encode())
+    made = control.Decline("r", "a", 1, 2, control.plain(reason))
+    assert decode_request(encode(made)) == made
+
+
+@given(st.text())
+def test_any_text_can_be_made_plain(text: str) -> None:
+    made = control.Decline("r", "a", 1, 2, control.plain(text))
+    assert decode_request(encode(made)) == made
+
+
 @given(st.binary(max_size=300), st.sampled_from(range(len(REQUESTS))), st.integers(0, 400), st.integers(0, 40))
 def test_any_bytes(noise: bytes, which: int, at: int, gone: int) -> None:
     good = encode(REQUESTS[which])

@@ -16,12 +16,12 @@ import msgspec
 import numpy as np
 import torch
 
-from atoll.errors import AtollError, NonFiniteError, RunError
+from atoll.errors import NonFiniteError, RunError
 from atoll.memory import ClientMemory
 from atoll.messages import Clear
 from atoll.net import party
 from atoll.net.control import Answer, Deliver, Request, Stamp, Work
-from atoll.net.frames import Limits, TensorSpec, content_hash, decode, encode
+from atoll.net.frames import FrameError, Limits, TensorSpec, content_hash, decode, encode
 from atoll.net.packing import pack_report, unpack_task
 from atoll.net.party import Pace
 from atoll.net.storage import FileSystem, Log, write_durably
@@ -50,6 +50,9 @@ class Done:
 
 Training = Callable[[Work, bytes, bytes], Done]
 """(message, frame of the task, memory) -> what training gave; the memory is empty for a client that has none yet."""
+
+HARMLESS = (NonFiniteError, FrameError, RunError)
+"""Errors whose text says nothing about a site's data."""
 
 Out = tuple[Request, bytes]
 """A message and the frame beside it, which may be empty."""
@@ -120,7 +123,7 @@ class Agent:
                 if self._done is None:
                     self._done = self._training(work, content, self.memory)
             except Exception as error:  # whatever the author's code raises, the site stays up and says so
-                told = str(error) if isinstance(error, AtollError) else type(error).__name__
+                told = str(error) if isinstance(error, HARMLESS) else type(error).__name__
                 self._notice(f"round {work.round + 1}: {type(error).__name__}: {error}")
                 event = party.Broke(stamp, told)
             else:

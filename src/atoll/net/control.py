@@ -15,6 +15,9 @@ from atoll.errors import InvalidArgument
 Name = Annotated[str, Meta(min_length=1, max_length=200, pattern=r"\A[A-Za-z0-9][A-Za-z0-9._@ -]*\Z")]
 """Of a run or a site: A-z 0-9 . _ @ - and blanks, at most 200 characters."""
 Text = Annotated[str, Meta(max_length=1000)]
+Line = Annotated[str, Meta(max_length=1000, pattern=r"\A[^\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]*\Z")]
+"""Text from a party that a screen will show: no line breaks, no control characters, no change of direction."""
+
 Count = Annotated[int, Meta(ge=0, le=2**53)]
 Hash = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 Value = int | float | bool | Text | None
@@ -69,7 +72,7 @@ class Decline(_Message, frozen=True):
     site: Name
     round: Count
     attempt: Count
-    reason: Text
+    reason: Line
 
 
 # --- from the server --------------------------------------------------------------------------------------------------
@@ -158,6 +161,11 @@ class MessageError(InvalidArgument):
 def encode(message: Request | Answer) -> bytes:
     """A message as JSON."""
     return msgspec.json.encode(message)
+
+
+def plain(text: str) -> str:
+    """Any text as a `Line`."""
+    return "".join(c if c.isprintable() else " " for c in text[:1000])
 
 
 def named_well(name: str) -> bool:

@@ -29,7 +29,7 @@ from msgspec.structs import replace
 from atoll import random, sampling
 from atoll.errors import RunError, invalid
 from atoll.net.admission import Finding
-from atoll.net.control import Answer, Cause, Decline, Deliver, Ended, Received, Refused, Stamp, Wait, named_well
+from atoll.net.control import Answer, Cause, Decline, Deliver, Ended, Received, Refused, Stamp, Wait, named_well, plain
 
 
 class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -166,6 +166,10 @@ class State(msgspec.Struct, frozen=True):
     def outstanding(self) -> list[str]:
         """Sites of the cohort that may still answer."""
         return [s for s in self.cohort if s not in self.accepted and s not in self.excluded]
+
+    def awaits(self, site: str) -> bool:
+        """Whether this attempt may still have an answer from a site."""
+        return site in self.cohort and site not in self.accepted and site not in self.excluded
 
 
 # --- events -----------------------------------------------------------------------------------------------------------
@@ -487,7 +491,7 @@ def _counted(state: State, site: str) -> Stamp | None:
 
 
 def _refusal(plan: Plan, state: State, site: str, claim: Deliver | Decline, cause: Cause, detail: str) -> Reply:
-    answer = Refused(plan.run, claim.round, claim.attempt, cause, detail[:1000], state.round, _counted(state, site))
+    answer = Refused(plan.run, claim.round, claim.attempt, cause, plain(detail), state.round, _counted(state, site))
     return Reply(site, answer)
 
 
@@ -558,9 +562,9 @@ def _asked(plan: Plan, state: State, event: Event, now: float) -> Handled:
         cause: Cause = "unknown site" if site is None else "revoked"
         return state, (Reply(event.site, Refused(plan.run, 0, 0, cause, "", 0, None)),)
     if state.phase in (Phase.FINISHED, Phase.STOPPED):
-        return state, (Reply(event.site, Ended(plan.run, state.round, state.reason[:1000], site.counted)),)
+        return state, (Reply(event.site, Ended(plan.run, state.round, plain(state.reason), site.counted)),)
     new = event.at != (state.round, state.attempt)
-    if state.phase is Phase.COLLECTING and event.site in state.outstanding and new:
+    if state.phase is Phase.COLLECTING and state.awaits(event.site) and new:
         return state, (Offer(event.site, site.counted),)
     return state, (Reply(event.site, Wait(plan.run, state.round, site.counted)),)
 
@@ -651,7 +655,7 @@ def _declined(plan: Plan, state: State, event: Event, now: float) -> Handled:
         return state, early
     answer = Reply(site, Wait(plan.run, state.round, state.sites[site].counted))
     open_to = state.phase is Phase.COLLECTING and (claim.round, claim.attempt) == (state.round, state.attempt)
-    if not open_to or site not in state.outstanding:
+    if not open_to or not state.awaits(site):
         return state, (answer,)
     after, then = _settled(plan, replace(state, excluded={**state.excluded, site: claim.reason}), now)
     return _recorded(state, after, event, now, (answer, *then))

@@ -19,7 +19,7 @@ from msgspec.structs import replace
 
 from atoll import random
 from atoll.errors import invalid
-from atoll.net.control import Answer, Ask, Decline, Deliver, Ended, Received, Refused, Request, Stamp, Wait, Work
+from atoll.net.control import Answer, Ask, Decline, Deliver, Ended, Received, Refused, Request, Stamp, Wait, Work, plain
 
 
 class Phase(StrEnum):
@@ -217,7 +217,7 @@ def _broken(state: State, stamp: Stamp, reason: str) -> Handled:
     if state.phase is not Phase.TRAINING or state.stamp != stamp:
         return state, (Tidy(),)
     entry = Settled(stamp, False)
-    decline = Decline(state.run, state.site, stamp[0], stamp[1], reason[:1000])
+    decline = Decline(state.run, state.site, stamp[0], stamp[1], plain(reason))
     return _with(state, entry), (Record(entry), Send(decline), Tidy())
 
 
