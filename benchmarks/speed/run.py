@@ -484,7 +484,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "are of runs of one repetition. First round: seconds from the start of the process to the end of its first "
         "round. Peak: resident memory, processes below the contestant's included, shared pages counted once.",
         "Written by hand: `batched products` write the backward out and take the step inside the product, for this "
-        "model alone; `rows` are leaves of one backward of the summed loss; `loop` is one client after the other.",
+        "model alone; `rows` are leaves of one backward of the summed loss; `loop` is one client after the other. They "
+        "step on every client's own weights; Atoll keeps weights as factors of what changed where clients see few "
+        "examples, as on W2, on W3 and on much of W4, which is less work.",
     ]
     small = [load for load in loads if load in MODELS]
     large = [load for load in loads if load not in MODELS]
