@@ -11,7 +11,7 @@ from registry import ALGORITHMS, ENGINES, MODELS, Method
 from torch import Tensor
 
 import atoll
-from atoll import aggregators, server
+from atoll import aggregators, rate, server
 from atoll.algorithms import (
     Algorithm,
     apfl,
@@ -73,6 +73,27 @@ def test_fine_tuning_trains_the_global_model_further(engine: Callable[[], Engine
     path, own = run(fine_tune(full(3), personal=full(5, 0.2)), engine(), 4, [["c0", "c1"]])
     assert path.tolist() == run(fedavg(full(3)), engine(), 4, [["c0", "c1"]])[0].tolist()
     np.testing.assert_allclose(own, CENTRES + (1 - 0.2 * CURVES) ** 5 * (path[-1] - CENTRES), rtol=0, atol=NEAR)
+
+
+@pytest.mark.parametrize("name", ["fine_tune", "pfedme", "fedbabu"])
+@pytest.mark.parametrize("option", ["schedule", "work"])
+def test_models_made_when_asked_for_belong_to_no_round(name: str, option: str) -> None:
+    """A rate that has fallen to nought and slow clients are the rounds' matter; a given plan is taken as it is."""
+    kind, options = MODELS["layer norm"], {"schedule": rate.cosine(3), "work": lambda client, round: 0.0}  # type: ignore[reportUnknownLambdaType]
+    data, plain = kind.data((6, 2, 7)), full(3)
+    plan = full(3, **{option: options[option]})
+    build: dict[str, Callable[..., Algorithm]] = {
+        "fine_tune": fine_tune,
+        "pfedme": lambda plan, personal=None: pfedme(plan, lam=2.0, personal=personal),
+        "fedbabu": lambda plan, personal=None: fedbabu(plan, private=("head.*",), personal=personal),
+    }
+    found = []
+    for algorithm in (build[name](plan), build[name](plan, personal=plain), build[name](plan, personal=plan)):
+        process = Process(kind.model(), algorithm, engine="loop")
+        state, path = train(process, data, 3)
+        found.append(process.personal(state, data, list(data.clients)).rows)
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0][0], path[-1])
+    assert torch.equal(found[2], path[-1].expand(3, -1)), "a given plan is taken as it is"
 
 
 # --- Ditto ------------------------------------------------------------------------------------------------------------

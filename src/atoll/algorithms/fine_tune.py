@@ -13,7 +13,7 @@ from dataclasses import replace
 from atoll.algorithms.base import Algorithm
 from atoll.algorithms.checks import check_plan
 from atoll.algorithms.fedavg import fedavg
-from atoll.algorithms.personal import tuner
+from atoll.algorithms.personal import asked, tuner
 from atoll.local import Plan
 from atoll.server import ServerOptimizer, sgd
 from atoll.spec import record
@@ -24,11 +24,10 @@ def fine_tune(plan: Plan, *, personal: Plan | None = None, server: ServerOptimiz
 
     Args:
         plan: local training in a round.
-        personal: training of the model a client uses; default `plan`.
+        personal: training of the model a client uses; default `plan` without its `schedule` and `work`.
         server: optimiser of the server's step; default sgd with lr 1.
     """
     check_plan(plan)
-    own = plan if personal is None else personal
-    check_plan(own, "personal")
+    own = asked(plan, personal)
     spec = record("fine_tune", plan=plan, personal=own, server=server or sgd())
     return replace(fedavg(plan, server=server), spec=spec, personal=tuner(own), plans=(plan, own))

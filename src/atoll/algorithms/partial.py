@@ -23,7 +23,7 @@ from typing import Literal
 from atoll.algorithms.base import Algorithm, Memory, Message
 from atoll.algorithms.checks import check_plan
 from atoll.algorithms.fedavg import fedavg
-from atoll.algorithms.personal import tuner
+from atoll.algorithms.personal import asked, tuner
 from atoll.cohort import Cohort
 from atoll.errors import InvalidArgument, invalid
 from atoll.local import Plan
@@ -102,7 +102,7 @@ def fedbabu(
     Args:
         plan: local training of the shared parameters.
         private: names or patterns of the head's parameters, for instance `("head.*",)`.
-        personal: training of the model a client uses; default `plan`.
+        personal: training of the model a client uses; default `plan` without its `schedule` and `work`.
         tuned: what that training changes: "all" parameters, or the "private" ones alone.
         server: optimiser of the server's step; default sgd with lr 1.
 
@@ -110,8 +110,7 @@ def fedbabu(
         InvalidArgument: as for fedper; when `tuned` is unknown.
     """
     base = _keeping("fedbabu", plan, private, server)
-    own = plan if personal is None else personal
-    check_plan(own, "personal")
+    own = asked(plan, personal)
     if tuned not in ("all", "private"):
         raise invalid("tuned", tuned, '"all" or "private"')
 

@@ -1,6 +1,7 @@
 """What methods with a model for every client share: models that are kept, models that are tuned, steps of their own."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from atoll.algorithms.base import Memory, Message
+from atoll.algorithms.checks import check_plan
 from atoll.cohort import Cohort, Minibatch
 from atoll.local import Plan
 from atoll.vectors import Personal, Trained
@@ -21,6 +23,18 @@ def kept(vector: Tensor, buffers: Tensor) -> Memory:
 def keeper(message: Any, memory: Memory, cohort: Cohort) -> Personal:
     """The models clients keep; before its first visit a client's is the one it receives."""
     return Personal(memory["vector"], memory.get("buffers"))
+
+
+def asked(plan: Plan, personal: Plan | None) -> Plan:
+    """The training of a model that is made when it is asked for: a given plan as it is, else that of the rounds.
+
+    Of the latter without `schedule` and `work`: there is no round it belongs to, and after the last one a rate that
+    falls to nought would leave the received model as it is; nor is a client slow that has all the time it wants.
+    """
+    if personal is None:
+        return replace(plan, schedule=None, work=None)
+    check_plan(personal, "personal")
+    return personal
 
 
 def tuner(plan: Plan, names: Callable[[Cohort], frozenset[str]] | None = None) -> Callable[..., Personal]:

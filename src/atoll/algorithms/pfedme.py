@@ -18,7 +18,7 @@ from dataclasses import replace
 from atoll.algorithms.base import Algorithm, Memory, Message
 from atoll.algorithms.checks import check_count, check_number, check_plain, check_plan, check_pull
 from atoll.algorithms.fedavg import averaging
-from atoll.algorithms.personal import Tally, steps
+from atoll.algorithms.personal import Tally, asked, steps
 from atoll.cohort import Cohort
 from atoll.errors import invalid
 from atoll.local import Plan
@@ -43,12 +43,11 @@ def pfedme(
         lam: strength of the pull between a client's own and the global model, at least 0.
         eta: rate of the outer step; eta lam is the share of the way from w_i to t_i it takes, below 2.
         inner: steps K on one minibatch towards t_i.
-        personal: steps towards the model a client uses; default `plan`.
+        personal: steps towards the model a client uses; default `plan` without its `schedule` and `work`.
         server: optimiser of the server's step; default sgd with lr 1.
     """
     check_plan(plan)
-    own = plan if personal is None else personal
-    check_plan(own, "personal")
+    own = asked(plan, personal)
     check_plain("pfedme", plan, "the inner steps are plain steps on one minibatch")
     check_pull("lam", lam, plan)
     check_pull("lam", lam, own)
