@@ -99,6 +99,18 @@ def test_curvature_is_the_change_of_the_gradient(engine: str) -> None:
         )
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_has_a_curvature(name: str) -> None:
+    kind, plan = MODELS[name], local_sgd(0.1, epochs=1, batch_size=None)
+    found = []
+    for engine in ("loop", "auto"):
+        for cohort in tiles(name, ENGINES[engine](), plan, kind.data((6,))):
+            at = cohort.rows(kind.model().init()).clone()
+            found.append(cohort.curvature(at, at.flip(1).cos(), plan, 0))
+    assert float(found[0].abs().max()) > 0
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-9)
+
+
 def test_other_purposes_give_other_minibatches() -> None:
     kind, plan = MODELS["perceptron"], local_sgd(0.1, epochs=1, batch_size=2)
     (cohort,) = tiles("perceptron", ENGINES["rows"](), plan, kind.data((12,)))

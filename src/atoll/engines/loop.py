@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from atoll import random
 from atoll.cohort import Cohort, Minibatch
@@ -153,7 +154,7 @@ class _Client(Cohort):
         if batch is None:
             return torch.zeros_like(rows)
         held = self.buffers[0].detach().clone()
-        with torch.enable_grad():
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no second backward
             leaf = rows[0].detach().clone().requires_grad_()
             loss = self._training_loss(leaf, held, self.model.counters(), batch, purpose, step)
             (slope,) = torch.autograd.grad(loss, leaf, create_graph=True)

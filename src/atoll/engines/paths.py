@@ -10,6 +10,7 @@ from typing import cast
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from atoll.engines.blocks import Part
 from atoll.engines.dropout import Draw, KeyedDropout, SeededDraws
@@ -68,7 +69,7 @@ def curvature(
     model: Model, parts: Sequence[Tensor], held: Named, batch: Batch, draw: Draw, along: Tensor, *, seeded: bool
 ) -> Tensor:
     """The Hessian of one row's mean loss times `along` [1, P], through the module itself: [1, P]."""
-    with torch.enable_grad():
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no second backward
         leaves = {n: t.detach().requires_grad_() for n, t in named(model, parts).items()}
         found = means(model.loss, forward(model, leaves, held, batch, draw, batched=False, seeded=seeded), batch["y"])
         slopes_at = torch.autograd.grad(found.sum(), list(leaves.values()), create_graph=True, materialize_grads=True)
