@@ -2,6 +2,7 @@
 
 import functools
 import json
+import types
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +97,62 @@ def test_callables_differ_by_source() -> None:
     two: Any = lambda x: x + 2  # noqa: E731
     assert spec.source_hash(one) != spec.source_hash(two)
     assert spec.source_hash(len) is None
+
+
+SHARES: Any = {"a": 1.0, "b": 0.5}
+
+
+def share(client: str, round: int) -> float:
+    return SHARES.get(client, 1.0)
+
+
+def shares(client: str, round: int) -> float:
+    return next(SHARES[c] for c in SHARES if c == client)
+
+
+@pytest.mark.parametrize(
+    ("one", "same", "other"),
+    [
+        ({"a": 1.0, "b": 0.5}, {"b": 0.5, "a": 1.0}, {"a": 1.0, "b": 0.25}),
+        (types.MappingProxyType({"a": 1.0}), types.MappingProxyType({"a": 1.0}), types.MappingProxyType({"a": 0.5})),
+        ({("a", 0): 1.0}, {("a", 0): 1.0}, {("a", 1): 1.0}),
+        ({"a", "b"}, {"b", "a"}, {"a", "c"}),
+        (frozenset("ab"), frozenset("ba"), frozenset("ac")),
+        ({"f": len, "g": share}, {"g": share, "f": len}, {"f": share, "g": len}),
+    ],
+)
+@pytest.mark.parametrize("work", [share, shares])
+def test_what_a_callable_reads_is_part_of_its_identity(
+    work: Any, one: Any, same: Any, other: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dicts and sets of a module, also when they hold the function that reads them."""
+    found: list[str] = []
+    for held in (one, same, other):
+        monkeypatch.setitem(globals(), "SHARES", held)
+        found.append(spec.identity(fedavg(local_sgd(0.1, work=work)).spec))
+    assert found[0] == found[1] != found[2]
+
+
+def test_an_objects_dicts_are_part_of_its_identity() -> None:
+    class Table:
+        def __init__(self, **shares: float) -> None:
+            self.shares = {"all": shares, "self": self}
+
+        def __call__(self, client: str, round: int) -> float:
+            return 1.0
+
+        def method(self, client: str, round: int) -> float:
+            return 1.0
+
+    for which in (lambda t: t, lambda t: t.method):  # type: ignore[reportUnknownLambdaType]
+        one, same, other = (spec.canonical(which(Table(a=s))) for s in (1.0, 1.0, 0.5))
+        assert one == same != other
+
+
+def test_a_container_that_holds_itself_has_a_spec() -> None:
+    ring: list[Any] = [1]
+    ring.append({"ring": ring})
+    assert spec.canonical(ring) == [1, {"ring": {"circle": "list"}}]
 
 
 def test_a_function_that_calls_itself_has_a_spec() -> None:

@@ -6,7 +6,8 @@ import inspect
 import json
 import math
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from dataclasses import fields, is_dataclass
 from typing import Any, cast
 
@@ -22,7 +23,13 @@ def record(name: str, /, **arguments: object) -> Spec:
     return {"name": name, **{k: canonical(v) for k, v in arguments.items()}}
 
 
-TOLD: tuple[type, ...] = (bool, int, float, str, torch.Tensor, np.ndarray, np.generic, tuple, list)
+TOLD: tuple[type, ...] = (
+    bool, int, float, str, torch.Tensor, np.ndarray, np.generic, tuple, list, Mapping, set, frozenset
+)  # fmt: skip
+"""What is told of the values a callable reads or an object holds."""
+
+_WITHIN: ContextVar[frozenset[int]] = ContextVar("within", default=frozenset[int]())
+"""Containers and callables that are being told: they may hold each other in a circle."""
 
 
 def canonical(value: object) -> Any:
@@ -31,20 +38,36 @@ def canonical(value: object) -> Any:
         return {"float": str(value)}
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    if isinstance(value, Mapping):
-        return {str(k): canonical(v) for k, v in cast(Mapping[object, object], value).items()}
-    if isinstance(value, list | tuple):
-        return [canonical(v) for v in cast(tuple[object, ...], value)]
-    if isinstance(value, set | frozenset):
-        return sorted(
-            (canonical(v) for v in cast(frozenset[object], value)), key=lambda v: json.dumps(v, sort_keys=True)
-        )
     if isinstance(value, np.generic):
         return canonical(value.item())
     if isinstance(value, np.ndarray):
         value = torch.from_numpy(np.ascontiguousarray(value))
     if isinstance(value, torch.Tensor):
         return {"tensor": list(value.shape), "dtype": str(value.dtype), "blake2b": digest(value)}
+    return _once(value, _compound)
+
+
+def _once(value: object, tell: Callable[[Any], Any]) -> Any:
+    """What is told of a value; of one that is being told already, that there is a circle."""
+    within = _WITHIN.get()
+    if id(value) in within:
+        return {"circle": type(value).__qualname__}
+    token = _WITHIN.set(within | {id(value)})
+    try:
+        return tell(value)
+    finally:
+        _WITHIN.reset(token)
+
+
+def _compound(value: object) -> Any:
+    if isinstance(value, Mapping):
+        return {_key(k): canonical(v) for k, v in cast(Mapping[object, object], value).items()}
+    if isinstance(value, list | tuple):
+        return [canonical(v) for v in cast(tuple[object, ...], value)]
+    if isinstance(value, set | frozenset):
+        return sorted(
+            (canonical(v) for v in cast(frozenset[object], value)), key=lambda v: json.dumps(v, sort_keys=True)
+        )
     own = getattr(value, "spec", None)
     if isinstance(own, dict):
         return cast(Spec, own)
@@ -57,10 +80,15 @@ def canonical(value: object) -> Any:
     return {"object": type(value).__qualname__}
 
 
+def _key(key: object) -> str:
+    """A mapping's key as text; a container by its contents, since sets have no order of their own."""
+    return json.dumps(canonical(key), sort_keys=True) if isinstance(key, tuple | frozenset) else str(key)
+
+
 def _callable(value: Any) -> Spec:
     told: Spec = {"callable": getattr(value, "__qualname__", type(value).__qualname__), "source": source_hash(value)}
     if inspect.ismethod(value):
-        told["of"] = attributes(value.__self__)
+        told["of"] = _once(value.__self__, attributes)
     elif inspect.isfunction(value):
         defaults = {"positional": value.__defaults__, "keyword": value.__kwdefaults__}
         told |= {n: canonical(d) for n, d in defaults.items() if d}
@@ -70,13 +98,13 @@ def _callable(value: Any) -> Spec:
 
 
 def attributes(holder: object) -> Any:
-    """What an object holds that a spec can tell: numbers, texts and tensors, not other objects."""
+    """What an object holds that a spec can tell: numbers, texts, tensors and containers, not other objects."""
     own = getattr(holder, "spec", None)
     if isinstance(own, dict):
         return cast(Spec, own)
     held = {n: v for n, v in getattr(holder, "__dict__", {}).items() if v is None or isinstance(v, TOLD)}
     if isinstance(holder, torch.nn.Module):
-        held.pop("training", None)
+        held = {n: v for n, v in held.items() if n not in vars(torch.nn.Module())}
         held |= {"repr": repr(holder), **holder.state_dict()}
     return record(type(holder).__qualname__, **held)
 
@@ -93,7 +121,7 @@ def source_hash(code: object) -> str | None:
     compiled = getattr(inspect.unwrap(code) if callable(code) else code, "__code__", None)
     if isinstance(compiled, types.CodeType):
         outside = getattr(code, "__globals__", {})
-        names = {n: outside[n] for n in compiled.co_names if isinstance(outside.get(n), TOLD)}
+        names = {n: outside[n] for n in _names(compiled) if isinstance(outside.get(n), TOLD)}
         held.append({n: canonical(v) for n, v in names.items()})
         # Several lambdas may stand on one line, and code typed at a prompt has no source: their bytecode tells them.
         if text is None or compiled.co_name == "<lambda>":
@@ -101,6 +129,12 @@ def source_hash(code: object) -> str | None:
     elif text is None:
         return None
     return hashlib.blake2b(((text or "") + json.dumps(held, sort_keys=True)).encode(), digest_size=16).hexdigest()
+
+
+def _names(code: types.CodeType) -> list[str]:
+    """Names that code looks up, the functions and comprehensions in it included."""
+    inner = [n for c in code.co_consts if isinstance(c, types.CodeType) for n in _names(c)]
+    return list(dict.fromkeys([*code.co_names, *inner]))
 
 
 def _bytecode(code: types.CodeType) -> list[Any]:
