@@ -6,13 +6,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from problems import points, quadratics, scalar_model, scalars, train
+from problems import Scalar, parabola, points, quadratics, scalar_model, scalars, train
 from registry import ENGINES, MODELS
 
-from atoll import aggregators, server
+import atoll
+from atoll import aggregators, rate, server
 from atoll.algorithms import Algorithm, fedavg, feddyn, fedexp, fednova, fedprox, qfedavg
+from atoll.data import FederatedDataset
 from atoll.engines import Engine
-from atoll.errors import DataError, InvalidArgument
+from atoll.errors import DataError, InvalidArgument, NonFiniteError
 from atoll.local import Plan, local_sgd
 from atoll.rounds import Process
 
@@ -342,6 +344,38 @@ def test_losses_of_nought_and_below(engine: Callable[[], Engine]) -> None:
         scalars(qfedavg(full(1), q=2.0), engine(), points((-1.0,), (0.0,), (2,)), 1, start=START)
 
 
+def scaled(factor: float, start: float, dtype: torch.dtype) -> tuple[atoll.Model, FederatedDataset]:
+    """The quadratics with all losses times a factor."""
+    module = Scalar(start).to(dtype)
+    data = quadratics(tuple(factor * a for a in A), B, SIZES)
+    clients = {c: (torch.zeros(n, 1, dtype=dtype), data.train.client(i)["y"].to(dtype)) for i, (c, n) in
+               enumerate(zip(data.clients, SIZES, strict=True))}  # fmt: skip
+    return atoll.Model(module, parabola), FederatedDataset.from_arrays(clients)
+
+
+@engines
+@pytest.mark.parametrize("q", [5.0, 15.0])
+@pytest.mark.parametrize("factor", [1e-6, 1.0, 4e3])
+def test_high_powers_of_small_and_large_losses(engine: Callable[[], Engine], factor: float, q: float) -> None:
+    """In single precision; a factor of all losses changes nothing but that a first round may only measure."""
+    lr = LR / factor
+    model, data = scaled(factor, START, torch.float32)
+    found = [float(v) for v in train(Process(model, qfedavg(full(1, lr), q=q), engine=engine()), data, 12)[1]]
+    expected = scalars(qfedavg(full(1), q=q), engine(), quadratics(A, B, SIZES), 12, start=START)
+    late = int(found[0] == START)
+    assert not (late and factor == 1.0)
+    np.testing.assert_allclose(found[late:], expected[: 12 - late], rtol=2e-5, atol=2e-5)
+    assert abs(expected[-1] - START) > 0.1
+
+
+def test_powers_that_leave_the_range_have_an_error_of_their_own() -> None:
+    model, data = scaled(1.0, START, torch.float32)
+    process = Process(model, qfedavg(full(1), q=400.0), engine="loop")
+    state, _ = process.next(process.init(), data)
+    with pytest.raises(NonFiniteError, match=r"round 2: losses raised to the power q=400 .* float32 .*Lower q"):
+        process.next(state, data)
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
@@ -362,6 +396,7 @@ def test_losses_of_nought_and_below(engine: Callable[[], Engine]) -> None:
         (lambda: qfedavg(full(1), q=-1), "q=-1"),
         (lambda: qfedavg(full(1), q=1.0, lipschitz=0.0), r"lipschitz=0\.0"),
         (lambda: qfedavg(full(1, momentum=0.5), q=1.0), r"qfedavg needs plain sgd.*L = 1 / lr"),
+        (lambda: qfedavg(full(1, schedule=rate.cosine(5)), q=1.0), r"schedule .*give lipschitz="),
     ],
 )
 def test_what_would_be_wrong_is_refused(build: Callable[[], Algorithm], said: str) -> None:

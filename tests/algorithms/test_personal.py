@@ -79,7 +79,8 @@ def test_fine_tuning_trains_the_global_model_further(engine: Callable[[], Engine
 @pytest.mark.parametrize("option", ["schedule", "work"])
 def test_models_made_when_asked_for_belong_to_no_round(name: str, option: str) -> None:
     """A rate that has fallen to nought and slow clients are the rounds' matter; a given plan is taken as it is."""
-    kind, options = MODELS["layer norm"], {"schedule": rate.cosine(3), "work": lambda client, round: 0.0}  # type: ignore[reportUnknownLambdaType]
+    options: dict[str, Any] = {"schedule": rate.cosine(3), "work": lambda client, round: 0.0}  # type: ignore[reportUnknownLambdaType]
+    kind = MODELS["layer norm"]
     data, plain = kind.data((6, 2, 7)), full(3)
     plan = full(3, **{option: options[option]})
     build: dict[str, Callable[..., Algorithm]] = {
