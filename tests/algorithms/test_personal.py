@@ -506,6 +506,12 @@ def test_clients_never_seen_have_a_model_of_their_own(name: str) -> None:
         (lambda: ifca(full(1), clusters=1), r"clusters=1 .* integer of at least 2"),
         (lambda: ifca(full(1), clusters=2, spread=0.0), r"spread=0\.0"),
         (lambda: ifca(full(1), clusters=2, starts=[torch.zeros(1)]), "starts='1 vectors'"),
+        (lambda: ifca(full(1), clusters=2, starts=3), "starts=3 .* a list with one vector for each of 2"),  # type: ignore[arg-type]
+        (lambda: ifca(full(1), clusters=2, starts=[0.0, 1.0]), r"starts=0\.0 .* vectors \[D\]"),  # type: ignore[list-item]
+        (lambda: ifca(full(1), clusters=2, starts=[torch.tensor([1]), torch.tensor([2])]), "floating-point"),
+        (lambda: ifca(full(1), clusters=2, starts=[torch.zeros(1, 1)] * 2), r"starts=.* vectors \[D\]"),
+        (lambda: ifca(full(1), clusters=2, starts=[torch.zeros(1), torch.zeros(2)]), "vectors of one length"),
+        (lambda: ifca(full(1), clusters=2, starts=[torch.zeros(1), torch.tensor([torch.nan])]), "NaN .* finite"),
     ],
 )
 def test_what_would_be_wrong_is_refused(build: Callable[[], Algorithm], said: str) -> None:
@@ -517,3 +523,11 @@ def test_starts_of_another_length_are_refused() -> None:
     process = Process(scalar_model(), ifca(full(1), clusters=2, starts=[torch.zeros(2), torch.ones(2)]))
     with pytest.raises(InvalidArgument, match=r"starts=\(2,\) .* the model's 1 parameters"):
         process.init()
+
+
+def test_ifca_refuses_statistics_that_would_be_averaged() -> None:
+    algorithm = ifca(full(1), clusters=2)
+    with pytest.raises(InvalidArgument, match=r"every cluster would need its own.*GroupNorm.*frozen"):
+        Process(MODELS["batch norm, mean"].model(), algorithm)
+    for fine in ("batch norm, local", "batch norm, frozen", "layer norm"):
+        Process(MODELS[fine].model(), algorithm)

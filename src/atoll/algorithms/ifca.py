@@ -10,13 +10,14 @@ averaging (option II).
 Symbols: x_j the model of cluster j of K, y_i client model, j_i its choice, made anew in every round. The mean in a
 cluster is unweighted, as in the paper. A client sends a change for every cluster, nought but for its own, and its
 choice as K numbers: under a channel that only adds, the server learns neither. A cluster nobody chose stays. A client
-uses the model that fits it best: clients never seen have one too. Floating buffers stay with the client.
+uses the model that fits it best: clients never seen have one too. Models that average floating buffers
+are refused.
 The global model, for methods that want one, is that of the cluster most clients chose last.
 Cost in floats: (K + 1) D + K up, K D down, none kept; K forwards over a client's examples.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,8 +27,9 @@ from atoll import random
 from atoll.algorithms.base import Algorithm, Memory
 from atoll.algorithms.checks import check_count, check_number, check_plan
 from atoll.cohort import Cohort
-from atoll.errors import invalid
+from atoll.errors import InvalidArgument, invalid
 from atoll.local import Plan
+from atoll.model import Model
 from atoll.spec import record
 from atoll.vectors import Aggregate, Personal, Update
 
@@ -58,12 +60,16 @@ def ifca(
             that start alike stay alike; where the start decides, try several seeds, or give `starts`.
         starts: start vectors [D] of all clusters instead, for instance of models trained alone.
         seed: of the noise.
+
+    Raises:
+        InvalidArgument: when an experiment is built, if the model averages floating buffers: every cluster would need
+            statistics of its own.
     """
     check_plan(plan)
     check_count("clusters", clusters, 2)
     check_number("spread", spread, strict=True)
-    if starts is not None and len(starts) != clusters:
-        raise invalid("starts", f"{len(starts)} vectors", f"one vector for each of {clusters} clusters")
+    if starts is not None:
+        _check_starts(starts, clusters)
 
     def init(vector: Tensor) -> State:
         if starts is None:
@@ -71,9 +77,8 @@ def ifca(
             noise = torch.randn(clusters - 1, len(vector), generator=draw, dtype=torch.float64)
             models = torch.cat((vector[None], vector + spread * noise.to(vector)))
         else:
-            for start in starts:
-                if start.shape != vector.shape:
-                    raise invalid("starts", tuple(start.shape), f"vectors of the model's {len(vector)} parameters")
+            if starts[0].shape != vector.shape:
+                raise invalid("starts", tuple(starts[0].shape), f"vectors of the model's {len(vector)} parameters")
             models = torch.stack([start.to(vector) for start in starts])
         return State(models, vector.new_zeros(clusters))
 
@@ -111,9 +116,35 @@ def ifca(
         step=step,
         model=lambda state: state.models[int(state.counts.argmax())],
         personal=personal,
+        private=_without_buffers,
         buffers="local",
         sums=lambda size: clusters * (size + 1),
         scalars=True,
         additive=True,
         plans=(plan,),
     )  # fmt: skip
+
+
+def _check_starts(starts: Sequence[Tensor], clusters: int) -> None:
+    given: Any = starts
+    if not isinstance(given, list | tuple | Tensor) or len(starts) != clusters:
+        told = f"{len(starts)} vectors" if isinstance(given, list | tuple | Tensor) else given
+        raise invalid("starts", told, f"a list with one vector for each of {clusters} clusters")
+    for start in starts:
+        if not isinstance(start, Tensor) or start.ndim != 1 or not start.is_floating_point():  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise invalid("starts", start, "made of vectors [D] of floating-point numbers", "Take result.vector.")
+        if start.shape != starts[0].shape:
+            raise invalid("starts", [tuple(s.shape) for s in starts], "vectors of one length")
+        if not bool(torch.isfinite(start).all()):
+            raise invalid("starts", "a vector with NaN or infinite values", "finite")
+
+
+def _without_buffers(model: Model) -> frozenset[str]:
+    """Nothing is private; models whose statistics would have to be averaged are refused."""
+    if model.buffer_rule == "mean" and model.buffer_layout.size:
+        raise InvalidArgument(
+            "ifca cannot average floating buffers, as every cluster would need its own: use layers without running "
+            'statistics (GroupNorm, LayerNorm), or atoll.Model(..., buffers="frozen"). With buffers="local" each '
+            "client keeps its own, and those never seen use the start values."
+        )
+    return frozenset()
