@@ -7,14 +7,17 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
 import atoll
 import atoll.journal
+import atoll.result
 from atoll.errors import AtollError, DataError, Interrupted, NonFiniteError, RunError
 
 ROUNDS = 6
@@ -233,6 +236,65 @@ def test_only_clients_that_were_visited_are_saved_with_a_model_of_their_own(tmp_
     assert torch.equal(loaded.personal("c2"), result.vector)
 
 
+@pytest.mark.parametrize("method", ["ditto", "apfl", "fedper"])
+def test_methods_that_keep_models_save_those_of_visited_clients(method: str, tmp_path: Path) -> None:
+    plan = atoll.local_sgd(0.1)
+    algorithm = {
+        "ditto": atoll.ditto(plan, lam=0.5), "apfl": atoll.apfl(plan), "fedper": atoll.fedper(plan, private=("2.*",)),
+    }[method]  # fmt: skip
+    result = run(algorithm=algorithm, cohort=atoll.sampling.sequence([["c1"]]), rounds=2)
+    stored = safetensors.torch.load_file(result.save(tmp_path) / "result.safetensors")
+    assert {n for n in stored if n.startswith("personal/")} == {"personal/c1"}
+    loaded = atoll.Result.load(tmp_path)
+    for client in ("c1", "c2"):
+        assert torch.equal(loaded.personal(client), result.personal(client))
+
+
+def test_many_models_made_for_whoever_asks_are_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    algorithm = atoll.fine_tune(atoll.local_sgd(0.1))
+    loaded = atoll.Result.load(run(algorithm=algorithm, rounds=1).save(tmp_path / "all"))
+    with pytest.raises(RunError, match=r"no personal model of client 'x9': resume the run"):
+        loaded.personal("x9")
+    monkeypatch.setattr(atoll.result, "PERSONAL_CLIENTS", 5)
+    result = run(algorithm=algorithm, rounds=1, directory=tmp_path / "run")
+    result.save(tmp_path / "run")
+    assert [n.partition(":")[0] for n in result.notes if "saved" in n] == [
+        "the personal models of 6 clients (0.0 GiB) were not saved"
+    ]
+    assert not torch.equal(result.personal("c1"), result.vector), "the result of a run can still make them"
+    loaded = atoll.Result.load(tmp_path / "run", model())
+    assert loaded.notes == result.notes
+    for ask in (loaded.personal, loaded.module, lambda client: loaded.predict(torch.ones(1, 4), client)):
+        with pytest.raises(RunError, match=r"saved with no personal models: resume the run.*resume=True"):
+            ask("c1")
+    again = run(algorithm=algorithm, rounds=1, directory=tmp_path / "run", resume=True)
+    assert torch.equal(again.personal("c1"), result.personal("c1"))
+
+
+def test_saving_never_draws_a_lazy_population_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, asked = data(8, test=None), list[int]()
+    lazy = atoll.FederatedDataset.from_source(
+        packed.clients, lambda c: (packed[c].train["x"], packed[c].train["y"]), version="1"
+    )
+    draw = type(lazy).draw
+
+    def watched(self: object, clients: Sequence[str]) -> atoll.FederatedDataset:
+        asked.append(len(clients))
+        return draw(self, clients)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(type(lazy), "draw", watched)
+    monkeypatch.setattr(atoll.result, "PERSONAL_CLIENTS", 3)
+    for algorithm, most in (
+        (atoll.fine_tune(atoll.local_sgd(0.1)), 0),
+        (atoll.ditto(atoll.local_sgd(0.1), lam=1.0), 3),
+    ):
+        result = atoll.simulate(model(), lazy, algorithm=algorithm, rounds=4, cohort=2, evaluate_every=0)
+        asked.clear()
+        result.save(tmp_path / str(most))
+        assert max(asked, default=0) <= most
+        assert bool(result.notes) == (most == 0)
+
+
 def test_a_damaged_checkpoint_is_passed_over_and_said(tmp_path: Path) -> None:
     whole = run()
     run(rounds=4, directory=tmp_path, checkpoint_every=1)
@@ -278,6 +340,7 @@ import torch
 torch.set_num_threads(1)
 sys.path.insert(0, {tests!r})
 import atoll.journal
+import atoll.result
 import atoll.memory
 from test_simulation import run
 

@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,14 @@ if TYPE_CHECKING:
 
 PERSONAL_BYTES = 2 * 2**30
 """Personal models are saved with a result up to this size."""
+
+PERSONAL_CLIENTS = 1_000
+"""Of methods that make a model for whoever asks, the models of all clients are saved up to so many; more are not drawn
+at once for it either."""
+
+
+Saved = Literal["none", "visited", "all", "not"]
+"""Whose personal models a result has: there are none, of all who were visited, of all clients, or not saved."""
 
 
 @dataclass(slots=True)
@@ -57,6 +65,7 @@ class Result:
     _state: "State | None" = None
     _data: "FederatedDataset | LazyDataset | None" = None
     _personal: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _saved: Saved = "none"
 
     # --- the model ----------------------------------------------------------------------------------------------------
 
@@ -68,7 +77,11 @@ class Result:
         return self._model("module").module(vector, buffers)
 
     def personal(self, client: str) -> Tensor:
-        """The parameters [P] this client would use: its personal model, or the global one where there is none."""
+        """The parameters [P] this client would use: its personal model, or the global one where there is none.
+
+        Raises:
+            RunError: the result was loaded, and this client's model was not saved with it.
+        """
         return self._own(client)[0]
 
     def predict(self, x: Any, client: str | None = None) -> Tensor:
@@ -115,7 +128,11 @@ class Result:
     # --- files --------------------------------------------------------------------------------------------------------
 
     def save(self, directory: str | Path) -> Path:
-        """Write parameters (safetensors) and history (JSON) to a directory; returns it."""
+        """Write parameters (safetensors) and history (JSON) to a directory; returns it.
+
+        Personal models are saved of the clients that were visited; of methods that keep nothing and make a model for
+        whoever asks, of all clients, up to 1,000 of them. A note says where they were not saved.
+        """
         from safetensors.torch import save
 
         folder = Path(directory)
@@ -133,6 +150,7 @@ class Result:
             "privacy": self.privacy,
             "clients": plain(self.clients),
             "notes": self.notes,
+            "personal": self._saved,
         }
         write_atomically(folder / "result.json", json.dumps(body, allow_nan=False, indent=1).encode())
         return folder
@@ -179,6 +197,7 @@ class Result:
             for n, t in tensors.items()
             if n.startswith(prefix)
         }
+        result._saved = body["personal"]
         return result
 
     # --- helpers ------------------------------------------------------------------------------------------------------
@@ -188,20 +207,26 @@ class Result:
         process, state, data = self._process, self._state, self._data
         if process is None or state is None or data is None or not process.personalised or self._personal:
             return
-        # Who was never visited keeps nothing; but some methods make a model for whoever asks.
-        anybody = process.algorithm.personal is not None
-        visited = [c for c in data.clients if anybody or c in state.memory]
-        size = len(visited) * self.vector.numel() * self.vector.element_size()
-        if size > PERSONAL_BYTES:
-            self.notes.append(
-                f"the personal models of {len(visited):,} clients ({size / 2**30:.1f} GiB) were not saved: resume "
-                "the run, or save those of some clients with result.personal(client)."
+        # Who was never visited keeps nothing and uses the global model; but some methods make one for whoever asks.
+        anybody = process.algorithm.personal is not None and process.algorithm.client_init is None
+        count = len(data) if anybody else len(state.memory)
+        size = count * (self.vector.nbytes + self.buffers.nbytes)
+        if size > PERSONAL_BYTES or (anybody and count > PERSONAL_CLIENTS):
+            self._saved = "not"
+            note = (
+                f"the personal models of {count:,} clients ({size / 2**30:.1f} GiB) were not saved: resume the run, or "
+                "save those of some clients with result.personal(client)."
             )
+            if note not in self.notes:
+                self.notes.append(note)
             return
-        if visited:
-            found = process.personal(state, data, visited)
+        self._saved = "all" if anybody else "visited"
+        wanted = list(data.clients) if anybody else list(state.memory.index)
+        for begin in range(0, count, PERSONAL_CLIENTS):  # a lazy population draws their examples
+            some = wanted[begin : begin + PERSONAL_CLIENTS]
+            found = process.personal(state, data, some)
             assert found.buffers is not None
-            self._personal = dict(zip(visited, zip(found.rows, found.buffers, strict=True), strict=True))
+            self._personal |= dict(zip(some, zip(found.rows, found.buffers, strict=True), strict=True))
 
     def _model(self, what: str) -> Model:
         if self.model is None:
@@ -211,10 +236,17 @@ class Result:
     def _own(self, client: str) -> tuple[Tensor, Tensor]:
         if client in self._personal:
             return self._personal[client]
-        if self._process is None or self._state is None or self._data is None or self._personal:
-            # A client that was never visited has nothing of its own: it uses the model it would receive.
-            if self._data is not None and client not in self._data:
-                raise invalid("client", client, "the name of a client in the data")
+        if self._data is not None and client not in self._data:
+            raise invalid("client", client, "the name of a client in the data")
+        if self._process is None or self._state is None or self._data is None:
+            if self._saved in ("not", "all"):
+                why = "no personal models" if self._saved == "not" else f"no personal model of client {client!r}"
+                raise RunError(
+                    f"this result was saved with {why}: resume the run, by atoll.simulate with the same arguments, "
+                    "directory= and resume=True, and ask the result it returns."
+                )
+            return self.vector, self.buffers
+        if self._saved == "visited":  # a client that was never visited uses the model it would receive
             return self.vector, self.buffers
         found = self._process.personal(self._state, self._data, [client])
         assert found.buffers is not None
