@@ -151,6 +151,18 @@ class Process:
                 f"{self.aggregator.name} most clients would count for nothing. Use aggregators.mean()."
             )
         for stage in self.chain.stages:
+            if stage.settle is not None and not self.aggregator.averages:
+                raise CompositionError(
+                    f"{stage.name} cannot stand before the aggregator {self.aggregator.name}: what its server keeps is "
+                    "the mean of what all clients know, which a rule that chooses among clients does not follow. Use "
+                    'aggregators.mean(weights="uniform"), or error_feedback instead.'
+                )
+            if stage.settle is not None and self.aggregator.denominator == "expected":
+                raise CompositionError(
+                    f"{stage.name} cannot stand before the aggregator {self.aggregator.name} with "
+                    'denominator="expected": its server counts on the mean over the clients that took part. '
+                    'Use aggregators.mean(weights="uniform"), or error_feedback instead.'
+                )
             if stage.settle is not None and self.aggregator.weights != "uniform":
                 raise CompositionError(
                     f"{stage.name} cannot stand before the aggregator {self.aggregator.name} with weights: what its "

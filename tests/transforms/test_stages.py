@@ -10,8 +10,8 @@ from registry import MODELS, TRANSFORMS
 from torch import Tensor
 
 import atoll
-from atoll import random, transforms
-from atoll.aggregators import mean
+from atoll import attacks, random, transforms
+from atoll.aggregators import krum, mean, median, norm_bound
 from atoll.algorithms import fedavg, scaffold
 from atoll.errors import CompositionError, InvalidArgument, NonFiniteError
 from atoll.local import local_sgd
@@ -289,7 +289,8 @@ def test_every_stage_with_every_channel(stage: str, channel: str) -> None:
 def test_every_stage_inside_error_feedback(stage: str) -> None:
     for around in (error_feedback, ef21):
         refused = {
-            "rand_k": f"rand_k cannot stand inside {around.__name__}: it scales.*Use rand_k without",
+            "rand_k": f"rand_k cannot stand inside {around.__name__}: what it loses.*Use rand_k without",
+            "clip_norm": f"clip_norm cannot stand inside {around.__name__}: what it loses.*Use clip_norm without",
             "error_feedback": f"error_feedback cannot stand inside {around.__name__}.*into one",
             "ef21": f"ef21 cannot stand inside {around.__name__}.*into one",
         }
@@ -299,6 +300,20 @@ def test_every_stage_inside_error_feedback(stage: str) -> None:
             continue
         with pytest.raises(CompositionError, match=said):
             around(STAGES[stage])
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3])
+def test_few_bits_and_error_feedback(bits: int) -> None:
+    with pytest.raises(CompositionError, match="quantize cannot stand inside error_feedback.*4 bits or more"):
+        error_feedback(quantize(bits))
+
+
+@pytest.mark.parametrize("bits", [4, 6])
+def test_what_quantizing_loses_does_not_grow_in_error_feedback(bits: int) -> None:
+    chain, given, memory = one(error_feedback(quantize(bits))), rows(2), None
+    for round in range(60):
+        _, _, memory = send(chain, given, keys(2, round=round), memory)
+    assert bool((memory["0/error"].norm(dim=1) < given.norm(dim=1)).all())  # type: ignore[index]
 
 
 def test_a_stage_that_is_undone_on_the_sum_cannot_hide_one_that_is_not() -> None:
@@ -486,6 +501,18 @@ def test_ef21_refuses_weights_and_summed_parts() -> None:
         Process(
             scalar_model(), scaffold(local_sgd(0.1)), transforms=(ef21(sign()),), aggregator=mean(weights="uniform")
         )
+
+
+def test_ef21_refuses_rules_and_expected_denominators() -> None:
+    plan = fedavg(local_sgd(0.1))
+    for rule in (median(), krum(byzantine=1), norm_bound()):
+        with pytest.raises(CompositionError, match=rf"ef21 cannot stand before the aggregator {rule.name}.*error_feed"):
+            Process(scalar_model(), plan, transforms=(ef21(sign()),), aggregator=rule)
+    with pytest.raises(CompositionError, match=r"ef21 cannot stand before the aggregator mean with denominator"):
+        Process(scalar_model(), plan, transforms=(ef21(sign()),),
+                aggregator=mean(weights="uniform", denominator="expected"))  # fmt: skip
+    attacked = attacks.apply(mean(weights="uniform"), attacks.sign_flip(), fraction=0.2)
+    Process(scalar_model(), plan, transforms=(ef21(sign()),), aggregator=attacked)
 
 
 def test_ef21_is_resumed_with_the_same_bits(tmp_path: Path) -> None:

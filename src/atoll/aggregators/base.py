@@ -49,6 +49,7 @@ class Aggregator:
             rows as the rule's text says.
         needs: why it needs that many, for the error.
         init: (nought row [L]) -> what the server keeps between rounds; it is checkpointed.
+        behind: the aggregator that an attack stands in front of.
     """
 
     spec: Spec
@@ -59,6 +60,12 @@ class Aggregator:
     bears: Callable[[int], int] = _none
     needs: str = ""
     init: Callable[[Tensor], Any] = _stateless
+    behind: "Aggregator | None" = None
+
+    @property
+    def averages(self) -> bool:
+        """Whether it gives the weighted mean of the rows it is shown, be it under an attack."""
+        return self.rule is None or (self.behind is not None and self.behind.averages)
 
     @property
     def name(self) -> str:

@@ -194,6 +194,7 @@ def _attacked(behind: Aggregator, attack: Attack, fraction: float, seed: int) ->
         behind.bears,
         behind.needs,
         lambda row: {"round": 0, "seen": False, "past": row, "then": behind.init(row)},
+        behind,
     )
 
 

@@ -106,7 +106,7 @@ class Transform:
         lossless: whether the decoded row is the row that entered.
         aligned: whether number j of the rows that leave is number j of those that entered, in every round.
         feedback: whether it remembers what is lost, so that nothing lossy may stand behind it.
-        contracts: whether the error is shorter than the row, so that `error_feedback` can hold it.
+        contracts: whether the error is shorter than the row by a factor, so that `error_feedback` can hold it.
         bound: (L2 bound on what enters or None) -> L2 bound on what the server decodes or None.
         fixed_size: whether the bytes do not depend on the values.
         randomness: "none"; "shared" when the server draws the same to decode; "private" when it need not.

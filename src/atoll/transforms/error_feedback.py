@@ -52,8 +52,9 @@ def compressor(around: str, stages: tuple[Transform, ...]) -> Chain:
             )
         if isinstance(stage, Transform) and not stage.contracts:
             raise CompositionError(
-                f"{stage.name} cannot stand inside {around}: it scales what it sends to be unbiased, so the error "
-                f"would grow from round to round. Use {stage.name} without {around}, or top_k inside it."
+                f"{stage.name} cannot stand inside {around}: what it loses may be as long as the row or longer, so the "
+                f"error would grow from round to round. Use {stage.name} without {around}, and inside it a stage such as "
+                "top_k, sign, or quantize with 4 bits or more."
             )
     return compose(stages, plain())
 
