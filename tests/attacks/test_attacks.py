@@ -168,14 +168,45 @@ def test_a_mean_cannot_bear_what_is_not_finite_and_a_rule_leaves_it_out() -> Non
 
 
 def test_nobody_can_stop_a_round_by_sending_what_is_not_finite() -> None:
-    """Of seven clients, bulyan(1) needs all: the broken row counts as nought, one of those it bears."""
+    """Of seven clients, bulyan(1) needs all: the broken row is the one it bears, and the rest are judged without it."""
     rows = drawn(7)
     broken = rows.clone()
     broken[2, 3] = torch.nan
-    rows[2] = 0.0
-    rule = aggregators.bulyan(byzantine=1)
-    assert torch.equal(rule(broken), rule(rows))
+    rule, rest = aggregators.bulyan(byzantine=1), rows[[0, 1, 3, 4, 5, 6]]
+    assert torch.equal(rule(broken), aggregators.bulyan(byzantine=0)(rest))
     assert torch.equal(rule(torch.full((7, 2), torch.nan)), torch.zeros(2))
+
+
+def far_off(count: int) -> Tensor:
+    return 0.1 * torch.randn(count, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 10.0
+
+
+@pytest.mark.parametrize(
+    ("rule", "count", "broken"),
+    [
+        (aggregators.krum(byzantine=2), 7, 2), (aggregators.multi_krum(byzantine=2), 7, 2),
+        (aggregators.mda(byzantine=3), 7, 3), (aggregators.bulyan(byzantine=5), 25, 5),
+        (aggregators.bulyan(byzantine=0.2), 25, 5), (aggregators.trimmed_mean(drop=3), 7, 3),
+        (aggregators.meamed(byzantine=3), 7, 3), (aggregators.norm_bound(then=aggregators.krum(byzantine=2)), 7, 2),
+        (aggregators.nnm(byzantine=2, then=aggregators.krum(byzantine=2)), 7, 2),
+        (aggregators.bucketing(size=1, then=aggregators.krum(byzantine=2)), 7, 2),
+        (apply(aggregators.krum(byzantine=2), attacks.sign_flip(), fraction=0.0), 7, 2),
+    ],
+    ids=lambda v: v.name if isinstance(v, aggregators.Aggregator) else None,
+)  # fmt: skip
+def test_broken_rows_do_not_pull_a_rule_to_nought(rule: aggregators.Aggregator, count: int, broken: int) -> None:
+    rows = far_off(count)
+    rows[:broken, 1] = torch.nan
+    ruling = rule.combine(rows)
+    assert float((ruling.row - 10.0).abs().max()) < 0.5
+    assert ruling.share is None or not bool(ruling.share[:broken].any())
+
+
+def test_more_broken_rows_than_a_rule_bears_make_up_its_number() -> None:
+    rows = far_off(7)
+    rows[:5] = torch.nan
+    ruling = aggregators.krum(byzantine=2).combine(rows)
+    assert bool(torch.isfinite(ruling.row).all()) and ruling.share is not None and ruling.share.shape == (7,)
 
 
 # --- on data ----------------------------------------------------------------------------------------------------------

@@ -304,7 +304,7 @@ def test_every_stage_inside_error_feedback(stage: str) -> None:
 
 @pytest.mark.parametrize("bits", [1, 2, 3])
 def test_few_bits_and_error_feedback(bits: int) -> None:
-    with pytest.raises(CompositionError, match="quantize cannot stand inside error_feedback.*4 bits or more"):
+    with pytest.raises(CompositionError, match=r"quantize cannot stand inside error_feedback.*4 bits or more"):
         error_feedback(quantize(bits))
 
 

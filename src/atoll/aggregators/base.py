@@ -48,6 +48,7 @@ class Aggregator:
         bears: (clients n) -> how many of them may send anything at all while the result stays as near to the others'
             rows as the rule's text says.
         needs: why it needs that many, for the error.
+        spared: (clients n, malicious ones of them already found) -> the rule that still bears the others; None: this.
         init: (nought row [L]) -> what the server keeps between rounds; it is checkpointed.
         behind: the aggregator that an attack stands in front of.
     """
@@ -59,6 +60,7 @@ class Aggregator:
     least: Callable[[int], int] = _any_cohort
     bears: Callable[[int], int] = _none
     needs: str = ""
+    spared: "Callable[[int, int], Aggregator] | None" = None
     init: Callable[[Tensor], Any] = _stateless
     behind: "Aggregator | None" = None
 
@@ -107,8 +109,9 @@ class Aggregator:
     ) -> Ruling:
         """Combine rows [n, L]; weights [n] default to ones.
 
-        A rule leaves rows out that are not finite, with a share of 0; where too few would be left, they count as
-        noughts, so that nobody can stop a round. The mean cannot bear them.
+        A rule leaves rows out that are not finite, with a share of 0: they are malicious ones already found. Where the
+        rest is too small for it, it need bear only as many fewer as were found; where that is not enough, some of them
+        count as noughts, so that nobody can stop a round. The mean cannot bear them.
 
         Args:
             rows: one for each client.
@@ -127,17 +130,8 @@ class Aggregator:
             raise invalid("weights", tuple(given.shape), f"one number for each of the {len(rows)} rows")
         if self.rule is not None:
             fine = torch.isfinite(rows).all(dim=1)
-            rest = int(fine.sum())
-            if rest < len(rows) and (not rest or rest < self.least(rest)):
-                return self.combine(torch.where(fine[:, None], rows, 0.0), given, state, clients)
-            if rest < len(rows):
-                names = [c for c, good in zip(clients, fine.tolist(), strict=True) if good] if clients else ()
-                ruling = self.combine(rows[fine], given[fine], state, names)
-                share = None if ruling.share is None else given.new_zeros(len(rows)).masked_scatter(fine, ruling.share)
-                judged = None if ruling.rows is None else torch.full_like(rows, torch.nan)
-                if judged is not None and ruling.rows is not None:
-                    judged[fine] = ruling.rows
-                return ruling._replace(share=share, rows=judged)
+            if not bool(fine.all()):
+                return self._without(rows, ~fine, given, state, clients)
             seen = Rows(rows, clients=clients)
             state = self.init(rows.new_zeros(rows.shape[1])) if state is None else state
             ruling = self.rule(seen, given[seen.order], state)
@@ -148,6 +142,29 @@ class Aggregator:
             raise invalid("weights", given.tolist(), "numbers of at least 0 that are not all 0")
         share = given / given.sum()
         return Ruling(((given[:, None] * rows.double()).sum(0) / given.sum()).to(rows.dtype), share)
+
+    def _without(self, rows: Tensor, broken: Tensor, weights: Tensor, state: Any, clients: Sequence[str]) -> Ruling:
+        """The ruling on rows of which some are broken [n] bool."""
+        count, found = len(rows), int(broken.sum())
+        kept, rule = ~broken, self
+        for lowered in range(found + 1):
+            # No lower than need be: a row may also be broken by accident.
+            rule = spared(self, count, lowered) if lowered else self
+            if count - found >= max(rule.least(count - found), 1):
+                break
+        else:
+            noughts = next(
+                k for k in range(1, found + 1) if k == found or count - found + k >= rule.least(count - found + k)
+            )
+            kept[broken.nonzero()[:noughts, 0]] = True
+        clients = clients or [str(i) for i in range(count)]
+        names = [c for c, good in zip(clients, kept.tolist(), strict=True) if good]
+        ruling = rule.combine(torch.where(broken[:, None], 0.0, rows)[kept], weights[kept], state, names)
+        share = None if ruling.share is None else weights.new_zeros(count).masked_scatter(kept, ruling.share)
+        judged = None if ruling.rows is None else torch.full_like(rows, torch.nan)
+        if judged is not None and ruling.rows is not None:
+            judged[kept] = ruling.rows
+        return ruling._replace(share=share, rows=judged)
 
     def __call__(self, rows: Tensor, weights: Tensor | None = None) -> Tensor:
         """Combine rows [n, L] into [L]; weights [n] default to ones."""
@@ -166,6 +183,11 @@ def check_then(then: object) -> None:
     """Refuse anything but an aggregator as the rule behind a pre-aggregation."""
     if not isinstance(then, Aggregator):
         raise invalid("then", then, "a rule such as atoll.aggregators.trimmed_mean(drop=2)")
+
+
+def spared(rule: Aggregator, count: int, found: int) -> Aggregator:
+    """The rule that still bears the others when some of `count` clients were found to be malicious."""
+    return rule if rule.spared is None else rule.spared(count, found)
 
 
 def check_weights(weights: object) -> None:

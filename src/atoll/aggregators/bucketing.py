@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from atoll import random
-from atoll.aggregators.base import Aggregator, Ruling, check_then, composed
+from atoll.aggregators.base import Aggregator, Ruling, check_then, composed, spared
 from atoll.aggregators.rows import Rows
 from atoll.errors import invalid
 from atoll.spec import record
@@ -52,5 +52,6 @@ def bucketing(*, size: int, then: Aggregator, seed: int = 0) -> Aggregator:
         least=least,
         bears=lambda count: then.bears(-(-count // size)),
         needs=f" (buckets of {size}{'; then' + then.needs if then.needs else ''})",
+        spared=lambda count, found: bucketing(size=size, then=spared(then, -(-count // size), found), seed=seed),
         init=lambda row: {"round": 0, "then": then.init(row)},
     )

@@ -48,4 +48,5 @@ def bulyan(*, byzantine: int | float) -> Aggregator:
         least=lambda count: 4 * expected(count) + 3,
         bears=expected,
         needs=f" (4 byzantine + 3, byzantine={byzantine})",
+        spared=lambda count, found: bulyan(byzantine=max(expected(count) - found, 0)),
     )

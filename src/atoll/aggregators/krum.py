@@ -38,6 +38,7 @@ def krum(*, byzantine: int | float) -> Aggregator:
         least=lambda count: 2 * expected(count) + 3,
         bears=expected,
         needs=f" (2 byzantine + 3, byzantine={byzantine})",
+        spared=lambda count, found: krum(byzantine=max(expected(count) - found, 0)),
     )
 
 
@@ -66,6 +67,7 @@ def multi_krum(*, byzantine: int | float, keep: int | None = None) -> Aggregator
         least=lambda count: max(2 * expected(count) + 3, expected(count) + (keep or 0)),
         bears=expected,
         needs=f" (2 byzantine + 3 and byzantine + keep, byzantine={byzantine}, keep={keep})",
+        spared=lambda count, found: multi_krum(byzantine=max(expected(count) - found, 0), keep=keep),
     )
 
 

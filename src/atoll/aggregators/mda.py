@@ -37,6 +37,7 @@ def mda(*, byzantine: int | float) -> Aggregator:
         least=lambda count: 2 * expected(count) + 1,
         bears=expected,
         needs=f" (2 byzantine + 1, byzantine={byzantine})",
+        spared=lambda count, found: mda(byzantine=max(expected(count) - found, 0)),
     )
 
 

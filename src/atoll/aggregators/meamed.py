@@ -35,6 +35,7 @@ def meamed(*, byzantine: int | float) -> Aggregator:
         least=lambda count: 2 * expected(count) + 1,
         bears=expected,
         needs=f" (2 byzantine + 1, byzantine={byzantine})",
+        spared=lambda count, found: meamed(byzantine=max(expected(count) - found, 0)),
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atoll.aggregators.base import Aggregator, Ruling, check_then, composed, malicious
+from atoll.aggregators.base import Aggregator, Ruling, check_then, composed, malicious, spared
 from atoll.aggregators.rows import Geometry, Rows
 from atoll.spec import record
 
@@ -41,5 +41,6 @@ def nnm(*, byzantine: int | float, then: Aggregator) -> Aggregator:
         least=lambda count: max(2 * expected(count) + 1, then.least(count)),
         bears=lambda count: min(expected(count), then.bears(count)),
         needs=f" (2 byzantine + 1, byzantine={byzantine}{'; then' + then.needs if then.needs else ''})",
+        spared=lambda count, found: nnm(byzantine=max(expected(count) - found, 0), then=spared(then, count, found)),
         init=then.init,
     )

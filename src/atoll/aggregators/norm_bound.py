@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from atoll.aggregators.base import Aggregator, Ruling, check_then, composed
+from atoll.aggregators.base import Aggregator, Ruling, check_then, composed, spared
 from atoll.aggregators.mean import mean
 from atoll.aggregators.rows import Rows, distances_from
 from atoll.errors import invalid
@@ -44,5 +44,6 @@ def norm_bound(bound: float | None = None, *, then: Aggregator | None = None) ->
         least=behind.least,
         bears=lambda count: max((count - 1) // 2, behind.bears(count)),
         needs=behind.needs,
+        spared=lambda count, found: norm_bound(bound, then=spared(behind, count, found)),
         init=behind.init,
     )

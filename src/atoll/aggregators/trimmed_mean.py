@@ -35,4 +35,5 @@ def trimmed_mean(*, drop: int | float) -> Aggregator:
         least=lambda count: 2 * expected(count) + 1,
         bears=expected,
         needs=f" (2 drop + 1, drop={drop})",
+        spared=lambda count, found: trimmed_mean(drop=max(expected(count) - found, 0)),
     )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from atoll import random
 from atoll.aggregators import Aggregator, Ruling
+from atoll.aggregators.base import spared
 from atoll.aggregators.rows import Rows
 from atoll.data import FederatedDataset
 from atoll.errors import InvalidArgument, invalid
@@ -193,6 +194,7 @@ def _attacked(behind: Aggregator, attack: Attack, fraction: float, seed: int) ->
         behind.least,
         behind.bears,
         behind.needs,
+        lambda count, found: _attacked(spared(behind, count, found), attack, fraction, seed),
         lambda row: {"round": 0, "seen": False, "past": row, "then": behind.init(row)},
         behind,
     )

@@ -22,9 +22,9 @@ from atoll.transforms.error_feedback import compressor, stage_around
 def ef21(*stages: Transform) -> Transform:
     """Compress the change of every client's update since it was last sent: `ef21(top_k(0.01))`.
 
-    Needs the unweighted mean over the clients that took part and an algorithm without summed parts, because g stands for
-    the whole population: a rule that leaves clients out would leave g behind what they know. Before such a rule use
-    `error_feedback`.
+    Needs the unweighted mean over the clients that took part and an algorithm without summed parts, because g stands
+    for the whole population: a rule that leaves clients out would leave g behind what they know. Before such a rule
+    use `error_feedback`.
 
     Args:
         stages: in client order; all that loses something must be among them.

@@ -53,8 +53,8 @@ def compressor(around: str, stages: tuple[Transform, ...]) -> Chain:
         if isinstance(stage, Transform) and not stage.contracts:
             raise CompositionError(
                 f"{stage.name} cannot stand inside {around}: what it loses may be as long as the row or longer, so the "
-                f"error would grow from round to round. Use {stage.name} without {around}, and inside it a stage such as "
-                "top_k, sign, or quantize with 4 bits or more."
+                f"error would grow from round to round. Use {stage.name} without {around}, and inside it a stage such "
+                "as top_k, sign, or quantize with 4 bits or more."
             )
     return compose(stages, plain())
 
