@@ -145,10 +145,16 @@ class Process:
                 f"the channel {self.chain.channel.name} cuts every number at one clip, but {algorithm.name} sends "
                 'numbers of other units with its update, which would be cut too: use channel="plain", or fedavg.'
             )
-        if algorithm.additive and self.aggregator.rule is not None:
+        if algorithm.additive and not self.aggregator.averages:
             raise CompositionError(
                 f"the summed part of {algorithm.name} is only right when it is added up: under the aggregator "
                 f"{self.aggregator.name} most clients would count for nothing. Use aggregators.mean()."
+            )
+        if algorithm.scalars and not self.aggregator.averages:
+            raise CompositionError(
+                f"the aggregator {self.aggregator.name} treats what a client sends as one vector, but {algorithm.name} "
+                "sends numbers of other units with its update, which would be judged and combined together with it: "
+                "use aggregators.mean(), or fedavg."
             )
         for stage in self.chain.stages:
             if stage.settle is not None and not self.aggregator.averages:
@@ -396,11 +402,13 @@ class Process:
         good = report.finite & torch.isfinite(report.metrics).all(dim=1)
         total = rows = codes = None
         length, split = sum(report.parts), report.parts[0] + report.parts[1]
+        # Where nobody is weighed, no claim is heard.
+        weight = torch.ones_like(report.weight) if self.aggregator.weights == "uniform" else report.weight
         if self.chain.channel.sums_only:
             assert isinstance(report.wire, Mapping)
             codes = add(report.wire)
         elif isinstance(report.wire, Clear):
-            total = self._added(report.wire, report.weight, split, good)
+            total = self._added(report.wire, weight, split, good)
         else:
             keys = keys_of(task.seed, task.round, random.client_keys(report.clients), split)
             rows = self.chain.decode_each(report.wire, task.shared, length, keys, self.model.dtype)
@@ -409,7 +417,7 @@ class Process:
                 rows = rows.clone()  # a tile's own memory is used again by the next
             else:
                 clear = Clear(Change((len(rows), split), rows[:, :split]), rows[:, split:])
-                total = self._added(clear, report.weight, split, good)
+                total = self._added(clear, weight, split, good)
                 rows = None
         broken = tuple(c for c, fine in zip(report.clients, good.tolist(), strict=True) if not fine)
         return Partial(
@@ -419,7 +427,7 @@ class Process:
             total,
             rows,
             codes,
-            report.weight,
+            weight,
             # A rule does without broken clients; else they end the round.
             report.metrics[good].sum(dim=0) if rows is not None else report.metrics.sum(dim=0),
             report.bytes * len(report.clients),
@@ -769,6 +777,7 @@ class Collector:
         if not self._count:
             empty = torch.empty(0, dtype=dtype)
             return Collected(empty, empty, 0.0, 0, 0.0, 0.0, 0, 0, 0.0, kept)
+        ruled: Ruling | None = None
         if self._rows is not None:
             process.aggregator.check(self._count, self._task.round)
             if len(self.broken) == self._count:
@@ -779,10 +788,20 @@ class Collector:
                 self._rows[: self._count][out], weights = torch.nan, weights.masked_fill(out, 0.0)
                 self._count -= len(self.broken)
             ruling = process.aggregator.combine(self._rows[: len(weights)], weights, self._state, self._names)
-            refused = self._refused(self._rows[: len(weights)], ruling)
-            combined, kept = process.chain.decode_sum(ruling.row, task.shared, length, keys), ruling.state
+            refused, kept = self._refused(self._rows[: len(weights)], ruling), ruling.state
+            self._weight = float(weights.sum())
+            if process.aggregator.averages:  # a mean under an attack: the rows that were sent are added up as ever
+                assert ruling.rows is not None and ruling.weights is not None
+                sent = torch.isfinite(ruling.rows).all(dim=1)
+                rows, claimed = ruling.rows[sent].double(), ruling.weights[sent].double()
+                self._total = torch.cat((claimed @ rows[:, :width], rows[:, width:].sum(dim=0)))
+                self._weight = float(claimed.sum())
+            else:
+                ruled = ruling
+        if ruled is not None:
+            combined = process.chain.decode_sum(ruled.row, task.shared, length, keys)
             average, sums = combined[:width], combined[width:] * self._count
-            weight = divisor = float(weights.sum())
+            weight = divisor = self._weight
         else:
             if self._sealed is not None:
                 assert process.chain.channel.unseal is not None

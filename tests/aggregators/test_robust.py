@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +202,7 @@ TWINS: dict[str, tuple[Aggregator, Callable[[np.ndarray], np.ndarray]]] = {
     "centred clipping": (centered_clipping(radius=1.5, iterations=3), lambda r: naive_clipping(r, 1.5, 3)),
     "nnm": (nnm(byzantine=2, then=trimmed_mean(drop=2)), lambda r: np.sort(naive_nnm(r, 2), axis=0)[2:-2].mean(0)),
     "nnm, nnm": (
-        nnm(byzantine=2, then=nnm(byzantine=3, then=mean())),
+        nnm(byzantine=2, then=nnm(byzantine=3, then=mean(weights="uniform"))),
         lambda r: naive_nnm(naive_nnm(r, 2), 3).mean(0),
     ),
 }  # fmt: skip
@@ -321,7 +322,7 @@ def test_one_more_than_a_rule_bears_moves_it_as_far_as_it_likes(rule: Aggregator
 
 def test_the_mean_bears_nobody() -> None:
     assert mean().bears(100) == 0
-    assert nnm(byzantine=2, then=mean()).bears(100) == 0
+    assert nnm(byzantine=2, then=mean(weights="uniform")).bears(100) == 0
 
 
 @pytest.mark.parametrize(
@@ -403,6 +404,12 @@ def test_numbers_of_malicious_clients_outside_their_range(name: str, value: Any)
         (lambda: norm_bound(1.0, then="median"), "then='median'"),  # type: ignore[arg-type]
         (lambda: nnm(byzantine=1, then=None), "then=None"),  # type: ignore[arg-type]
         (lambda: bucketing(size=0, then=median()), "size=0"),
+        (lambda: bucketing(size=2, then=mean()), r"then=.mean.*'examples'.*then=aggregators.mean\(weights=.uniform"),
+        (lambda: nnm(byzantine=1, then=mean()), r"then=.mean.*'examples'.*Use then=aggregators.mean"),
+        (
+            lambda: norm_bound(then=mean(weights="uniform", denominator="expected")),
+            r"then=.mean.*'expected'.*Use then=aggregators.mean",
+        ),
         (lambda: bucketing(size=2, then=median), "then="),  # type: ignore[arg-type]
     ],
 )
@@ -428,6 +435,36 @@ def test_what_a_rule_keeps_is_checkpointed(rule: Aggregator, tmp_path: Path) -> 
     run(2, directory=tmp_path)
     assert torch.equal(run(5, directory=tmp_path, resume=True).vector, whole.vector)
     assert not torch.equal(run(4).vector, whole.vector)
+
+
+UNWEIGHTED = [
+    norm_bound(),
+    nnm(byzantine=1, then=mean(weights="uniform")),
+    bucketing(size=2, then=mean(weights="uniform")),
+    mean(weights="uniform"),
+]
+
+
+@pytest.mark.parametrize("rule", UNWEIGHTED, ids=lambda r: r.name)
+@pytest.mark.parametrize("engine", ["loop", "auto"])
+def test_what_clients_claim_to_weigh_does_not_move_a_rule_without_weights(rule: Aggregator, engine: str) -> None:
+    rows, claims = drawn(5, 3), torch.tensor([1e6, 1.0, 1.0, 1.0, 1.0])
+    assert torch.equal(rule(rows, claims), rule(rows))
+    process = Process(scalar_model(), fedavg(local_sgd(0.1, steps=1, batch_size=None)), engine=engine, aggregator=rule)
+    data, found = quadratics((1.0,) * 5, (1.0, 2.0, 3.0, 4.0, 50.0)), []
+    for lie in (False, True):
+        state = process.init()
+        task = process.open(state, data.clients, len(data))
+        collector = process.collector(state, task)
+        process.engine.prepare(process, data)
+        for cohort, remembered in process.engine.tiles(process, task, data, state.memory):
+            report = process.work(task, cohort, remembered)
+            if lie:
+                report = replace(report, weight=report.weight * torch.linspace(1, 99, len(report.weight))[:, None])
+            collector.add(process.combine(task, report))
+        collected = collector.finish()
+        found.append((float(collected.mean), collected.weight))
+    assert found[0] == found[1] and found[0][1] == 5.0
 
 
 def test_a_centre_is_carried_from_round_to_round() -> None:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 import atoll
 from atoll import aggregators, attacks
-from atoll.algorithms import fedavg, scaffold
+from atoll.algorithms import fedavg, fedexp, fednova, ifca, qfedavg, scaffold
 from atoll.attacks import Attack, apply, chosen
-from atoll.errors import InvalidArgument, NonFiniteError
+from atoll.errors import CompositionError, InvalidArgument, NonFiniteError
 from atoll.local import local_sgd
 from atoll.rounds import Process
 
@@ -255,6 +255,40 @@ def test_malicious_clients_in_a_round(engine: str) -> None:
         state, _ = process.next(process.init(), data)
         assert float(process.vector(state)) == pytest.approx(expected, abs=1e-12)
         assert state.aggregator["round"] == 1
+
+
+@pytest.mark.parametrize("engine", ["loop", "auto"])
+@pytest.mark.parametrize("method", [fedavg, scaffold, fednova, ifca])
+@pytest.mark.parametrize(
+    "rule",
+    [aggregators.mean(), aggregators.mean(weights="uniform"),
+     aggregators.mean(weights="uniform", denominator="expected")],
+    ids=["examples", "uniform", "expected"],
+)  # fmt: skip
+def test_a_mean_without_any_attacker_is_the_plain_mean(rule: Any, method: Any, engine: str) -> None:
+    plan = local_sgd(0.1, steps=1, batch_size=None)
+    algorithm = ifca(plan, clusters=2) if method is ifca else method(plan)
+    data, found = quadratics((1.0, 2.0, 1.5, 1.0), (1.0, 2.0, 3.0, 4.0), sizes=(2, 6, 4, 10)), []
+    try:
+        plain = Process(scalar_model(), algorithm, aggregator=rule, engine=engine)
+    except CompositionError:
+        pytest.skip("the method needs another denominator")
+    for process in (plain, Process(scalar_model(), algorithm, engine=engine,
+                                   aggregator=apply(rule, attacks.sign_flip(), fraction=0.0))):  # fmt: skip
+        state = process.init()
+        for cohort in (["c0", "c1", "c3"], ["c1", "c2"]):
+            state, _ = process.next(state, data, cohort, expected=2.5)
+        found.append(float(process.vector(state)))
+    assert found[0] == pytest.approx(found[1], rel=1e-12) and found[0] != 0
+
+
+def test_methods_with_numbers_of_other_units_refuse_rules() -> None:
+    plan = local_sgd(0.1, steps=1, batch_size=None)
+    for algorithm in (fednova(plan), qfedavg(plan, q=1.0), fedexp(plan)):
+        for rule in (aggregators.median(), apply(aggregators.krum(byzantine=1), attacks.alie(), fraction=0.2)):
+            with pytest.raises(CompositionError, match=rf"{rule.name} treats.*{algorithm.name}.*mean\(\), or fedavg"):
+                Process(scalar_model(), algorithm, aggregator=rule)
+        Process(scalar_model(), algorithm, aggregator=apply(aggregators.mean(), attacks.alie(), fraction=0.2))
 
 
 @pytest.mark.parametrize("engine", ["loop", "auto"])

@@ -21,6 +21,7 @@ class Ruling(NamedTuple):
     share: Tensor | None = None  # [n] weight of each row in it, 0: refused; None when coordinates are judged one by one
     state: Any = None  # what the rule keeps for the next round
     rows: Tensor | None = None  # [n, L] what was judged, where an attack stands before the rule
+    weights: Tensor | None = None  # [n] what was claimed there
 
 
 def _any_cohort(count: int) -> int:
@@ -107,7 +108,7 @@ class Aggregator:
     def combine(
         self, rows: Tensor, weights: Tensor | None = None, state: Any = None, clients: Sequence[str] = ()
     ) -> Ruling:
-        """Combine rows [n, L]; weights [n] default to ones.
+        """Combine rows [n, L]; weights [n] default to ones, and are ones for an aggregator with weights="uniform".
 
         A rule leaves rows out that are not finite, with a share of 0: they are malicious ones already found. Where the
         rest is too small for it, it need bear only as many fewer as were found; where that is not enough, some of them
@@ -128,6 +129,8 @@ class Aggregator:
         given = rows.new_ones(len(rows), dtype=torch.float64) if weights is None else weights.double()
         if given.shape != (len(rows),):
             raise invalid("weights", tuple(given.shape), f"one number for each of the {len(rows)} rows")
+        if self.weights == "uniform":  # whatever a client claims
+            given = torch.ones_like(given)
         if self.rule is not None:
             fine = torch.isfinite(rows).all(dim=1)
             if not bool(fine.all()):
@@ -164,7 +167,8 @@ class Aggregator:
         judged = None if ruling.rows is None else torch.full_like(rows, torch.nan)
         if judged is not None and ruling.rows is not None:
             judged[kept] = ruling.rows
-        return ruling._replace(share=share, rows=judged)
+        claimed = None if ruling.weights is None else weights.new_zeros(count).masked_scatter(kept, ruling.weights)
+        return ruling._replace(share=share, rows=judged, weights=claimed)
 
     def __call__(self, rows: Tensor, weights: Tensor | None = None) -> Tensor:
         """Combine rows [n, L] into [L]; weights [n] default to ones."""
@@ -183,6 +187,13 @@ def check_then(then: object) -> None:
     """Refuse anything but an aggregator as the rule behind a pre-aggregation."""
     if not isinstance(then, Aggregator):
         raise invalid("then", then, "a rule such as atoll.aggregators.trimmed_mean(drop=2)")
+    if then.rule is None and (then.weights != "uniform" or then.denominator != "realised"):
+        raise invalid(
+            "then",
+            f"mean(weights={then.weights!r}, denominator={then.denominator!r})",
+            "a rule without weights, because anybody may claim any weight, that divides by what it is shown",
+            'Use then=aggregators.mean(weights="uniform").',
+        )
 
 
 def spared(rule: Aggregator, count: int, found: int) -> Aggregator:

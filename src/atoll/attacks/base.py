@@ -184,7 +184,7 @@ def _attacked(behind: Aggregator, attack: Attack, fraction: float, seed: int) ->
         }
         # Shares are told for the rows as they stand here.
         share = None if ruling.share is None else ruling.share[rows.order]
-        return ruling._replace(share=share, state=kept, rows=matrix)
+        return ruling._replace(share=share, state=kept, rows=matrix, weights=claimed)
 
     return Aggregator(
         record(f"{behind.name} under {attack.name}", attack=attack, fraction=fraction, seed=seed, then=behind),
