@@ -29,7 +29,8 @@ class Record:
         epsilon: privacy spent so far; None without differential privacy.
         notes: what a reader should know, such as why a metric is undefined.
         refused: clients whose updates had no part in the round: "reason", and where they are known the "norm" of the
-            update and its "distance" from the round's result.
+            update and its "distance" from the round's result. The first hundred are named.
+        refusals: how many clients that are, named or not.
     """
 
     round: int
@@ -47,6 +48,7 @@ class Record:
     epsilon: float | None = None
     notes: tuple[str, ...] = ()
     refused: dict[str, dict[str, Any]] = field(default_factory=dict)
+    refusals: int = 0
 
     @property
     def loss(self) -> float:
@@ -62,6 +64,7 @@ class Record:
         """Undo `to_dict`."""
         restored: dict[str, Any] = {k: v if k == "epsilon" else _restored(v) for k, v in values.items()}
         restored["notes"] = tuple(values.get("notes", ()))
+        restored.setdefault("refusals", len(values.get("refused", ())))
         return Record(**restored)
 
     def flat(self) -> dict[str, float]:
@@ -73,8 +76,8 @@ class Record:
             row |= {f"{part}_{name}_{kind}": v for name, over in spread.items() for kind, v in over.items()}
         row |= {"bytes_up": self.bytes_up, "bytes_down": self.bytes_down}
         row |= {f"seconds_{name}": value for name, value in self.seconds.items()}
-        if self.refused:
-            row["refused"] = len(self.refused)
+        if self.refusals:
+            row["refused"] = self.refusals
         if self.epsilon is not None:
             row["epsilon"] = self.epsilon
         return row

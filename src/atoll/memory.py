@@ -1,7 +1,8 @@
 """What clients keep between rounds: SCAFFOLD's variates, private parameters, local buffers.
 
 Every client that has been visited owns one row `[M]` of a table, in RAM or in a memory-mapped file. What a client
-computed is *staged* until its update is known to be accepted, then committed, else discarded. Rows are never written
+computed is *staged* until its update is known to be accepted, then committed, else discarded: a client whose update a
+rule gave no share keeps what it had. Rows are never written
 in place: a new value takes a free slot, so that the slots a checkpoint refers to stay as they were when it was written.
 """
 

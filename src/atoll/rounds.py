@@ -513,7 +513,8 @@ class Process:
         *,
         expected: float | None = None,
     ) -> tuple[State, dict[str, Any]]:
-        """One round: the state after it, its sums (loss, examples, clients, bytes up and down), and who was "refused".
+        """One round: the state after it, its sums (loss, examples, clients, bytes up and down), who was "refused"
+        (at most 100 of them are named), and how many that are ("refusals"). Refused clients keep the memory they had.
 
         Args:
             state: from `init` or an earlier `next`.
@@ -543,6 +544,7 @@ class Process:
                     collector.add(partial)
                     del partial  # large models: nothing is held that the next step does not need
             collected = collector.finish(expected)
+            refusals = len(collector.left_out)
             closed = self.close(state, task, collected)
             if collected.count and not bool(_finite(self.algorithm.model(closed.algorithm)[None])):
                 raise NonFiniteError(
@@ -552,7 +554,7 @@ class Process:
         except BaseException:
             state.memory.discard()
             raise
-        state.memory.withdraw(collector.broken)
+        state.memory.withdraw(collector.left_out)
         state.memory.commit()
         closed = replace(closed, memory_version=state.memory.version)
         metrics = {
@@ -563,6 +565,7 @@ class Process:
             "bytes_down": float(len(clients) * self.bytes_down(task)),
             "saturated": float(collected.saturated),
             "refused": collected.refused,
+            "refusals": float(refusals),
         }
         return closed, metrics
 
@@ -720,6 +723,7 @@ class Collector:
         self._rows: Tensor | None = None
         self._names: list[str] = []
         self.broken: list[str] = []
+        self.left_out: list[str] = []  # clients without a part in the round, whose memory stays as it was
         self._weights: list[Tensor] = []
         self._parts = (0, 0, 0)
         self._weight = 0.0
@@ -851,6 +855,7 @@ class Collector:
                     away.append((float((row - ruling.row).norm()), float(row.norm()), self._names[i]))
             away.sort(reverse=True)
             found |= {name: {"reason": reason, "norm": norm, "distance": far} for far, norm, name in away}
+        self.left_out = list(found)
         return dict(list(found.items())[:REFUSED])
 
     def _refuse(self, names: Sequence[str]) -> None:

@@ -285,6 +285,7 @@ class _Run:
             seconds={"train": trained - began, "evaluate": time.perf_counter() - trained},
             notes=notes,
             refused={name: dict(told) for name, told in metrics["refused"].items()},
+            refusals=int(metrics["refusals"]),
         )
 
     def _evaluate(self) -> dict[str, Any]:

@@ -349,7 +349,7 @@ def test_shares_tell_who_was_taken(name: str) -> None:
         return
     assert ruling.share.shape == (9,) and float(ruling.share.sum()) <= 1 + 1e-12
     assert float(ruling.share[4]) == float(ruling.share.min()) < 0.12, "the odd one has the smallest share"
-    if name not in ("centred clipping",):
+    if name not in ("centred clipping", "bulyan"):
         torch.testing.assert_close((ruling.share[:, None] * rows).sum(0), ruling.row, rtol=1e-9, atol=1e-6)
 
 

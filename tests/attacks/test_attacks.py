@@ -13,8 +13,10 @@ from atoll import aggregators, attacks
 from atoll.algorithms import fedavg, fedexp, fednova, ifca, qfedavg, scaffold
 from atoll.attacks import Attack, apply, chosen
 from atoll.errors import CompositionError, InvalidArgument, NonFiniteError
+from atoll.history import Record
 from atoll.local import local_sgd
 from atoll.rounds import Process
+from atoll.transforms import error_feedback, sign
 
 ATTACKS: dict[str, Attack] = {
     "sign_flip": attacks.sign_flip(3.0), "gaussian": attacks.gaussian(), "alie": attacks.alie(),
@@ -329,6 +331,48 @@ def test_who_was_refused_and_why_is_told(tmp_path: Path) -> None:
     result.report(tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert "Refused updates" in page and "gave it no share" in page
+
+
+def test_more_refused_clients_than_are_named_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("atoll.rounds.REFUSED", 2)
+    data = quadratics((1.0,) * 9, [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 1.8])
+    result = atoll.simulate(
+        scalar_model(), data, rounds=2, progress=False, directory=tmp_path,
+        algorithm=fedavg(local_sgd(0.1, steps=1, batch_size=None)), aggregator=aggregators.bulyan(byzantine=1),
+    )  # fmt: skip
+    assert [(len(r.refused), r.refusals, r.flat()["refused"]) for r in result.history] == [(2, 2, 2)] * 2
+    krum = Process(scalar_model(), fedavg(local_sgd(0.1, steps=1, batch_size=None)), aggregator=aggregators.krum(
+        byzantine=1))  # fmt: skip
+    _, metrics = krum.next(krum.init(), data)
+    assert len(metrics["refused"]) == 2 and metrics["refusals"] == 8
+    result = atoll.simulate(
+        scalar_model(), data, rounds=2, progress=False, directory=tmp_path / "krum",
+        algorithm=fedavg(local_sgd(0.1, steps=1, batch_size=None)), aggregator=aggregators.krum(byzantine=1),
+    )  # fmt: skip
+    assert atoll.Result.load(tmp_path / "krum").history[0].flat()["refused"] == 8
+    result.report(tmp_path / "page.html")
+    assert "And 12 more refusals" in (tmp_path / "page.html").read_text()
+    before = result.history[0].to_dict()
+    del before["refusals"]
+    assert Record.from_dict(before).refusals == 2, "as journals had it before there was a count"
+
+
+@pytest.mark.parametrize("engine", ["loop", "auto"])
+@pytest.mark.parametrize("kind", ["scaffold", "error feedback"])
+def test_refused_clients_keep_what_they_had(kind: str, engine: str) -> None:
+    plan = local_sgd(0.1, steps=1, batch_size=None)
+    stages = () if kind == "scaffold" else (error_feedback(sign()),)
+    process = Process(scalar_model(), scaffold(plan) if stages == () else fedavg(plan), engine=engine,
+                      transforms=stages, aggregator=aggregators.multi_krum(byzantine=1))  # fmt: skip
+    data = quadratics((1.0,) * 5, (1.0, 1.1, 1.2, 1.3, 90.0))
+    state, metrics = process.next(process.init(), data)
+    assert list(metrics["refused"]) == ["c4"]
+    assert "c4" not in state.memory and all(c in state.memory for c in ("c0", "c1", "c2", "c3"))
+
+
+def test_identical_updates_are_all_taken() -> None:
+    ruling = aggregators.geometric_median().combine(torch.tensor([[2.0], [2.0], [2.0], [2.0], [7.0]]))
+    assert ruling.share is not None and ruling.share.tolist() == [0.25] * 4 + [0.0]
 
 
 def test_broken_clients_are_told_of_too() -> None:

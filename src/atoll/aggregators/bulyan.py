@@ -22,7 +22,7 @@ def bulyan(*, byzantine: int | float) -> Aggregator:
 
     Bears `byzantine` malicious clients: in every coordinate no value it averages is farther from the median than the
     honest ones that were taken, so that a row that is near in distance but far in one coordinate gains nothing. Needs
-    4 byzantine + 3 clients.
+    4 byzantine + 3 clients. The rows that were taken have equal shares, the others none.
 
     Args:
         byzantine: a number of clients, or a fraction of the cohort in [0, 0.25), rounded up.
@@ -39,7 +39,8 @@ def bulyan(*, byzantine: int | float) -> Aggregator:
         pick = torch.zeros(len(taken), len(rows), dtype=torch.float64, device=squared.device)
         pick[torch.arange(len(taken)), torch.tensor(sorted(taken))] = 1.0
         keep = len(taken) - 2 * f
-        return Ruling(by_columns(rows.mixed(pick), lambda ordered: around(ordered, middle(ordered), keep)))
+        row = by_columns(rows.mixed(pick), lambda ordered: around(ordered, middle(ordered), keep))
+        return Ruling(row, pick.sum(dim=0) / len(taken))
 
     return Aggregator(
         record("bulyan", byzantine=byzantine),

@@ -10,7 +10,6 @@ step, and the rows are read three times in all.
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from atoll.aggregators.base import Aggregator, Ruling
@@ -19,7 +18,7 @@ from atoll.errors import invalid
 from atoll.spec import record
 
 STEPS = 100_000
-"""Steps after which the iteration is given up as it is; it has never been seen to take a tenth of them."""
+"""Steps after which the iteration is given up as it is."""
 
 
 def geometric_median(*, smoothing: float = 1e-6, tolerance: float = 1e-10) -> Aggregator:
@@ -55,9 +54,8 @@ def weiszfeld(geometry: Geometry, smoothing: float, tolerance: float) -> Tensor:
     away = geometry.squared.sort(dim=1).values[:, len(own) // 2].sqrt()
     unit = float(away.min())
     if not unit:  # at least half of the rows are the same one
-        share = torch.zeros_like(own)
-        share[geometry.reference] = 1.0
-        return share
+        share = (own == 0).double()  # relative to that row
+        return share / share.sum()
     # Where several points are medians (rows in pairs, on a line) the start decides; it does not single out a row.
     share = 1 / away
     share /= share.sum()

@@ -235,6 +235,9 @@ def _refused_sheet(history: Sequence[Record]) -> Sheet | None:
     note = "Updates that had no part in a round. Norm and distance from the round's result are those of the last time."
     if len(names) > LISTED:
         note += f" Of {len(names):,} clients, the {LISTED} that were refused most often are listed."
+    untold = sum(max(record.refusals - len(record.refused), 0) for record in history)
+    if untold:
+        note += f" And {untold:,} more refusals, in rounds with more of them than are named."
     return Sheet(("client", "rounds", "last", "norm", "distance", "reason"), tuple(rows), note)
 
 

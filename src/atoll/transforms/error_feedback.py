@@ -4,8 +4,8 @@
 
 Seide, Fu, Droppo, Li & Yu 2014, "1-bit stochastic gradient descent"; Karimireddy, Rebjock, Stich & Jaggi 2019, "Error
 feedback fixes SignSGD and other gradient compression schemes". The error e [L] is the client's own memory: it never
-leaves, and moves on only when the update was accepted. It is for clients that take part often: one that is seen once in
-a thousand rounds adds an error that is long out of date.
+leaves, and moves on only when the update was accepted: a client that a rule refuses still owes what it owed before. It
+is for clients that take part often: one that is seen once in a thousand rounds adds an error that is long out of date.
 """
 
 from typing import Any
