@@ -329,6 +329,8 @@ def test_the_mean_bears_nobody() -> None:
     ("rule", "expected"),
     [
         (median(), 5), (geometric_median(), 5), (centered_clipping(radius=1.0), 5), (norm_bound(), 5),
+        (norm_bound(then=krum(byzantine=2)), 2), (norm_bound(2.0, then=median()), 5),
+        (norm_bound(then=nnm(byzantine=1, then=mean(weights="uniform"))), 0),
         (trimmed_mean(drop=3), 3), (trimmed_mean(drop=0.25), 3), (krum(byzantine=4), 4), (bulyan(byzantine=2), 2),
         (mda(byzantine=5), 5), (meamed(byzantine=0.4), 5), (nnm(byzantine=4, then=median()), 4),
         (nnm(byzantine=4, then=krum(byzantine=2)), 2), (bucketing(size=2, then=median()), 2),
@@ -384,11 +386,39 @@ def test_cohorts_that_are_too_small_are_refused_before_any_work(
         process.next(process.init(), data)
 
 
+@pytest.mark.parametrize(
+    ("rule", "count", "said"),
+    [
+        (krum(byzantine=0.3), 5, r"at least 9 "),  # 2 ceil(0.3 n) + 3 first fits 9
+        (krum(byzantine=0.4), 10, r"at least 15 "),
+        (bulyan(byzantine=0.2), 7, r"at least 15 "),
+        (bucketing(size=2, then=krum(byzantine=0.4)), 11, r"at least 29 "),  # fifteen buckets
+        (krum(byzantine=0.499999), 10, r"more than 100,000 "),
+    ],
+    ids=lambda v: getattr(v, "name", None),
+)
+def test_the_number_of_clients_that_is_named_is_enough(rule: Aggregator, count: int, said: str) -> None:
+    with pytest.raises(InvalidArgument, match=f"a matrix of {said}rows"):
+        rule(torch.zeros(count, 2))
+    with pytest.raises(CompositionError, match=f"needs {said}clients.*lower that number or fraction"):
+        rule.check(count, 0)
+    if "least" in said:
+        enough = int(said.split()[2])
+        assert rule.least(enough) <= enough and rule(torch.zeros(enough, 2)).tolist() == [0.0, 0.0]
+        assert not any(rule.least(n) <= n for n in range(count, enough))
+
+
+def test_bulyan_refuses_a_quarter() -> None:
+    with pytest.raises(InvalidArgument, match=r"byzantine=0.25.*\[0, 0.25\)"):
+        bulyan(byzantine=0.25)
+
+
 @pytest.mark.parametrize("value", [-1, 0.5, -0.1, True, "2", float("nan"), 1.5])
 @pytest.mark.parametrize("name", ["krum", "multi_krum", "bulyan", "mda", "meamed", "trimmed_mean"])
 def test_numbers_of_malicious_clients_outside_their_range(name: str, value: Any) -> None:
     argument = "drop" if name == "trimmed_mean" else "byzantine"
-    with pytest.raises(InvalidArgument, match=rf"{argument}=.*a fraction of the cohort in \[0, 0.5\)"):
+    below = 0.25 if name == "bulyan" else 0.5
+    with pytest.raises(InvalidArgument, match=rf"{argument}=.*a fraction of the cohort in \[0, {below}\)"):
         getattr(aggregators, name)(**{argument: value})
 
 

@@ -84,6 +84,17 @@ def test_bytes_on_the_wire(bits: int) -> None:
     assert totals[0] - totals[1] == 8 * sizes - (-(-sizes * bits // 8) + 4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", [4, 8, 12, 16])
+def test_rows_of_half_precision_are_rounded_without_bias(bits: int, dtype: torch.dtype) -> None:
+    row = torch.tensor([1.0, 0.2, 0.34, -0.6, 0.011], dtype=torch.float64).to(dtype)
+    stage, own = quantize(bits), Keys(0, "transforms/0", 0, random.client_keys([f"c{i}" for i in range(4000)]))
+    wire, _ = stage.encode(row.expand(4000, -1), {}, None, own)
+    assert stage.decode_each is not None and not isinstance(wire, torch.Tensor)
+    off = stage.decode_each(wire, None, 5, own).mean(dim=0) - row.double()
+    assert float(off.abs().max()) < 5 / (2**bits - 1) / 4000**0.5
+
+
 def test_rows_of_nought_tiny_and_huge_values() -> None:
     assert torch.equal(send(torch.zeros(2, 5), 4)[0], torch.zeros(2, 5, dtype=torch.float64))
     tiny = torch.full((1, 3), 1e-300, dtype=torch.float64)

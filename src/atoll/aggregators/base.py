@@ -13,6 +13,9 @@ from atoll.errors import CompositionError, NonFiniteError, invalid
 from atoll.spec import Spec
 from atoll.vectors import Weights
 
+MOST = 100_000
+"""Clients up to which a cohort that is large enough is looked for."""
+
 
 class Ruling(NamedTuple):
     """What a rule made of a round's rows."""
@@ -98,12 +101,17 @@ class Aggregator:
         Raises:
             CompositionError: it is; the text says how many are needed and why.
         """
-        least = self.least(count)
-        if 0 < count < least:
+        if 0 < count < self.least(count):
             raise CompositionError(
-                f"the aggregator {self.name} needs at least {least} clients{self.needs}, but the cohort of round "
-                f"{round + 1} has {count}: enlarge the cohort{', or lower that number' if self.needs else ''}."
+                f"the aggregator {self.name} needs {self._enough(count)} clients{self.needs}, but the cohort of round "
+                f"{round + 1} has {count}: enlarge the cohort"
+                f"{', or lower that number or fraction' if self.needs else ''}."
             )
+
+    def _enough(self, count: int) -> str:
+        """How many clients above `count` are enough, in words: what is needed may grow with them."""
+        found = next((n for n in range(count, MOST) if self.least(n) <= n), None)
+        return f"more than {MOST:,}" if found is None else f"at least {found}"
 
     def combine(
         self, rows: Tensor, weights: Tensor | None = None, state: Any = None, clients: Sequence[str] = ()
@@ -123,9 +131,9 @@ class Aggregator:
         Returns:
             The row, each client's share in it where the rule gives shares, and the state for the next round.
         """
-        least = 1 if rows.ndim != 2 else self.least(len(rows))
-        if rows.ndim != 2 or len(rows) < least:
-            raise invalid("rows", tuple(rows.shape), f"a matrix of at least {least} rows{self.needs}")
+        if rows.ndim != 2 or len(rows) < max(self.least(len(rows)), 1):
+            few = "at least 1" if rows.ndim != 2 else self._enough(max(len(rows), 1))
+            raise invalid("rows", tuple(rows.shape), f"a matrix of {few} rows{self.needs}")
         given = rows.new_ones(len(rows), dtype=torch.float64) if weights is None else weights.double()
         if given.shape != (len(rows),):
             raise invalid("weights", tuple(given.shape), f"one number for each of the {len(rows)} rows")
@@ -209,14 +217,16 @@ def check_weights(weights: object) -> None:
         )
 
 
-def malicious(argument: str, value: int | float) -> Callable[[int], int]:
+def malicious(argument: str, value: int | float, below: float = 0.5) -> Callable[[int], int]:
     """(clients n) -> how many malicious ones to expect, from a number or a fraction of the cohort, rounded up."""
     fraction = isinstance(value, float)
     if (
         isinstance(value, bool)
         or not isinstance(value, int | float)
-        or not (0 <= value < 0.5 if fraction else value >= 0)
+        or not (0 <= value < below if fraction else value >= 0)
     ):
-        raise invalid(argument, value, "a number of clients of at least 0, or a fraction of the cohort in [0, 0.5)")
+        raise invalid(
+            argument, value, f"a number of clients of at least 0, or a fraction of the cohort in [0, {below})"
+        )
     # What a product is above a whole number by rounding alone must not make one client more.
     return (lambda count: math.ceil(value * count - 1e-9)) if fraction else (lambda count: int(value))

@@ -27,7 +27,7 @@ def bulyan(*, byzantine: int | float) -> Aggregator:
     Args:
         byzantine: a number of clients, or a fraction of the cohort in [0, 0.25), rounded up.
     """
-    expected = malicious("byzantine", byzantine)
+    expected = malicious("byzantine", byzantine, 0.25)
 
     def rule(rows: Rows, weights: Tensor, state: Any) -> Ruling:
         f, squared = expected(len(rows)), Geometry(rows).squared

@@ -18,8 +18,8 @@ def norm_bound(bound: float | None = None, *, then: Aggregator | None = None) ->
     """Scale rows that are longer than a bound down to it, then apply another rule.
 
     It bounds what a malicious client can do in a round, to the bound's share of the mean, and removes nothing: a small
-    steady push gets through. With the median of the norms as the bound it bears fewer than half of the clients being
-    malicious in this sense, or what `then` bears if that is more.
+    steady push gets through. Before the mean, with the median of the norms as the bound, it bears fewer than half of
+    the clients being malicious in this sense; before another rule, what that rule bears.
 
     Args:
         bound: largest L2 norm of a row; default the median of this round's norms.
@@ -42,7 +42,7 @@ def norm_bound(bound: float | None = None, *, then: Aggregator | None = None) ->
         rule,
         "uniform",
         least=behind.least,
-        bears=lambda count: max((count - 1) // 2, behind.bears(count)),
+        bears=lambda count: (count - 1) // 2 if behind.averages else behind.bears(count),
         needs=behind.needs,
         spared=lambda count, found: norm_bound(bound, then=spared(behind, count, found)),
         init=behind.init,

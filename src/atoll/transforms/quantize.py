@@ -36,8 +36,10 @@ def quantize(bits: int) -> Transform:
         # The scale travels as float32 and must not fall below the largest value.
         scale = peak.float()
         scale = torch.where(scale.to(peak.dtype) < peak, torch.nextafter(scale, scale.new_tensor(torch.inf)), scale)
-        unit = torch.where(scale > 0, scale, 1.0).to(rows.dtype)
-        position = (rows / unit + 1) * (levels / 2)
+        # Half precision has too few digits for a place between two levels.
+        wide = torch.promote_types(rows.dtype, torch.float64 if bits > 12 else torch.float32)
+        unit = torch.where(scale > 0, scale, 1.0).to(wide)
+        position = (rows.to(wide) / unit + 1) * (levels / 2)
         draw = keys.uniform("round", rows.shape[1]).to(rows.device)
         codes = torch.floor(position + draw).clamp(0, levels).to(torch.int64)
         return {"codes": pack(codes, bits), "scale": scale}, memory
