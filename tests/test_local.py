@@ -74,11 +74,32 @@ def test_plain_means_plain_steps() -> None:
         ({"betas": (0.9, 1.0)}, "betas="),
         ({"eps": 0.0}, "eps=0.0"),
         ({"schedule": 0.5}, "schedule=0.5"),
+        ({"schedule": lambda round: 1.0}, r"schedule=.* callable\(round, step\)"),
+        ({"work": 0.5}, "work=0.5"),
+        ({"work": lambda client: 1.0}, r"work=.* callable\(client, round\)"),
     ],
 )
 def test_arguments_outside_their_range(options: dict[str, Any], said: str) -> None:
     with pytest.raises(InvalidArgument, match=said):
         local_sgd(**({"lr": 0.1} | options))
+
+
+@pytest.mark.parametrize("share", [None, "x", "0.5", 1.5, -0.1, math.nan])
+def test_shares_of_work_that_are_none(share: Any) -> None:
+    plan = local_sgd(0.1, work=lambda client, round: share if client == "b" else 1.0)
+    with pytest.raises(InvalidArgument, match=rf"work={share!r} .* share in \[0, 1\].* client 'b' in round 3"):
+        plan.steps_of(SIZES[:2], ["a", "b"], 2)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    plan = local_sgd(
+        np.float32(0.5), steps=np.int64(4), batch_size=np.int32(2), momentum=np.float32(0.25),  # type: ignore[arg-type]
+        work=lambda client, round: np.float32(0.5), schedule=max,
+    )  # fmt: skip
+    assert plan == local_sgd(
+        0.5, steps=4, batch_size=2, momentum=0.25, work=plan.work, schedule=plan.schedule
+    ) and isinstance(plan.steps, int)  # fmt: skip
+    assert plan.steps_of(SIZES, list("abcd"), 0).tolist() == [2, 2, 2, 2]
 
 
 def test_the_spec_says_everything() -> None:

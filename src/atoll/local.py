@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from inspect import signature
+from numbers import Integral, Real
 from typing import Literal
 
 import numpy as np
@@ -78,10 +80,12 @@ class Plan:
         total = self.total_steps(examples)
         if self.work is None:
             return total
-        shares = np.array([float(self.work(client, round)) for client in clients])
-        for client, share in zip(clients, shares, strict=True):
-            if not 0 <= share <= 1:
-                raise invalid("work", float(share), f"a share in [0, 1] for client {client!r} in round {round + 1}")
+        given = [self.work(client, round) for client in clients]
+        for client, share in zip(clients, given, strict=True):
+            if not isinstance(share, Real) or not 0 <= float(share) <= 1:
+                allowed = f"a function that returns a share in [0, 1] for client {client!r} in round {round + 1}"
+                raise invalid("work", share, allowed, "Return 1.0 for clients that do all steps.")
+        shares = np.array(given, dtype=np.float64)
         return np.ceil(shares * total - 1e-9).astype(np.int64)  # 0.1 of 30 is a hair above 3
 
     def steps_per_pass(self, examples: "NDArray[np.int64]") -> "NDArray[np.int64]":
@@ -156,7 +160,7 @@ def local_sgd(
     if epochs is None and steps is None:
         epochs = 1
     for name, value, least in (("epochs", epochs, 0), ("steps", steps, 0), ("batch_size", batch_size, 1)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least):
             raise invalid(name, value, f"an integer of at least {least}")
     if optimizer not in ("sgd", "adam", "adamw"):
         raise invalid("optimizer", optimizer, '"sgd", "adam" or "adamw"')
@@ -170,10 +174,11 @@ def local_sgd(
         raise invalid("betas", betas, "two numbers in [0, 1)")
     if not _number(eps) or not 0 < eps < float("inf"):
         raise invalid("eps", eps, "a finite number above 0")
-    if schedule is not None and not callable(schedule):
+    if schedule is not None and not _takes(schedule, 0, 0):
         raise invalid("schedule", schedule, "callable(round, step) -> multiplier")
-    if work is not None and not callable(work):
+    if work is not None and not _takes(work, "", 0):
         raise invalid("work", work, "callable(client, round) -> share of the steps")
+    epochs, steps, batch_size = (None if n is None else int(n) for n in (epochs, steps, batch_size))
     beta1, beta2 = (float(b) for b in betas)
     return Plan(
         float(lr), epochs, steps, batch_size, shuffle, optimizer, float(momentum), float(weight_decay),
@@ -182,4 +187,17 @@ def local_sgd(
 
 
 def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+    return isinstance(value, Real) and not isinstance(value, bool) and value == value
+
+
+def _takes(function: object, *arguments: object) -> bool:
+    """Whether something can be called with these arguments, as far as it tells."""
+    if not callable(function):
+        return False
+    try:
+        signature(function).bind(*arguments)
+    except TypeError:
+        return False
+    except ValueError:  # it does not tell
+        return True
+    return True

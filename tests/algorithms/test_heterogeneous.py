@@ -11,7 +11,20 @@ from registry import ENGINES, MODELS
 
 import atoll
 from atoll import aggregators, rate, server
-from atoll.algorithms import Algorithm, fedavg, feddyn, fedexp, fednova, fedprox, qfedavg
+from atoll.algorithms import (
+    Algorithm,
+    apfl,
+    ditto,
+    fedavg,
+    feddyn,
+    fedexp,
+    fednova,
+    fedprox,
+    ifca,
+    per_fedavg,
+    pfedme,
+    qfedavg,
+)
 from atoll.data import FederatedDataset
 from atoll.engines import Engine
 from atoll.errors import DataError, InvalidArgument, NonFiniteError
@@ -376,6 +389,33 @@ def test_powers_that_leave_the_range_have_an_error_of_their_own() -> None:
         process.next(state, data)
 
 
+# --- numbers of NumPy -------------------------------------------------------------------------------------------------
+
+NUMBERS: dict[str, tuple[Callable[..., Algorithm], dict[str, float]]] = {
+    "fedprox": (fedprox, {"mu": 0.5}),
+    "fednova": (fednova, {"mu": 0.5}),
+    "feddyn": (feddyn, {"alpha": 0.5}),
+    "fedexp": (fedexp, {"epsilon": 0.5}),
+    "qfedavg": (qfedavg, {"q": 2, "lipschitz": 4}),
+    "ditto": (ditto, {"lam": 1}),
+    "apfl": (apfl, {"alpha": 0.5}),
+    "pfedme": (pfedme, {"lam": 1, "eta": 0.25, "inner": 2}),
+    "per_fedavg": (per_fedavg, {"alpha": 0.5}),
+    "ifca": (ifca, {"clusters": 2, "spread": 0.5}),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_of_numpy_are_taken(name: str) -> None:
+    build, given = NUMBERS[name]
+    wide = {n: np.int64(v) if isinstance(v, int) else np.float32(v) for n, v in given.items()}
+    found = [build(full(2), **numbers) for numbers in (given, wide)]
+    assert found[0].spec == found[1].spec
+    for engine in ("loop", "rows"):
+        a, b = (scalars(f, ENGINES[engine](), quadratics(A, B, SIZES), 3, start=START) for f in found)
+        assert a == pytest.approx(b, rel=1e-6)
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
@@ -385,6 +425,7 @@ def test_powers_that_leave_the_range_have_an_error_of_their_own() -> None:
         (lambda: fedprox(full(1), mu=-0.1), r"mu=-0\.1 .* finite number of at least 0"),
         (lambda: fedprox(full(1), mu=float("nan")), "mu=nan"),
         (lambda: fedprox(full(1), mu=20.0), r"mu=20\.0 .* below 2 \(1 \+ momentum\) / lr = 20.*Lower lr, or mu"),
+        (lambda: fedprox(full(1, weight_decay=6.0), mu=15.0), r"mu=15\.0 .* / lr - weight_decay = 14"),
         (lambda: fednova(full(1, optimizer="adam")), r"optimizer='adam' .*\"sgd\" under fednova.*server\.adam"),
         (lambda: fednova(full(1), mu=True), "mu=True"),
         (lambda: feddyn(full(1), alpha=0.0), r"alpha=0\.0 .* above 0"),

@@ -492,7 +492,7 @@ def test_clients_never_seen_have_a_model_of_their_own(name: str) -> None:
     [
         (lambda: ditto(full(1), lam=-1.0), r"lam=-1\.0 .* at least 0"),
         (lambda: ditto(full(1), lam=20.0), r"lam=20\.0 .* overshoot.*Lower lr, or lam"),
-        (lambda: ditto(full(1), lam=1.0, personal=0.1), r"personal=0\.1 .* local training"),  # type: ignore[arg-type]
+        (lambda: ditto(full(1), lam=1.0, personal=0.1), r"personal=0\.1 .* instance personal=atoll\.local_sgd"),  # type: ignore[arg-type]
         (lambda: fine_tune(full(1), personal=3), "personal=3"),  # type: ignore[arg-type]
         (lambda: fedrep(full(1), private=("h*",), head=1), "head=1"),  # type: ignore[arg-type]
         (lambda: fedbabu(full(1), private=("h*",), tuned="head"), r"tuned='head' .*\"all\" or \"private\""),  # type: ignore[arg-type]

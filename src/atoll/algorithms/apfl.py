@@ -40,7 +40,7 @@ def apfl(plan: Plan, *, alpha: float = 0.5, adaptive: bool = True, server: Serve
         server: optimiser of the server's step; default sgd with lr 1.
     """
     check_plan(plan)
-    check_number("alpha", alpha, most=1.0)
+    alpha = check_number("alpha", alpha, most=1.0)
     check_plain("apfl", plan, "both models and their share take plain steps together")
     optimizer = server or sgd()
 

@@ -36,7 +36,7 @@ def ditto(plan: Plan, *, lam: float, personal: Plan | None = None, server: Serve
     check_plan(plan)
     own = plan if personal is None else personal
     check_plan(own, "personal")
-    check_pull("lam", lam, own)
+    lam = check_pull("lam", lam, own)
 
     def local(message: Message, memory: Memory, cohort: Cohort) -> tuple[Update, Memory]:
         start = cohort.rows(message.vector)

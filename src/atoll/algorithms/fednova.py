@@ -45,7 +45,7 @@ def fednova(plan: Plan, *, mu: float = 0.0, server: ServerOptimizer | None = Non
         server: optimiser of the server's step; default sgd with lr 1.
     """
     check_plan(plan)
-    check_pull("mu", mu, plan)
+    mu = check_pull("mu", mu, plan)
     optimizer = server or sgd()
     if plan.optimizer != "sgd":
         raise invalid(

@@ -31,7 +31,7 @@ def fedprox(plan: Plan, *, mu: float, server: ServerOptimizer | None = None) -> 
         server: optimiser of the server's step; default sgd with lr 1.
     """
     check_plan(plan)
-    check_pull("mu", mu, plan)
+    mu = check_pull("mu", mu, plan)
     optimizer = server or sgd()
 
     def local(message: Message, memory: Memory, cohort: Cohort) -> tuple[Update, Memory]:

@@ -66,8 +66,8 @@ def ifca(
             statistics of its own.
     """
     check_plan(plan)
-    check_count("clusters", clusters, 2)
-    check_number("spread", spread, strict=True)
+    clusters = check_count("clusters", clusters, 2)
+    spread = check_number("spread", spread, strict=True)
     if starts is not None:
         _check_starts(starts, clusters)
 

@@ -47,7 +47,7 @@ def per_fedavg(
         server: optimiser of the server's step; default sgd with lr 1.
     """
     check_plan(plan)
-    check_number("alpha", alpha, strict=True)
+    alpha = check_number("alpha", alpha, strict=True)
     check_plain("per_fedavg", plan, "the meta-gradient is that of plain steps")
     own = local_sgd(alpha, steps=1, batch_size=None) if personal is None else personal
     check_plan(own, "personal")

@@ -50,9 +50,9 @@ def pfedme(
     own = asked(plan, personal)
     check_plain("pfedme", plan, "the inner steps are plain steps on one minibatch")
     check_pull("lam", lam, plan)
-    check_pull("lam", lam, own)
-    check_number("eta", eta, strict=True)
-    check_count("inner", inner)
+    lam = check_pull("lam", lam, own)
+    eta = check_number("eta", eta, strict=True)
+    inner = check_count("inner", inner)
     if eta * lam >= 2:
         raise invalid("eta", eta, f"below 2 / lam = {2 / lam:g}, else w_i jumps ever further past t_i")
     optimizer = server or sgd()

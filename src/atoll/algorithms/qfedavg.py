@@ -59,9 +59,9 @@ def qfedavg(plan: Plan, *, q: float, lipschitz: float | None = None) -> Algorith
         NonFiniteError: in a round, when losses raised to the power q leave the range of numbers.
     """
     check_plan(plan)
-    check_number("q", q)
+    q = check_number("q", q)
     if lipschitz is not None:
-        check_number("lipschitz", lipschitz, strict=True)
+        lipschitz = check_number("lipschitz", lipschitz, strict=True)
     check_plain("qfedavg", plan, "its server step is found from L = 1 / lr, the length of a plain step")
     if lipschitz is None and plan.schedule is not None:
         raise InvalidArgument(
