@@ -26,6 +26,7 @@ ATTACKS: dict[str, Attack] = {
     "stale": attacks.stale(),
 }  # fmt: skip
 every = pytest.mark.parametrize("name", ATTACKS)
+on_rows = pytest.mark.parametrize("name", [n for n in ATTACKS if n != "lying_weight"])
 
 
 def drawn(count: int = 10, length: int = 6, seed: int = 0) -> Tensor:
@@ -55,7 +56,7 @@ def test_the_malicious_are_a_fraction_rounded_down_and_the_same_whoever_else_is_
     assert chosen(names, 0.3) != chosen(names, 0.3, seed=1) and chosen((), 0.5) == ()
 
 
-@every
+@on_rows
 def test_honest_rows_stay_and_the_same_seed_gives_the_same_rows(name: str) -> None:
     rows = drawn()
     bad, honest, _ = split(rows, 0.3)
@@ -78,7 +79,7 @@ def test_formulas() -> None:
     for name, expected in {
         "sign_flip": -3 * own, "model_replacement": own * 10 / 3, "alie": (mean - z * spread).expand(3, -1),
         "alie, given": (mean - 1.5 * spread).expand(3, -1), "ipm": (-0.5 * mean).expand(3, -1),
-        "lying_weight": -own, "free_rider": 0 * own, "stale": 0 * own,
+        "free_rider": 0 * own, "stale": 0 * own,
     }.items():  # fmt: skip
         torch.testing.assert_close(apply(rows, ATTACKS[name], fraction=0.3)[bad], expected, rtol=1e-12, atol=1e-12)
 
@@ -128,10 +129,40 @@ def test_stale_updates_are_those_of_the_first_round() -> None:
     torch.testing.assert_close(second.row, expected.mean(0), rtol=1e-12, atol=1e-12)
 
 
+@every
+def test_where_all_are_malicious_attacks_that_need_honest_updates_are_refused(name: str) -> None:
+    rule = aggregators.mean()
+    if ATTACKS[name].observes:
+        for target in (drawn(), rule):
+            with pytest.raises(InvalidArgument, match=r"fraction=1.0.*below 1 for.*honest clients"):
+                apply(target, ATTACKS[name], fraction=1.0)  # type: ignore[call-overload]
+    elif name not in ("lying_weight", "model_replacement"):  # n / f is 1
+        assert not torch.equal(apply(drawn(), ATTACKS[name], fraction=1.0), drawn())
+
+
+def test_a_matrix_has_no_weights_to_lie_about() -> None:
+    with pytest.raises(InvalidArgument, match=r"attack='lying_weight'.*Apply it to an aggregator"):
+        apply(drawn(), attacks.lying_weight(), fraction=0.3)
+
+
+def test_of_a_known_population_the_same_are_malicious_in_every_cohort() -> None:
+    names = [f"c{i}" for i in range(20)]
+    bad = chosen(names, 0.3)
+    rule = apply(aggregators.median(), attacks.sign_flip(1e3), fraction=0.3, population=names)
+    state: Any = None
+    for cohort in (names[:5], names[5:12], names[3:18], list(bad[:3]), [c for c in names if c not in bad]):
+        rows = drawn(len(cohort)).abs()
+        ruling = rule.combine(rows, None, state, cohort)
+        state = ruling.state
+        assert ruling.rows is not None
+        assert [bool(r[0] < 0) for r in ruling.rows] == [c in bad for c in cohort]
+    assert rule.spec != apply(aggregators.median(), attacks.sign_flip(1e3), fraction=0.3).spec
+
+
 # --- on rules ---------------------------------------------------------------------------------------------------------
 
 
-@every
+@on_rows
 @pytest.mark.parametrize("rule", ["median", "nnm"])
 def test_a_rule_sees_what_the_attack_makes_of_the_rows(name: str, rule: str) -> None:
     behind = (
@@ -406,6 +437,7 @@ def test_an_attack_goes_on_where_it_was_after_a_resume(tmp_path: Path) -> None:
         (lambda: apply(drawn(), attacks.label_flip(), fraction=0.2), "attack=.*one on updates"),  # type: ignore[call-overload]
         (lambda: apply("median", attacks.alie(), fraction=0.2), "target='median'"),  # type: ignore[call-overload]
         (lambda: apply(drawn(), attacks.alie(), fraction=1.2), "fraction=1.2"),
+        (lambda: apply(drawn(), attacks.alie(), fraction=0.2, population=["0"]), "population=.*aggregator"),  # type: ignore[call-overload]
         (lambda: apply(quadratics((1.0,), (1.0,)), attacks.label_flip(), fraction=1.0), "needs an integer field y"),
         (lambda: apply(labelled(), attacks.backdoor(target=7), fraction=0.2), "target=7 is no class: the data has 4"),
         (lambda: attacks.backdoor(target=-1), "target=-1"),

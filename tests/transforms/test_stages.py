@@ -33,6 +33,7 @@ from atoll.transforms import (
 )
 from atoll.transforms.base import Keys
 from atoll.transforms.chain import Chain, compose, keys_of
+from atoll.transforms.top_k import kept_of
 
 stages = pytest.mark.parametrize("name", TRANSFORMS)
 LENGTH, SPLIT = 333, 300
@@ -380,6 +381,16 @@ def test_top_k_sends_its_places_in_as_many_bits_as_they_need() -> None:
     coded = compose((top_k(0.01), quantize(4)), plain())
     _, wire, _ = send(coded, rows(1, 1000), keys(1, split=1000))
     assert size(wire) == 13 + 5 + 4 == coded.bytes(1000, 1000, 8)
+
+
+def test_some_number_is_sent_however_small_the_fraction() -> None:
+    assert [kept_of(n, 1e-12) for n in (0, 1, 100)] == [0, 1, 1] and kept_of(100, 0.07) == 7
+
+
+def test_the_randomness_of_feedback_is_that_of_what_it_holds() -> None:
+    for around in (error_feedback, ef21):
+        for inner, expected in ((top_k(0.1), "none"), (quantize(4), "private"), (rotate(), "shared")):
+            assert around(inner).randomness == expected
 
 
 def test_rand_k_thins_out_both_parts_at_the_same_places_for_everybody() -> None:

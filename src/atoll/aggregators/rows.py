@@ -1,4 +1,4 @@
-"""Clients' rows as rules see them: read in blocks of columns, so that a rule's memory does not grow with the model.
+"""Clients' rows as rules see them: read in blocks of columns, so that a rule makes no second matrix of them.
 
 Rules go by coordinates (`by_columns`) or by the geometry of the rows, which one matrix of inner products [n, n] tells
 (`Geometry`). Rows are numbered by their content, not by who came first: a rule's result has the same bits for any order

@@ -25,7 +25,7 @@ from atoll.spec import Spec, record
 class Scene(NamedTuple):
     """What an attacker knows of a round."""
 
-    honest: Tensor  # [h, L] honest updates, float64
+    honest: Tensor  # [h, L] honest updates, float64; in a cohort without any, what the malicious would have sent
     own: Tensor  # [f, L] what the malicious clients would have sent, float64
     clients: int  # in the cohort
     weights: Tensor  # [f, 1] their weights
@@ -58,10 +58,12 @@ class Attack:
     Attributes:
         spec: name and arguments.
         send: what they make of a round.
+        observes: whether it needs updates of honest clients.
     """
 
     spec: Spec
     send: Callable[[Scene], Sent]
+    observes: bool = False
 
     @property
     def name(self) -> str:
@@ -104,9 +106,16 @@ def apply(target: FederatedDataset, attack: Poison, *, fraction: float, seed: in
 @overload
 def apply(target: Tensor, attack: Attack, *, fraction: float, seed: int = 0) -> Tensor: ...
 @overload
-def apply(target: Aggregator, attack: Attack, *, fraction: float, seed: int = 0) -> Aggregator: ...
 def apply(
-    target: FederatedDataset | Tensor | Aggregator, attack: Attack | Poison, *, fraction: float, seed: int = 0
+    target: Aggregator, attack: Attack, *, fraction: float, seed: int = 0, population: Sequence[str] | None = None
+) -> Aggregator: ...
+def apply(
+    target: FederatedDataset | Tensor | Aggregator,
+    attack: Attack | Poison,
+    *,
+    fraction: float,
+    seed: int = 0,
+    population: Sequence[str] | None = None,
 ) -> FederatedDataset | Tensor | Aggregator:
     """Let a fraction of the clients attack.
 
@@ -115,27 +124,47 @@ def apply(
             are rewritten (clients are called "0" to "n-1"); or an aggregator, in front of which the malicious clients
             of every cohort send what the attack makes of the round.
         attack: of data for a dataset, of updates for the others.
-        fraction: of the clients that are malicious, in [0, 1]; their number is rounded down.
+        fraction: of the clients that are malicious, in [0, 1]; their number is rounded down. With 1 nobody is honest,
+            which attacks that need honest updates refuse.
         seed: decides which they are, and the attack's noise.
+        population: names of all clients, such as data.clients, for an aggregator: the malicious are a fraction of them,
+            the same in every round and in data that are attacked with the same seed. Without it they are a fraction
+            of each cohort, so that a client may be malicious in one cohort and honest in another.
 
     Returns:
         The target under attack.
     """
     chosen((), fraction)
+    if population is not None and not isinstance(target, Aggregator):
+        raise invalid(
+            "population", population, "None for data and matrices, which hold all clients, unlike an aggregator"
+        )
     if isinstance(target, FederatedDataset):
         if not isinstance(attack, Poison):
             raise invalid("attack", attack, "one on data, such as atoll.attacks.label_flip()", _ELSEWHERE)
         return _poisoned(target, attack, fraction, seed)
     if not isinstance(attack, Attack):
         raise invalid("attack", attack, "one on updates, such as atoll.attacks.alie()", "Apply this one to the data.")
+    if attack.observes and fraction == 1:
+        raise invalid("fraction", fraction, f"below 1 for {attack.name}, which needs updates of honest clients")
     if isinstance(target, Aggregator):
-        return _attacked(target, attack, fraction, seed)
+        return _attacked(
+            target, attack, fraction, seed, None if population is None else chosen(population, fraction, seed)
+        )
     if not isinstance(target, Tensor) or target.ndim != 2:
         raise invalid("target", target, "a FederatedDataset, rows [n, L] or an aggregator")
     names = [str(i) for i in range(len(target))]
     bad = _mask(names, fraction, seed)
     past, weights = target.new_zeros(target.shape[1]), target.new_ones(len(target), dtype=torch.float64)
-    return _rewritten(target, weights, bad, attack, past, seed, 0)[0]
+    rows, claimed = _rewritten(target, weights, bad, attack, past, seed, 0)
+    if not torch.equal(claimed, weights):
+        raise invalid(
+            "attack",
+            attack.name,
+            "one on rows alone: a matrix has no weights to lie about",
+            "Apply it to an aggregator.",
+        )
+    return rows
 
 
 _ELSEWHERE = "Apply attacks on updates to the aggregator."
@@ -165,12 +194,18 @@ def _poisoned(data: FederatedDataset, attack: Poison, fraction: float, seed: int
     )
 
 
-def _attacked(behind: Aggregator, attack: Attack, fraction: float, seed: int) -> Aggregator:
+def _attacked(
+    behind: Aggregator, attack: Attack, fraction: float, seed: int, known: tuple[str, ...] | None
+) -> Aggregator:
+    malicious = frozenset(known or ())
+
     def rule(rows: Rows, weights: Tensor, state: Any) -> Ruling:
         # The rows stand by content; what an attacker does must be put back in the clients' own order.
         given = torch.empty_like(weights)
         given[rows.order] = weights
         bad = _mask(rows.clients, fraction, seed)
+        if known is not None:
+            bad = torch.tensor([name in malicious for name in rows.clients], dtype=torch.bool)
         past = state["past"]
         if not state["seen"] and bool(bad.any()):
             past = rows.matrix[bad].double().mean(dim=0).to(past.dtype)
@@ -187,14 +222,21 @@ def _attacked(behind: Aggregator, attack: Attack, fraction: float, seed: int) ->
         return ruling._replace(share=share, state=kept, rows=matrix, weights=claimed)
 
     return Aggregator(
-        record(f"{behind.name} under {attack.name}", attack=attack, fraction=fraction, seed=seed, then=behind),
+        record(
+            f"{behind.name} under {attack.name}",
+            attack=attack,
+            fraction=fraction,
+            seed=seed,
+            then=behind,
+            malicious=known,
+        ),
         rule,
         behind.weights,
         behind.denominator,
         behind.least,
         behind.bears,
         behind.needs,
-        lambda count, found: _attacked(spared(behind, count, found), attack, fraction, seed),
+        lambda count, found: _attacked(spared(behind, count, found), attack, fraction, seed, known),
         lambda row: {"round": 0, "seen": False, "past": row, "then": behind.init(row)},
         behind,
     )
@@ -209,9 +251,12 @@ def _rewritten(
     rows: Tensor, weights: Tensor, bad: Tensor, attack: Attack, past: Tensor, seed: int, round: int
 ) -> tuple[Tensor, Tensor]:
     bad = bad.to(rows.device)
-    if not bool(bad.any()) or bool(bad.all()):  # nobody to attack, or nobody to attack from
+    if not bool(bad.any()):
         return rows, weights
-    scene = Scene(rows[~bad].double(), rows[bad].double(), len(rows), weights[bad][:, None], past.double(), seed, round)
+    honest = bad if bool(bad.all()) else ~bad
+    scene = Scene(
+        rows[honest].double(), rows[bad].double(), len(rows), weights[bad][:, None], past.double(), seed, round
+    )
     sent = attack.send(scene)
     rows, weights = rows.clone(), weights.clone()
     rows[bad] = sent.rows.expand(len(scene.own), -1).to(rows.dtype)

@@ -29,7 +29,7 @@ def gaussian(scale: float = 10.0) -> Attack:
         noise = torch.randn(scene.own.shape, generator=draw, dtype=torch.float64).to(scene.own.device)
         return Sent(scale * scene.honest.square().mean().sqrt() * noise)
 
-    return Attack(record("gaussian", scale=scale), send)
+    return Attack(record("gaussian", scale=scale), send, observes=True)
 
 
 def model_replacement(scale: float | None = None) -> Attack:
@@ -64,13 +64,13 @@ def alie(z: float | None = None) -> Attack:
         far = float(torch.special.ndtri(torch.tensor(share, dtype=torch.float64))) if z is None else z
         return Sent(scene.mean - far * scene.spread)
 
-    return Attack(record("alie", z=z), send)
+    return Attack(record("alie", z=z), send, observes=True)
 
 
 def ipm(scale: float = 0.5) -> Attack:
     """-scale m, so that the inner product with m becomes negative. Xie, Koyejo & Gupta 2020, "Fall of empires"."""
     _positive("scale", scale)
-    return Attack(record("ipm", scale=scale), lambda scene: Sent(-scale * scene.mean))
+    return Attack(record("ipm", scale=scale), lambda scene: Sent(-scale * scene.mean), observes=True)
 
 
 def mimic() -> Attack:
@@ -85,7 +85,7 @@ def mimic() -> Attack:
         first = torch.linalg.eigh(around @ around.T).eigenvectors[:, -1]
         return Sent(scene.honest[int(first.abs().argmax())])
 
-    return Attack(record("mimic"), send)
+    return Attack(record("mimic"), send, observes=True)
 
 
 def min_max() -> Attack:
@@ -101,7 +101,7 @@ def min_max() -> Attack:
         reach = (-along + (along.square() + length * (apart - own)).clamp(min=0).sqrt()) / length
         return Sent(scene.mean - (float(reach.min()) if float(length) else 0.0) * scene.spread)
 
-    return Attack(record("min_max"), send)
+    return Attack(record("min_max"), send, observes=True)
 
 
 def min_sum() -> Attack:
@@ -116,7 +116,7 @@ def min_sum() -> Attack:
         reach = ((each.max() - own).clamp(min=0) / (len(scene.honest) * length)).sqrt()
         return Sent(scene.mean - (float(reach) if float(length) else 0.0) * scene.spread)
 
-    return Attack(record("min_sum"), send)
+    return Attack(record("min_sum"), send, observes=True)
 
 
 def lying_weight(factor: float = 1e6, *, scale: float = 1.0) -> Attack:

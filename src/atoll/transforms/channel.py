@@ -68,7 +68,8 @@ def ring_sum(*, clip: float, weight_cap: float = 1.0, bits: int = 32) -> Channel
 
     Args:
         clip: largest absolute value of a coordinate of the row; larger ones are cut and counted. Put
-            `transforms.clip_norm(c)` before it with c <= clip and nothing is ever cut.
+            `transforms.clip_norm(c)` before it with c <= clip and nothing is ever cut; with `rand_k(fraction)` between,
+            which scales what it sends up, c <= fraction clip.
         weight_cap: largest weight of a client. Larger weights are refused, not cut.
         bits: size of the ring, 8 to 48; up to 32 a value travels in 4 bytes, else in 8.
     """

@@ -61,7 +61,7 @@ def compressor(around: str, stages: tuple[Transform, ...]) -> Chain:
 
 def stage_around(inner: Chain, spec: Spec, encode: Any, field: str, **more: Any) -> Transform:
     """The stage that compresses by a chain and keeps one row of memory under a name."""
-    last = inner.stages[-1].gives
+    last, drawn = inner.stages[-1].gives, {stage.randomness for stage in inner.stages}
 
     def decode(codes: Codes, shared: Any, length: int, keys: Keys) -> Tensor:
         return inner.decode_each(codes, (None,) * len(inner.stages), length, keys, torch.float64)
@@ -83,6 +83,6 @@ def stage_around(inner: Chain, spec: Spec, encode: Any, field: str, **more: Any)
         feedback=True,
         bound=lambda before: None,
         fixed_size=inner.facts.fixed_size,
-        randomness="shared" if inner.facts.shared else "private",
+        randomness="shared" if "shared" in drawn else "private" if "private" in drawn else "none",
         **more,
     )

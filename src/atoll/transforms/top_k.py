@@ -66,9 +66,9 @@ def check_fraction(fraction: object) -> None:
 
 
 def kept_of(length: int, fraction: float) -> int:
-    """How many of `length` numbers are sent."""
+    """How many of `length` numbers are sent: at least one where there is any."""
     # What a product is above a whole number by rounding alone must not make one number more.
-    return min(length, math.ceil(length * fraction - 1e-9))
+    return min(length, max(1, math.ceil(length * fraction - 1e-9)))
 
 
 def place_bits(length: int) -> int:
