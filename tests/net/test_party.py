@@ -88,7 +88,7 @@ def test_nothing_is_decided_by_what_tells_nothing(answer: Any) -> None:
 
 def test_old_tasks_are_not_taken_again() -> None:
     state, _ = after(Wait("r", 3, (0, 1)), state=PENDING)
-    assert after(work(0), state=state)[1] == ()
+    assert not any(isinstance(e, Train) for e in after(work(0), state=state)[1])
     assert after(work(3), state=state)[1] == (Train(work(3)),)
 
 
@@ -105,8 +105,18 @@ def test_a_round_that_is_over_ends_the_work_on_it() -> None:
 def test_a_failure_is_told_and_not_tried_again() -> None:
     state, effects = after(work(0), Broke((0, 1), "no room"))
     assert effects[:2] == (Record(Settled((0, 1), False)), Send(Decline("r", "a", 0, 1, "no room")))
-    assert after(work(0), state=state)[1] == ()
     assert after(work(0, 2), state=state)[1] == (Train(work(0, 2)),)
+
+
+def test_a_failure_is_told_until_the_server_has_heard_it() -> None:
+    failed, _ = after(work(0), Broke((0, 1), "no room"))
+    restarted = party.replay("a", "r", [Settled((0, 1), False)])
+    for state in (failed, restarted):
+        for _ in range(2):
+            state, effects = after(work(0), state=state)
+            (said,) = effects
+            assert isinstance(said, Send) and isinstance(said.message, Decline)
+            assert (said.message.round, said.message.attempt) == (0, 1) and state.phase is Phase.IDLE
 
 
 def test_after_the_end_nothing_is_said() -> None:

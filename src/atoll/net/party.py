@@ -9,7 +9,8 @@
 A report is recorded before it is sent, so that a site that was killed sends the same one again and does not train
 again. What the client remembers is committed when an answer says that this very update was counted, and dropped when
 the round is over without it. Answers may be lost, late, twice or out of order: every one of them says in which round
-the server was and what it had counted, both only grow, and a task not newer than the last settled one is not taken.
+the server was and what it had counted, both only grow, and a task not newer than the last settled one is not taken but
+declined, as often as it is offered.
 """
 
 from enum import StrEnum
@@ -274,6 +275,9 @@ FINAL = frozenset({"identity", "stale", "conflict", "base", "not in cohort", "ex
 
 def _offered(state: State, work: Work) -> Handled:
     stamp = (work.round, work.attempt)
-    if state.phase is not Phase.IDLE or (state.settled is not None and stamp <= state.settled):
+    if state.phase is not Phase.IDLE:
         return state, ()
+    if state.settled is not None and stamp <= state.settled:
+        # The server still waits for it: what told it otherwise was lost.
+        return state, (Send(Decline(state.run, state.site, *stamp, "this task is over for the site.")),)
     return replace(state, phase=Phase.TRAINING, stamp=stamp), (Train(work),)
