@@ -126,7 +126,7 @@ MISPLACED = {
     *((p, W.Started) for p in Phase),
     *((p, W.Opened) for p in Phase if p is not P.OPENING),
     *((p, W.Reduced) for p in Phase if p is not P.REDUCING),
-    *((p, W.Failed) for p in Phase if p not in (P.OPENING, P.REDUCING)),
+    *((p, W.Failed) for p in Phase if p not in (P.OPENING, P.COLLECTING, P.REDUCING)),
     *((p, W.Resume) for p in Phase if p is not P.PAUSED),
     *((p, W.Pause) for p in (P.PAUSED, P.FINISHED, P.STOPPED)),
     *((p, W.Stop) for p in (P.FINISHED, P.STOPPED)),
@@ -382,6 +382,15 @@ def test_what_cannot_be_made_pauses_with_its_reason() -> None:
     assert run.state.phase is Phase.PAUSED and run.state.reason == "the step raised"
     *_, reduce = run(core.Resume())
     assert isinstance(reduce, core.Reduce) and len(reduce.updates) == 3
+
+
+def test_a_task_that_cannot_be_made_again_pauses_and_is_made_at_the_resume() -> None:
+    run = at(Phase.COLLECTING)
+    run(core.Restarted())
+    run(core.Failed(0, 1, "no memory"))
+    assert run.state.phase is Phase.PAUSED and run.state.reason == "no memory"
+    *_, again = run(core.Resume())
+    assert isinstance(again, core.Open) and again.base == BASE and run.state.phase is Phase.COLLECTING
 
 
 # --- cohorts ----------------------------------------------------------------------------------------------------------

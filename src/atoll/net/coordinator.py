@@ -729,6 +729,7 @@ _SOMEWHERE: dict[tuple[Phase, type[_Event]], Handler] = {
     (Phase.OPENING, Failed): _failed,
     (Phase.COLLECTING, Submitted): _submitted,
     (Phase.COLLECTING, Ticked): _ticked,
+    (Phase.COLLECTING, Failed): _failed,
     (Phase.REDUCING, Reduced): _reduced,
     (Phase.REDUCING, Failed): _failed,
     (Phase.PAUSED, Pause): _misplaced,
