@@ -277,6 +277,24 @@ def test_a_step_that_fails_pauses_the_run_with_its_reason(tmp_path: Path) -> Non
     assert len(server.state.accepted) == len(data.clients)
 
 
+def test_deadlines_hold_on_a_clock_that_goes_back(tmp_path: Path) -> None:
+    plan = Plan("r", 2, least=2, deadline=10.0, attempts=1)
+    files = Disk(tmp_path)
+    server = Service(scalar(), plan, files, now=1e6)
+    for name in "ab":
+        server.happen(Joined(name), 1e6)
+    server.work(1e6)
+    server = Service(scalar(), plan, files, now=3.0)  # the machine was started again, and its clock with it
+    server.work(3.0)
+    server.tick(12.0)
+    assert server.state.phase is Phase.COLLECTING
+    server.tick(5.0)  # it goes back in the middle, too
+    server.tick(5.9)
+    assert server.state.phase is Phase.COLLECTING
+    server.tick(6.1)
+    assert server.state.phase is Phase.PAUSED, "ten seconds went by"
+
+
 def test_a_folder_of_another_experiment_is_refused(tmp_path: Path) -> None:
     begun(tmp_path)
     other = scalar(scaffold(local_sgd(0.1, steps=1, batch_size=None)))

@@ -41,7 +41,7 @@ class Service:
         process: what is trained and how; the very one of the sites.
         plan: of the run.
         files: where the run's folder is.
-        now: seconds.
+        now: seconds on any clock; where it goes back, as after a reboot, the run's own time goes on from where it was.
         rules: what an update may be.
         limits: of frames.
         block: coordinates that are combined at a time.
@@ -81,6 +81,7 @@ class Service:
         self.model: State = process.init(plan.seed)
         entries = [_decoder.decode(record) for record in self._log]
         self.state: core.State = core.replay(plan, entries)
+        self._offset, self._latest = 0.0, self.state.now
         if not self.state.model:
             self.happen(core.Started(self._saved(self.model)), now)
         else:
@@ -118,7 +119,7 @@ class Service:
         else:
             event = core.Submitted(site, request, Finding())
             # Whether its content matters at all is known before it is looked at.
-            _, effects = core.handle(self.plan, self.state, event, now)
+            _, effects = core.handle(self.plan, self.state, event, self.state.now)
             if any(isinstance(e, core.Store) for e in effects):
                 event = core.Submitted(site, request, self._examined(request, content))
         try:
@@ -160,7 +161,7 @@ class Service:
         Raises:
             OSError: something could not be made durable; nothing has happened then.
         """
-        after, effects = core.handle(self.plan, self.state, event, now)
+        after, effects = core.handle(self.plan, self.state, event, self._time(now))
         told: Told | None = None
         for effect in effects:
             match effect:
@@ -182,6 +183,12 @@ class Service:
                 case core.Misplaced(name, phase):
                     self._notice(f"{name} has no place while {phase.value}")
         return told
+
+    def _time(self, now: float) -> float:
+        """The run's own time: that of the clock, ahead by whatever the clock has ever gone back."""
+        self._offset = max(self._offset, self._latest - now)
+        self._latest = now + self._offset
+        return self._latest
 
     def _taken(self, after: core.State, event: core.Event) -> None:
         """A recorded event is the truth from here on."""
