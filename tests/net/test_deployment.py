@@ -254,14 +254,8 @@ def test_no_message_is_an_error_and_changes_nothing(tmp_path: Path) -> None:
     assert server.state == before
 
 
-def test_a_step_that_fails_pauses_the_run_with_its_reason(tmp_path: Path) -> None:
-    from dataclasses import replace
-
-    def step(state: Any, aggregate: Any) -> Any:
-        raise ValueError("no such optimiser")
-
-    algorithm = replace(fedavg(local_sgd(0.1, steps=1, batch_size=None)), step=step)
-    data = quadratics((1.0, 2.0), (1.0, 2.0), names=["a", "b"])
+def stepped(tmp_path: Path, algorithm: Any) -> Service:
+    """A server that has combined the updates of a and b, or could not."""
     server = Service(scalar(algorithm), Plan("r", 1, least=2), Disk(tmp_path / "s"), now=0.0)
     for name in "ab":
         server.happen(Joined(name), 0.0)
@@ -273,8 +267,42 @@ def test_a_step_that_fails_pauses_the_run_with_its_reason(tmp_path: Path) -> Non
         for message, frame in agent.train():
             server.receive(name, control.encode(message), frame, 0.0)
     server.work(0.0)
+    return server
+
+
+def test_a_step_that_fails_pauses_the_run_with_its_reason(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    def step(state: Any, aggregate: Any) -> Any:
+        raise ValueError("no such optimiser")
+
+    server = stepped(tmp_path, replace(fedavg(local_sgd(0.1, steps=1, batch_size=None)), step=step))
     assert server.state.phase is Phase.PAUSED and server.state.reason == "ValueError: no such optimiser"
-    assert len(server.state.accepted) == len(data.clients)
+    assert set(server.state.accepted) == {"a", "b"}
+
+
+@pytest.mark.parametrize("what", ["tensor", "number"])
+def test_a_state_that_is_not_finite_is_never_saved(tmp_path: Path, what: str) -> None:
+    from dataclasses import replace
+    from typing import NamedTuple
+
+    class Kept(NamedTuple):
+        vector: Tensor
+        second: Tensor
+        best: float
+
+    def step(state: Kept, aggregate: Any) -> Kept:
+        if what == "tensor":
+            return state._replace(second=state.second + torch.inf)
+        return state._replace(best=float("inf"))
+
+    plain = fedavg(local_sgd(0.1, steps=1, batch_size=None))
+    algorithm = replace(plain, init=lambda vector: Kept(vector, torch.zeros_like(vector), 0.0), step=step)
+    server = stepped(tmp_path, algorithm)
+    assert server.state.phase is Phase.PAUSED and server.state.round == 0
+    name = "second" if what == "tensor" else "best"
+    assert f"algorithm/{name}" in server.state.reason and "non-finite" in server.state.reason
+    assert Service(scalar(algorithm), Plan("r", 1, least=2), Disk(tmp_path / "s"), now=0.0).state.accepted
 
 
 def test_deadlines_hold_on_a_clock_that_goes_back(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ It has no clock, thread or socket: whoever owns those calls `receive` with what 
 """
 
 import hashlib
+import math
 from collections import deque
 from collections.abc import Callable
 
@@ -22,10 +23,11 @@ from atoll.net.admission import Finding, Rules, examine
 from atoll.net.control import Answer, Ask, Cause, Decline, Deliver, Refused, Value, Work, decode_request
 from atoll.net.coordinator import Entry, Plan
 from atoll.net.frames import Limits, Schema, content_hash
-from atoll.net.packing import pack_state, pack_task, report_schema, unpack_state
+from atoll.net.packing import PARTS, pack_state, pack_task, report_schema, unpack_state
 from atoll.net.spool import BLOCK, Spool, reduce
 from atoll.net.storage import FileSystem, Log, write_durably
 from atoll.rounds import Process, State
+from atoll.tree import Leaf, leaves
 
 Told = tuple[Answer, bytes]
 """An answer and the frame beside it, which may be empty."""
@@ -269,6 +271,12 @@ class Service:
                 f"round {task.round + 1}: the server's step made the model non-finite although every update was "
                 "finite. Lower the server's lr, or bound the updates' norm."
             )
+        wild = [name for name, leaf in leaves({n: getattr(closed, n) for n in PARTS}) if not _finite(leaf)]
+        if wild:
+            raise NonFiniteError(
+                f"round {task.round + 1}: the server's step made {', '.join(wild[:5])} of its state non-finite "
+                "although every update was finite. Lower the server's lr, or bound the updates' norm."
+            )
         return closed
 
     def _saved(self, model: State) -> str:
@@ -299,6 +307,12 @@ _decoder = msgspec.json.Decoder(Entry)
 
 def _model_path(round: int) -> str:
     return f"models/{round:08d}"
+
+
+def _finite(leaf: Leaf) -> bool:
+    if isinstance(leaf, torch.Tensor):
+        return not leaf.is_floating_point() or bool(torch.isfinite(leaf).all())
+    return not isinstance(leaf, float) or math.isfinite(leaf)
 
 
 def _told(error: Exception) -> str:
