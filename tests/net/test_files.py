@@ -91,6 +91,24 @@ def test_a_record_that_was_changed_taken_out_or_moved_is_noticed() -> None:
             Log(files, "log")
 
 
+@pytest.mark.parametrize("make", [lambda path: Disk(path), lambda path: Simulated()], ids=["disk", "simulated"])
+def test_a_log_whose_file_could_not_be_made_begins_later(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = make(tmp_path)
+    log = Log(files, "log")
+
+    def refuses(path: str, content: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "append", refuses)
+        with pytest.raises(OSError, match="No space"):
+            log.append(b"one")
+    log.append(b"one")
+    assert list(log) == list(Log(files, "log")) == [b"one"]
+
+
 def test_a_full_disk_leaves_the_log_as_it_was() -> None:
     files, records = filled()
     log = Log(files, "log")

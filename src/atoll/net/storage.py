@@ -235,8 +235,11 @@ class Log:
         chain = _chained(self._chain, record)
         head = MARK + len(record).to_bytes(4, "little") + self._chain + chain
         if self._torn:
-            self._files.truncate(self._path, self._end)
-            self._files.sync(self._path)
+            size = self._files.size(self._path)  # -1: the first append made no file
+            if size > self._end:
+                self._files.truncate(self._path, self._end)
+            if size >= 0:
+                self._files.sync(self._path)
             self._torn = False
         first = not self._end
         self._torn = True
