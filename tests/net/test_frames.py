@@ -92,7 +92,7 @@ WRONG: dict[str, tuple[bytes, str]] = {
     "an unknown type": (frame({**W, "rows": entry("O")}, BODY), "dtype"),
     "a negative length": (frame({**W, "rows": entry(shape=[-1, 6])}, BODY), "header"),
     "a length as text": (frame({**W, "rows": entry(shape=["1", 6])}, BODY), "header"),
-    "a product that overflows": (frame({**W, "rows": entry(shape=[2**33, 2**33])}, BODY), "layout"),
+    "a product that overflows": (frame({**W, "rows": entry(shape=[2**33, 2**33])}, BODY), "limit"),
     "a length that overflows": (frame({**W, "rows": entry(shape=[2**64, 0])}, BODY), "header"),
     "an offset that overflows": (frame({**W, "rows": entry(at=[8, 2**70])}, BODY), "header"),
     "too many dimensions": (frame({**W, "rows": entry(shape=[1] * 9)}, BODY), "limit"),
@@ -165,6 +165,15 @@ def test_free_lengths_are_bounded_by_what_is_there() -> None:
     assert decode(encode({"codes": torch.ones(1, 5, dtype=torch.uint8)}), schema)["codes"].shape == (1, 5)
     with pytest.raises(FrameError):
         decode(encode({"codes": torch.ones(2, 5, dtype=torch.uint8)}), schema)
+
+
+def test_an_empty_tensor_cannot_have_lengths_without_bound() -> None:
+    schema = (TensorSpec("codes", torch.uint8, (0, None, None, None)),)
+    content = frame({"codes": entry("U8", [0, 2**53, 2**53, 2**53], [0, 0])})
+    with pytest.raises(FrameError) as caught:
+        decode(content, schema)
+    assert caught.value.reason == "limit"
+    assert decode(frame({"codes": entry("U8", [0, 2**40, 3, 1], [0, 0])}), schema)["codes"].shape == (0, 2**40, 3, 1)
 
 
 def test_what_cannot_travel_is_refused_where_it_is_written() -> None:

@@ -234,6 +234,9 @@ def locate(start: bytes, size: int, schema: Schema, limits: Limits | None = None
             raise FrameError("dtype", f"{name} has a type that cannot travel.")
         if len(entry.shape) > limits.dimensions:
             raise FrameError("limit", f"{name} has {len(entry.shape)} dimensions, limit {limits.dimensions}.")
+        # An empty tensor takes no bytes, whatever its other lengths are; a tensor's strides must still be numbers.
+        if prod(n for n in entry.shape if n) > 2**53:
+            raise FrameError("limit", f"{name} has lengths that no tensor can have.")
         begin, end = entry.data_offsets
         # Lengths are at most 2^53 each and integers have no width here, so that no product overflows.
         if begin != at or end - begin != prod(entry.shape) * DTYPES[entry.dtype].itemsize:
