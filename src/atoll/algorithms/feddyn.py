@@ -45,7 +45,7 @@ def feddyn(plan: Plan, *, alpha: float) -> Algorithm:
     """
     check_plan(plan)
     check_number("alpha", alpha, strict=True)
-    check_pull("alpha", alpha, plan)
+    alpha = check_pull("alpha", alpha, plan)
     check_plain(
         "feddyn", plan, "alpha (y_i - x) is then not what the local gradients left over",
         "Put weight decay into the loss.",

@@ -40,7 +40,7 @@ def fedexp(plan: Plan, *, epsilon: float = 1e-3, average: bool = True) -> Algori
         average: the model that is evaluated is the mean of the last two; False: the last.
     """
     check_plan(plan)
-    check_number("epsilon", epsilon, strict=True)
+    epsilon = check_number("epsilon", epsilon, strict=True)
 
     def local(message: Message, memory: Memory, cohort: Cohort) -> tuple[Update, Memory]:
         start = cohort.rows(message.vector)
