@@ -160,6 +160,13 @@ def test_damage_on_the_way_is_not_the_sites_fault() -> None:
     assert found(process, task, content, size=3).fault == "transport"
 
 
+def test_a_malformed_frame_that_was_announced_is_the_sites_fault() -> None:
+    process, task = opened()
+    content = encode(blank(process, task))
+    for bad in (content[:-8], (100_000).to_bytes(8, "little") + content[8:], content[:8]):
+        assert found(process, task, bad).fault == "content"
+
+
 @given(st.data())
 def test_any_content(data: st.DataObject) -> None:
     """Whatever a frame of the right shape holds, there is a finding; what is let in can be counted."""

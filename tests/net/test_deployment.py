@@ -208,6 +208,15 @@ def begun(tmp_path: Path, **more: Any) -> tuple[Service, list[str]]:
     return made, notices
 
 
+def test_a_journal_that_ends_in_no_record_is_told(tmp_path: Path) -> None:
+    server, notices = begun(tmp_path)
+    with (tmp_path / "journal").open("ab") as journal:
+        journal.write(b"torn")
+    again = Service(scalar(), server.plan, Disk(tmp_path), now=1.0, notice=notices.append)
+    assert any("the journal ends in 4 bytes that are no record" in text for text in notices)
+    assert again.state.phase is Phase.COLLECTING
+
+
 def test_a_site_whose_code_raises_declines_and_stays_up(tmp_path: Path) -> None:
     server, _ = begun(tmp_path / "server")
 

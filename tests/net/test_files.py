@@ -76,7 +76,9 @@ def test_a_torn_record_is_left_out_wherever_it_was_torn() -> None:
 
 def test_blocks_that_were_never_written_are_a_torn_record() -> None:
     files, records = filled()
+    assert Log(files, "log").torn == 0
     files.names_now["log"].now.extend(bytes(500))
+    assert Log(files, "log").torn == 500
     assert list(Log(files, "log")) == records
 
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from registry import MODELS
@@ -17,6 +18,7 @@ from atoll.net.control import Deliver
 from atoll.net.frames import content_hash
 from atoll.net.packing import clear, pack_report, report_schema
 from atoll.net.spool import Spool, SpoolError, reduce
+from atoll.net.storage import write_durably
 from atoll.random import client_keys
 from atoll.rounds import Collected, Process
 from atoll.transforms.chain import keys_of
@@ -139,6 +141,20 @@ def test_names_of_sites_are_no_paths() -> None:
     spool = Spool(Disk())
     claim = Deliver("r", "../../etc/passwd", 0, 1, "0" * 64, "0" * 64, 1, (1, 0, 0), 1)
     assert ".." not in spool.path(claim) and "etc" not in spool.path(claim)
+
+
+def test_another_update_of_the_same_attempt_takes_nobodys_place() -> None:
+    _, _, spool, claims, reports = made("mean")
+    other = pack_report(reports[1])
+    spool.put(msgspec.structs.replace(claims[0], sha256=content_hash(other), size=len(other)), other)
+    assert content_hash(spool.files.read(spool.path(claims[0]))) == claims[0].sha256
+
+
+def test_what_else_lies_in_the_folder_is_left_alone() -> None:
+    _, _, spool, claims, _ = made("mean")
+    write_durably(spool.files, "spool/lost+found/thing", b"x")
+    spool.forget(1)
+    assert spool.files.size(spool.path(claims[0])) == -1 and spool.files.size("spool/lost+found/thing") == 1
 
 
 def test_rounds_that_are_over_are_forgotten() -> None:

@@ -104,8 +104,6 @@ class Factors:
 
     __slots__ = ("_members", "_numbers", "_store")
 
-    ndim = 3
-
     def __init__(self, base: Tensor, count: int, room: int, arena: Arena) -> None:
         self._store = _Store(base, count, room, arena)
         self._members: Members = slice(0, count)

@@ -88,7 +88,7 @@ def examine(
     try:
         report = unpack_report(process, schema, claim, content, limits)
     except FrameError as error:
-        announced = error.reason not in ("hash", "truncated")
+        announced = len(content) == claim.size and error.reason != "hash"
         return Finding("content" if announced else "transport", str(error))
     loss, examples = report.metrics[0].tolist()
     if not math.isfinite(loss) or not 0 <= examples < math.inf:

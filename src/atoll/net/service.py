@@ -74,6 +74,8 @@ class Service:
         self._notice = notice or (lambda text: None)
         self._spool = Spool(files)
         self._log = Log(files, "journal")
+        if self._log.torn:
+            self._notice(f"the journal ends in {self._log.torn} bytes that are no record; they were left out")
         self._task: Task | None = None
         self._values: dict[str, Value] = {}
         self._frame = b""

@@ -53,14 +53,14 @@ class Spool:
         write_durably(self.files, self.path(claim), content)
 
     def path(self, claim: Deliver) -> str:
-        """The file of an update."""
-        name = hashlib.sha256(f"{claim.site}\n{claim.attempt}".encode()).hexdigest()[:32]
+        """The file of an update: another one never takes its place, even while it is not known which will count."""
+        name = hashlib.sha256(f"{claim.site}\n{claim.attempt}\n{claim.sha256}".encode()).hexdigest()[:32]
         return f"{self._folder}/{claim.round:08d}/{name}"
 
     def forget(self, round: int) -> None:
         """Remove the updates of earlier rounds."""
         for folder in self.files.names(self._folder):
-            if int(folder) < round:
+            if folder.isdecimal() and int(folder) < round:  # what else lies there is not ours
                 for name in self.files.names(f"{self._folder}/{folder}"):
                     self.files.remove(f"{self._folder}/{folder}/{name}")
 

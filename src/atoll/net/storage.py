@@ -178,8 +178,14 @@ HEAD = 4 + 4 + 32 + 32
 
 
 class Log:
-    """Append-only records in a file. Each carries the hash of all records before it and its own: a record that was torn
-    by a crash, changed or taken out is noticed.
+    """Append-only records in a file, each with the hash of all records before it and its own.
+
+    A record in the middle that was changed or taken out is noticed. What stands behind the last whole record is taken
+    for one that a crash tore, and left out (`torn` bytes): a last record that was damaged later cannot be told from it,
+    and one that was cut off whole leaves no trace here.
+
+    Attributes:
+        torn: bytes behind the last whole record when the log was opened.
 
     Args:
         files: where.
@@ -207,10 +213,11 @@ class Log:
                     "from a backup; nothing after that byte can be trusted."
                 )
             later = content.find(MARK, later + 1)
-        self._torn = self._end < len(content)
+        self.torn = len(content) - self._end
+        self._torn = self.torn > 0
 
     def __iter__(self) -> Iterator[bytes]:
-        """All records; they are read from the file, and not held."""
+        """All records, read from the file anew."""
         content, at = self._files.read(self._path, 0, self._end) if self._end else b"", 0
         while at < self._end:
             found = _record(content, at)
