@@ -117,6 +117,7 @@ EVENTS: dict[type, Any] = {
     core.Ticked: lambda s: core.Ticked(),
     core.Pause: lambda s: core.Pause("a rest"),
     core.Resume: lambda s: core.Resume(),
+    core.Discard: lambda s: core.Discard("again, please"),
     core.Stop: lambda s: core.Stop("enough"),
 }
 
@@ -127,7 +128,7 @@ MISPLACED = {
     *((p, W.Opened) for p in Phase if p is not P.OPENING),
     *((p, W.Reduced) for p in Phase if p is not P.REDUCING),
     *((p, W.Failed) for p in Phase if p not in (P.OPENING, P.COLLECTING, P.REDUCING)),
-    *((p, W.Resume) for p in Phase if p is not P.PAUSED),
+    *((p, e) for e in (W.Resume, W.Discard) for p in Phase if p is not P.PAUSED),
     *((p, W.Pause) for p in (P.PAUSED, P.FINISHED, P.STOPPED)),
     *((p, W.Stop) for p in (P.FINISHED, P.STOPPED)),
 }
@@ -172,7 +173,8 @@ def test_any_sequence_of_events(seed: int) -> None:
         before, run.now = run.state, run.now + rng.choice([0, 0, 1, 4, -3])
         run(event)
         lost = before.accepted.keys() - run.state.accepted.keys()
-        assert not lost or run.state.round > before.round or isinstance(event, core.Revoked)
+        given_up = isinstance(event, core.Revoked | core.Discard | core.Stop)
+        assert not lost or run.state.round > before.round or given_up
         assert not run.state.accepted.keys() & run.state.excluded.keys()
         assert run.state.accepted.keys() <= set(run.state.cohort)
         if run.state.phase is Phase.REDUCING:
@@ -447,3 +449,38 @@ def test_a_journal_of_something_else_is_refused() -> None:
         replay(PLAN, [run.entries[0], run.entries[2]])
     with pytest.raises(RunError, match="no place"):
         replay(PLAN, [Entry(0, 0.0, core.Reduced(0, 0, MODEL))])
+
+
+# --- giving up an attempt ---------------------------------------------------------------------------------------------
+
+
+def test_updates_that_cannot_be_combined_are_given_up_and_the_round_is_tried_again() -> None:
+    run = at(Phase.REDUCING)
+    run(core.Failed(0, 1, "the step raised"))
+    run(core.Revoked("a"))
+    assert set(run.state.accepted) == {"a", "b", "c"}, "the set of a round is fixed"
+    run(core.Discard("a sent rubbish"))
+    assert run.state.phase is Phase.PAUSED and not run.state.accepted and run.state.reason == "a sent rubbish"
+    assert answer(run(update("b", run.state, attempt=1))).cause == "stale", "it is void, and its site told so"
+    run(core.Joined("d"))
+    *_, opened = run(core.Resume())
+    assert opened == core.Open(0, 2, ("b", "c", "d"), 3, ""), "the same round, without the site that was shut out"
+    assert run.state.tries == 1
+    before = run.state
+    assert run(core.Reduced(0, 1, MODEL)) == (core.Misplaced("Reduced", Phase.OPENING),), "what was at work comes late"
+    assert run.state == before
+
+
+@pytest.mark.parametrize("phase", [Phase.OPENING, Phase.COLLECTING, Phase.REDUCING])
+def test_an_attempt_is_given_up_wherever_it_was(phase: Phase) -> None:
+    run = at(phase)
+    run(core.Pause("a rest"))
+    run(core.Discard("again, please"))
+    *_, opened = run(core.Resume())
+    assert opened == core.Open(0, 2, NAMES, 3, "") and run.state.phase is Phase.OPENING
+
+
+def test_a_stopped_run_forgets_its_updates() -> None:
+    run = at(Phase.REDUCING)
+    assert run(core.Stop("enough"))[-1] == core.Forget(1)
+    assert not run.state.accepted

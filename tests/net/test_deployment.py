@@ -18,7 +18,7 @@ from atoll.algorithms import fedadam, fedavg, fedbn, fedper, scaffold
 from atoll.local import local_sgd
 from atoll.net import control, frames
 from atoll.net.agent import Agent, Trainer
-from atoll.net.coordinator import Joined, Phase, Plan
+from atoll.net.coordinator import Discard, Joined, Phase, Plan, Resume, Stop
 from atoll.net.service import Service
 from atoll.net.storage import Disk
 from atoll.rounds import Process
@@ -263,9 +263,9 @@ def test_no_message_is_an_error_and_changes_nothing(tmp_path: Path) -> None:
     assert server.state == before
 
 
-def stepped(tmp_path: Path, algorithm: Any) -> Service:
-    """A server that has combined the updates of a and b, or could not."""
-    server = Service(scalar(algorithm), Plan("r", 1, least=2), Disk(tmp_path / "s"), now=0.0)
+def collected(tmp_path: Path, files: Disk | None = None, algorithm: Any = None) -> Service:
+    """A server that has the updates of a and b, and is about to combine them."""
+    server = Service(scalar(algorithm), Plan("r", 1, least=2), files or Disk(tmp_path / "s"), now=0.0)
     for name in "ab":
         server.happen(Joined(name), 0.0)
     server.work(0.0)
@@ -275,6 +275,13 @@ def stepped(tmp_path: Path, algorithm: Any) -> Service:
         agent.heard(*server.receive(name, control.encode(control.Ask("r", name)), b"", 0.0))
         for message, frame in agent.train():
             server.receive(name, control.encode(message), frame, 0.0)
+    assert server.state.phase is Phase.REDUCING
+    return server
+
+
+def stepped(tmp_path: Path, algorithm: Any) -> Service:
+    """A server that has combined the updates of a and b, or could not."""
+    server = collected(tmp_path, algorithm=algorithm)
     server.work(0.0)
     return server
 
@@ -311,7 +318,11 @@ def test_a_state_that_is_not_finite_is_never_saved(tmp_path: Path, what: str) ->
     assert server.state.phase is Phase.PAUSED and server.state.round == 0
     name = "second" if what == "tensor" else "best"
     assert f"algorithm/{name}" in server.state.reason and "non-finite" in server.state.reason
-    assert Service(scalar(algorithm), Plan("r", 1, least=2), Disk(tmp_path / "s"), now=0.0).state.accepted
+    again = Service(scalar(algorithm), Plan("r", 1, least=2), Disk(tmp_path / "s"), now=0.0)
+    assert again.state.accepted
+    again.happen(Discard("a smaller rate"), 0.0)
+    again.happen(Resume(), 0.0)
+    assert again.state.attempt == 2 and not again.state.accepted
 
 
 def test_deadlines_hold_on_a_clock_that_goes_back(tmp_path: Path) -> None:
@@ -335,8 +346,43 @@ def test_deadlines_hold_on_a_clock_that_goes_back(tmp_path: Path) -> None:
 def test_a_folder_of_another_experiment_is_refused(tmp_path: Path) -> None:
     begun(tmp_path)
     other = scalar(scaffold(local_sgd(0.1, steps=1, batch_size=None)))
-    with pytest.raises(atoll.errors.RunError, match="another experiment"):
+    with pytest.raises(atoll.errors.RunError, match="another plan, model, algorithm or pipeline"):
         Service(other, Plan("r", 2, least=2), Disk(tmp_path), now=0.0)
+
+
+def test_a_folder_of_another_plan_is_refused(tmp_path: Path) -> None:
+    begun(tmp_path)
+    with pytest.raises(atoll.errors.RunError, match="another plan"):
+        Service(scalar(), Plan("r", 3, least=2), Disk(tmp_path), now=0.0)
+
+
+def test_a_stopped_run_leaves_no_updates_behind(tmp_path: Path) -> None:
+    server = collected(tmp_path)
+    assert list((tmp_path / "s" / "spool").glob("*/*"))
+    server.happen(Stop("enough"), 0.0)
+    assert not list((tmp_path / "s" / "spool").iterdir())
+    assert (tmp_path / "s" / "models").is_dir(), "the model stays"
+
+
+def test_a_disk_that_refuses_is_asked_again_when_time_has_passed(tmp_path: Path) -> None:
+    class Full(Disk):
+        full = False
+
+        def write(self, path: str, content: bytes) -> None:
+            if self.full:
+                raise OSError(28, "No space left on device")
+            super().write(path, content)
+
+    files = Full(tmp_path / "s")
+    server = collected(tmp_path, files)
+    files.full = True
+    server.work(0.0)
+    assert server.state.phase is Phase.REDUCING and not server.busy
+    files.full = False
+    server.tick(1.0)
+    assert server.busy
+    server.work(1.0)
+    assert server.state.phase is Phase.FINISHED
 
 
 def test_an_experiment_that_changed_under_a_round_is_refused(tmp_path: Path) -> None:

@@ -35,6 +35,9 @@ def test_the_same_operations(make: Any, tmp_path: Path) -> None:
     files.remove("a/z")
     files.remove("a/z")
     assert files.names("a") == ["b"]
+    files.remove("a/b/y")
+    files.remove("a/b")
+    assert files.names("a") == []
     matrix = files.matrix(2, 3, torch.float32)
     assert matrix.shape == (2, 3) and matrix.dtype == torch.float32
     write_durably(files, "c/d", b"whole")

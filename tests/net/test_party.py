@@ -181,3 +181,10 @@ def test_whatever_is_heard(seed: int) -> None:
         assert state.settled is None or before.settled is None or state.settled >= before.settled
         again = party.replay("a", "r", entries)
         assert again.memory == state.memory and again.claim == state.claim
+
+
+def test_a_server_that_lost_what_it_acknowledged_is_sent_it_again() -> None:
+    """As one restored from a backup: it offers the very task again."""
+    state, _ = after(work(0), state=PENDING)
+    assert state.phase is Phase.SENDING
+    assert after(Due(), state=state)[1][1] == Send(claim(0))

@@ -61,7 +61,7 @@ def fault_of(plan: Plan, seed: int, faults: Sequence[Fault], **more: Any) -> str
         return f"sums {vector[: plan.rounds].tolist()}, but {tallies} were accepted"
     if vector[plan.rounds : 2 * plan.rounds].tolist() != visits:
         return f"remembered {vector[plan.rounds : 2 * plan.rounds].tolist()}, not {visits}"
-    for site, round, attempt in made.acknowledged:
+    for site, round, attempt in made.acknowledged - made.given_up():
         if counted[round].get(site) != attempt:
             return f"{site} was told that attempt {attempt} of round {round} is safe, but {counted[round]} counted"
     for site in made.training:

@@ -12,6 +12,7 @@ Faults:
     ("full", who, time, span)   somebody's disk is full for so many seconds
     ("leave", site, time, span) a site says that it is gone, and comes back
     ("rest", time, span)        an operator pauses the run, and lets it go on
+    ("discard", time)           an operator pauses the run and gives up the attempt at work
 """
 
 import hashlib
@@ -218,6 +219,9 @@ class World:
                     self.at(time + span, lambda s=site: self.told(coordinator.Joined(s)))
                 case ("rest", time, _):
                     self.at(time, lambda: self.told(coordinator.Pause("a rest")))
+                case ("discard", time):
+                    self.at(time, lambda: self.told(coordinator.Pause("a rest")))
+                    self.at(time, lambda: self.told(coordinator.Discard("again")))
         for name, machine in self.machines.items():
             machine.disk.full = lambda name=name: any(w == name and a <= self.now < b for w, a, b in self.full)
             self.at(0.0, lambda name=name: self.power_on(name))
@@ -417,6 +421,15 @@ class World:
         decoder = coordinator.msgspec.json.Decoder(coordinator.Entry)
         return [decoder.decode(r) for r in Log(self.machines[SERVER].disk, "journal")]
 
+    def given_up(self) -> set[tuple[str, int, int]]:
+        """Site, round and attempt of every update that was accepted and that an operator gave up."""
+        found, state = set[tuple[str, int, int]](), coordinator.State()
+        for entry in self.entries():
+            if isinstance(entry.event, coordinator.Discard):
+                found |= {(s, a.claim.round, a.claim.attempt) for s, a in state.accepted.items()}
+            state, _ = coordinator.handle(self.plan, state, entry.event, entry.now)
+        return found
+
     def counted(self) -> list[dict[str, int]]:
         """Which attempt of which site every closed round has in it, by the journal."""
         found: list[dict[str, int]] = []
@@ -453,6 +466,8 @@ def drawn(
             faults.append(("leave", site, round(rng.uniform(1, seconds), 2), round(rng.uniform(1, 20), 2)))
         for _ in range(rng.randint(0, 2)):
             faults.append(("rest", round(rng.uniform(1, seconds), 2), 5.0))
+        if rng.random() < 0.25:
+            faults.append(("discard", round(rng.uniform(1, seconds), 2)))
     return faults
 
 

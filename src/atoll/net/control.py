@@ -14,8 +14,11 @@ from atoll.errors import InvalidArgument
 
 Name = Annotated[str, Meta(min_length=1, max_length=200, pattern=r"\A[A-Za-z0-9][A-Za-z0-9._@ -]*\Z")]
 """Of a run or a site: A-z 0-9 . _ @ - and blanks, at most 200 characters."""
-Text = Annotated[str, Meta(max_length=1000)]
-Line = Annotated[str, Meta(max_length=1000, pattern=r"\A[^\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]*\Z")]
+LONGEST_TEXT = 1000
+"""Characters of a text."""
+
+Text = Annotated[str, Meta(max_length=LONGEST_TEXT)]
+Line = Annotated[str, Meta(max_length=LONGEST_TEXT, pattern=r"\A[^\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]*\Z")]
 """Text from a party that a screen will show: no line breaks, no control characters, no change of direction."""
 
 Count = Annotated[int, Meta(ge=0, le=2**53)]
@@ -165,7 +168,7 @@ def encode(message: Request | Answer) -> bytes:
 
 def plain(text: str) -> str:
     """Any text as a `Line`."""
-    return "".join(c if c.isprintable() else " " for c in text[:1000])
+    return "".join(c if c.isprintable() else " " for c in text[:LONGEST_TEXT])
 
 
 def named_well(name: str) -> bool:

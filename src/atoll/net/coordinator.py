@@ -6,6 +6,7 @@
     COLLECTING -> too few in time                -> GATHERING   another attempt at the same round, or PAUSED
     REDUCING   -> Reduced                        -> GATHERING   the next round, or FINISHED
     any        -> Pause, a fault                 -> PAUSED      Resume goes on where it was
+    PAUSED     -> Discard                        -> PAUSED      the attempt is void: Resume begins another
 
 Nothing here reads a clock, a file or a socket. Effects are carried out in their order, and the new state is taken when
 all went well; what changes the state comes with a `Record`, which must be durable before any answer behind it leaves.
@@ -128,6 +129,7 @@ class State(msgspec.Struct, frozen=True):
         tries: attempts since the round began or the run was resumed.
         base: hash of the task's frame; "" while it is not made.
         model: hash of the checkpoint the round starts from.
+        experiment: hash of what is trained and how.
         cohort: sites of the attempt, sorted.
         population: sites there were when the attempt began.
         wanted: updates with which the attempt closes at once.
@@ -147,6 +149,7 @@ class State(msgspec.Struct, frozen=True):
     tries: int = 0
     base: str = ""
     model: str = ""
+    experiment: str = ""
     cohort: tuple[str, ...] = ()
     population: int = 0
     wanted: int = 0
@@ -180,9 +183,10 @@ class _Event(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
 
 
 class Started(_Event, frozen=True):
-    """The run begins from a checkpoint with this hash."""
+    """The run begins from a checkpoint with the hash `model`; `experiment` is that of its plan and process."""
 
     model: str
+    experiment: str = ""
 
 
 class Restarted(_Event, frozen=True):
@@ -273,6 +277,12 @@ class Resume(_Event, frozen=True):
     """Somebody lets the run go on."""
 
 
+class Discard(_Event, frozen=True):
+    """Somebody gives up the updates of the attempt at work: they cannot be combined, or a site must not count."""
+
+    reason: str
+
+
 class Stop(_Event, frozen=True):
     """Somebody ends the run."""
 
@@ -281,7 +291,7 @@ class Stop(_Event, frozen=True):
 
 Event = (
     Started | Restarted | Joined | Left | SitePaused | Revoked | Opened | Asked | Submitted | Declined | Reduced
-    | Failed | Ticked | Pause | Resume | Stop
+    | Failed | Ticked | Pause | Resume | Discard | Stop
 )  # fmt: skip
 
 
@@ -506,7 +516,7 @@ def _started(plan: Plan, state: State, event: Event, now: float) -> Handled:
     assert isinstance(event, Started)
     if state.model:
         return _misplaced(plan, state, event, now)
-    after, then = _settled(plan, replace(state, model=event.model), now)
+    after, then = _settled(plan, replace(state, model=event.model, experiment=event.experiment), now)
     return _recorded(state, after, event, now, then)
 
 
@@ -712,16 +722,23 @@ def _resumed(plan: Plan, state: State, event: Event, now: float) -> Handled:
     return _recorded(state, after, event, now, (*then, *more))
 
 
+def _discarded(plan: Plan, state: State, event: Event, now: float) -> Handled:
+    """The attempt at work is void, as if too few had answered: its sites are told by the next one's task."""
+    assert isinstance(event, Discard)
+    after = replace(state, back=Phase.GATHERING, accepted={}, excluded={}, base="", reason=event.reason)
+    return _recorded(state, after, event, now)
+
+
 def _stopped(plan: Plan, state: State, event: Event, now: float) -> Handled:
     assert isinstance(event, Stop)
-    after = replace(state, phase=Phase.STOPPED, reason=event.reason, deadline=None)
-    return _recorded(state, after, event, now)
+    after = replace(state, phase=Phase.STOPPED, accepted={}, reason=event.reason, deadline=None)
+    return _recorded(state, after, event, now, (Forget(state.round + 1),))
 
 
 _EVERYWHERE: dict[type[_Event], Handler] = {
     Restarted: _restarted, Joined: _member, Left: _member, SitePaused: _member, Revoked: _member, Asked: _asked,
     Declined: _declined, Submitted: _submitted_else, Ticked: _idle, Started: _misplaced, Opened: _misplaced,
-    Reduced: _misplaced, Failed: _misplaced, Pause: _paused, Resume: _misplaced, Stop: _stopped,
+    Reduced: _misplaced, Failed: _misplaced, Pause: _paused, Resume: _misplaced, Discard: _misplaced, Stop: _stopped,
 }  # fmt: skip
 _SOMEWHERE: dict[tuple[Phase, type[_Event]], Handler] = {
     (Phase.GATHERING, Started): _started,
@@ -734,6 +751,7 @@ _SOMEWHERE: dict[tuple[Phase, type[_Event]], Handler] = {
     (Phase.REDUCING, Failed): _failed,
     (Phase.PAUSED, Pause): _misplaced,
     (Phase.PAUSED, Resume): _resumed,
+    (Phase.PAUSED, Discard): _discarded,
     (Phase.FINISHED, Pause): _misplaced,
     (Phase.FINISHED, Stop): _misplaced,
     (Phase.STOPPED, Pause): _misplaced,

@@ -1,5 +1,6 @@
 """A task and a report as a message and a frame. Whoever unpacks knows from its own `Process` what must be in it."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from atoll.errors import RunError
 from atoll.messages import Clear, Report, Task
-from atoll.net.control import Deliver, Value, Work
+from atoll.net.control import LONGEST_TEXT, Deliver, Value, Work
 from atoll.net.frames import FrameError, Limits, Schema, TensorSpec, decode, encode, schema_of
 from atoll.rounds import Process, State
 from atoll.tree import leaves, rebuild
@@ -20,9 +21,30 @@ NAMES = ("message", "buffers", "private", "shared")
 
 
 def pack_task(task: Task) -> tuple[dict[str, Value], bytes]:
-    """The leaves of a task that are no tensors, by path, and the frame of those that are."""
+    """The leaves of a task that are no tensors, by path, and the frame of those that are.
+
+    Raises:
+        RunError: a value that cannot travel as it is.
+    """
     tensors, values = _split(task)
-    return values, encode(tensors)
+    for name, value in values.items():
+        if isinstance(value, str) and len(value) > LONGEST_TEXT:
+            raise RunError(
+                f"the task's {name} has {len(value)} characters, more than the {LONGEST_TEXT} that can travel."
+            )
+    return _held(values, "task"), encode(tensors)
+
+
+def _held(values: dict[str, Value], what: str) -> dict[str, Value]:
+    """The same values, all of which JSON can hold.
+
+    Raises:
+        RunError: one is not finite.
+    """
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise RunError(f"the {what}'s {name} is {value}, which is no number to go on with.")
+    return values
 
 
 def unpack_task(template: Task, work: Work, content: bytes, limits: Limits | None = None) -> Task:
@@ -140,11 +162,14 @@ PARTS = ("algorithm", "buffers", "transforms", "aggregator", "private")
 
 
 def pack_state(state: State) -> bytes:
-    """A checkpoint: the values as JSON behind their length, then the frame of the tensors."""
+    """A checkpoint: the values as JSON behind their length, then the frame of the tensors.
+
+    Raises:
+        RunError: a value that is not finite, and would not come back as it was.
+    """
     every = dict(leaves({n: getattr(state, n) for n in PARTS}))
-    values = msgspec.json.encode(
-        {"seed": state.seed, "round": state.round} | {f"/{n}": v for n, v in every.items() if not isinstance(v, Tensor)}
-    )
+    plain = _held({n: v for n, v in every.items() if not isinstance(v, Tensor)}, "state")
+    values = msgspec.json.encode({"seed": state.seed, "round": state.round} | {f"/{n}": v for n, v in plain.items()})
     frame = encode({n: v for n, v in every.items() if isinstance(v, Tensor)})
     return len(values).to_bytes(8, "little") + values + frame
 

@@ -275,6 +275,9 @@ FINAL = frozenset({"identity", "stale", "conflict", "base", "not in cohort", "ex
 
 def _offered(state: State, work: Work) -> Handled:
     stamp = (work.round, work.attempt)
+    if state.phase is Phase.PENDING and stamp == state.stamp:
+        # A server that lost what it had acknowledged, as one restored from a backup, asks for it again.
+        return replace(state, phase=Phase.SENDING), ()
     if state.phase is not Phase.IDLE:
         return state, ()
     if state.settled is not None and stamp <= state.settled:

@@ -27,6 +27,7 @@ from atoll.net.packing import PARTS, pack_state, pack_task, report_schema, unpac
 from atoll.net.spool import BLOCK, Spool, reduce
 from atoll.net.storage import FileSystem, Log, write_durably
 from atoll.rounds import Process, State
+from atoll.spec import identity
 from atoll.tree import Leaf, leaves
 
 Told = tuple[Answer, bytes]
@@ -50,7 +51,7 @@ class Service:
         notice: called with what the operator should hear of: alarms, events out of place, disks that are full.
 
     Raises:
-        RunError: the folder holds another run, or is damaged.
+        RunError: the folder holds another run, or this one under another plan or experiment, or is damaged.
         OSError: the folder cannot be written.
     """
 
@@ -82,21 +83,28 @@ class Service:
         self._schema: Schema | None = None
         self._next: tuple[State, str] | None = None
         self._todo: deque[core.Open | core.Reduce] = deque()
+        self._full = False
         self.model: State = process.init(plan.seed)
         entries = [_decoder.decode(record) for record in self._log]
         self.state: core.State = core.replay(plan, entries)
         self._offset, self._latest = 0.0, self.state.now
+        experiment = identity({"plan": msgspec.to_builtins(plan), "process": process.spec})
         if not self.state.model:
-            self.happen(core.Started(self._saved(self.model)), now)
+            self.happen(core.Started(self._saved(self.model), experiment), now)
         else:
+            if self.state.experiment != experiment:
+                raise RunError(
+                    f"this folder holds the run {plan.run} of another plan, model, algorithm or pipeline: start what it "
+                    "began with, or choose another folder."
+                )
             self.model = self._loaded(self.state)
             self.happen(core.Restarted(), now)
-        self._tidy()
+        self._tidy(self.state.round)
 
     @property
     def busy(self) -> bool:
-        """Whether `work` has something to do."""
-        return bool(self._todo)
+        """Whether `work` has something to do now; after a disk refused, not before the next `tick`."""
+        return bool(self._todo) and not self._full
 
     def receive(self, site: str, message: bytes, content: bytes, now: float) -> Told:
         """Answer a site's message.
@@ -140,6 +148,7 @@ class Service:
 
     def tick(self, now: float) -> None:
         """Time has passed."""
+        self._full = False
         try:
             self.happen(core.Ticked(), now)
         except OSError as error:
@@ -155,6 +164,7 @@ class Service:
                 self._reduced(effect, now)
         except OSError as error:  # it stays the first: there may be room the next time
             self._notice(f"the disk refuses: {error}")
+            self._full = True
             return
         if self._todo and self._todo[0] is effect:
             self._todo.popleft()
@@ -180,8 +190,8 @@ class Service:
                     told = self._offer(counted)
                 case core.Open() | core.Reduce():
                     self._todo.append(effect)
-                case core.Forget():
-                    self._tidy()
+                case core.Forget(round):
+                    self._tidy(round)
                 case core.Alarm(site, text):
                     self._notice(f"{site}: {text}")
                 case core.Misplaced(name, phase):
@@ -242,12 +252,12 @@ class Service:
     def _reduced(self, effect: core.Reduce, now: float) -> None:
         try:
             model = self._combined(effect)
+            digest = self._saved(model)
         except OSError:
             raise
         except Exception as error:  # as above
             self.happen(core.Failed(effect.round, effect.attempt, _told(error)), now)
             return
-        digest = self._saved(model)
         self._next = model, digest
         self.happen(core.Reduced(effect.round, effect.attempt, digest), now)
 
@@ -293,10 +303,10 @@ class Service:
             raise RunError(f"{path} is missing or damaged: restore it from a backup.")
         return unpack_state(self.model, content)
 
-    def _tidy(self) -> None:
-        """Remove what no restart will need; what cannot be removed now is the next time."""
+    def _tidy(self, round: int) -> None:
+        """Remove what no restart will need, updates before a round first; what cannot be removed now is the next time."""
         try:
-            self._spool.forget(self.state.round)
+            self._spool.forget(round)
             for name in self.files.names("models"):
                 if name.isdecimal() and int(name) <= self.state.round - KEPT:
                     self.files.remove(f"models/{name}")

@@ -63,6 +63,7 @@ class Spool:
             if folder.isdecimal() and int(folder) < round:  # what else lies there is not ours
                 for name in self.files.names(f"{self._folder}/{folder}"):
                     self.files.remove(f"{self._folder}/{folder}/{name}")
+                self.files.remove(f"{self._folder}/{folder}")
 
 
 class Stored:

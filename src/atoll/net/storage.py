@@ -61,7 +61,7 @@ class FileSystem(Protocol):
         ...
 
     def remove(self, path: str) -> None:
-        """Remove a file if it is there."""
+        """Remove a file, or a folder that is empty, if it is there."""
         ...
 
     def matrix(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
@@ -78,7 +78,10 @@ class Disk:
 
     def __init__(self, root: Path) -> None:
         self._root = root
+        made = [folder for folder in (root, *root.parents) if not folder.exists()]
         root.mkdir(parents=True, exist_ok=True)
+        for folder in made:
+            self._sync(folder.parent)
 
     def write(self, path: str, content: bytes) -> None:
         """Make a file with this content, or replace what it holds."""
@@ -130,8 +133,12 @@ class Disk:
             return []
 
     def remove(self, path: str) -> None:
-        """Remove a file if it is there."""
-        (self._root / path).unlink(missing_ok=True)
+        """Remove a file, or a folder that is empty, if it is there."""
+        full = self._root / path
+        try:
+            full.rmdir() if full.is_dir() else full.unlink()
+        except FileNotFoundError:
+            pass
 
     def matrix(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         """A mapped scratch file as a matrix [rows, columns]; its name is gone at once."""
