@@ -94,8 +94,8 @@ class Service:
         else:
             if self.state.experiment != experiment:
                 raise RunError(
-                    f"this folder holds the run {plan.run} of another plan, model, algorithm or pipeline: start what it "
-                    "began with, or choose another folder."
+                    f"this folder holds the run {plan.run} of another plan, model, algorithm or pipeline: start what "
+                    "it began with, or choose another folder."
                 )
             self.model = self._loaded(self.state)
             self.happen(core.Restarted(), now)
@@ -304,7 +304,7 @@ class Service:
         return unpack_state(self.model, content)
 
     def _tidy(self, round: int) -> None:
-        """Remove what no restart will need, updates before a round first; what cannot be removed now is the next time."""
+        """Remove what no restart will need, such as updates before a round; what cannot be now is the next time."""
         try:
             self._spool.forget(round)
             for name in self.files.names("models"):

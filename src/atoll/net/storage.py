@@ -7,6 +7,7 @@ then a crash may leave all, some or none of it.
 import hashlib
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -135,10 +136,8 @@ class Disk:
     def remove(self, path: str) -> None:
         """Remove a file, or a folder that is empty, if it is there."""
         full = self._root / path
-        try:
+        with suppress(FileNotFoundError):
             full.rmdir() if full.is_dir() else full.unlink()
-        except FileNotFoundError:
-            pass
 
     def matrix(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         """A mapped scratch file as a matrix [rows, columns]; its name is gone at once."""
