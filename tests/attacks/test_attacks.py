@@ -84,6 +84,34 @@ def test_formulas() -> None:
         torch.testing.assert_close(apply(rows, ATTACKS[name], fraction=0.3)[bad], expected, rtol=1e-12, atol=1e-12)
 
 
+def test_answers_by_hand() -> None:
+    """Honest updates 0, 1 and 5: mean 2, standard deviation sqrt(14 / 3); two of five are malicious and would send 3."""
+    bad = torch.tensor([str(i) in chosen([str(i) for i in range(5)], 0.4) for i in range(5)])
+    rows = torch.full((5, 1), 3.0, dtype=torch.float64)
+    rows[~bad] = torch.tensor([[0.0], [1.0], [5.0]], dtype=torch.float64)
+    spread = (14 / 3) ** 0.5
+    for attack, expected in (
+        (attacks.sign_flip(2.0), -6.0),
+        (attacks.model_replacement(), 7.5),  # 5 / 2 times
+        (attacks.ipm(0.5), -1.0),
+        (attacks.mimic(), 5.0),
+        # One supporter is needed, for 3 - 2 make a majority of five: two thirds of a Gaussian lie below 0.430727.
+        (attacks.alie(), 2 - 0.4307272992954576 * spread),
+        (attacks.alie(2.0), 2 - 2 * spread),
+        (attacks.min_max(), 0.0),  # no farther from 5 than 0 is
+        (attacks.min_sum(), -1.0),  # 1 + 4 + 36 are the 25 + 16 of the update that stands out
+        (attacks.free_rider(), 0.0),
+    ):
+        found = apply(rows, attack, fraction=0.4)[bad]
+        assert found.flatten().tolist() == pytest.approx([expected] * 2, rel=1e-12, abs=1e-12), attack.name
+
+
+def test_few_malicious_clients_that_cannot_win_a_majority_send_the_mean() -> None:
+    rows = drawn(10)
+    bad, honest, _ = split(rows, 0.1)  # the quantile at 4 / 9 is below 0
+    torch.testing.assert_close(apply(rows, attacks.alie(), fraction=0.1)[bad], honest.mean(0)[None])
+
+
 def test_noise_has_the_size_it_says() -> None:
     rows = drawn(10, 4000)
     bad, honest, _ = split(rows, 0.3)
@@ -179,6 +207,34 @@ def test_a_rule_sees_what_the_attack_makes_of_the_rows(name: str, rule: str) -> 
             assert torch.equal(found.share, expected.share), "shares are the clients' own"
     assert bool(torch.isfinite(found.row).all())
     assert (attacked.least(9), attacked.bears(9), attacked.weights) == (behind.least(9), behind.bears(9), "uniform")
+
+
+@pytest.mark.parametrize("rule", [aggregators.mean(weights="uniform"), aggregators.krum(byzantine=2)])
+def test_of_two_attacks_the_second_writes_last(rule: aggregators.Aggregator) -> None:
+    rows = drawn()
+    bad, honest, _ = split(rows, 0.3)
+    twice = apply(apply(rule, attacks.ipm(2.0), fraction=0.3), attacks.sign_flip(9.0), fraction=0.3)
+    found = twice.combine(rows)
+    assert found.rows is not None and found.weights is not None
+    expected = apply(rows, attacks.ipm(2.0), fraction=0.3)
+    assert torch.equal(found.rows, expected) and torch.equal(found.row, rule(expected))
+    assert torch.equal(found.rows[~bad], honest)
+
+
+@pytest.mark.parametrize("rule", [aggregators.mean(weights="uniform"), aggregators.median()], ids=lambda r: r.name)
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda rule: aggregators.nnm(byzantine=1, then=rule),
+        lambda rule: aggregators.bucketing(size=2, then=rule),
+        lambda rule: aggregators.norm_bound(then=rule),
+    ],
+    ids=["nnm", "bucketing", "norm_bound"],
+)
+def test_nobody_attacks_behind_a_mixture(build: Any, rule: aggregators.Aggregator) -> None:
+    attacked = apply(rule, attacks.ipm(), fraction=0.2)
+    with pytest.raises(InvalidArgument, match=rf"then='{rule.name} under ipm'.*not under attack.*Attack the whole"):
+        build(attacked)
 
 
 def test_a_lying_weight_owns_the_mean_and_not_the_median() -> None:

@@ -195,6 +195,14 @@ def check_then(then: object) -> None:
     """Refuse anything but an aggregator as the rule behind a pre-aggregation."""
     if not isinstance(then, Aggregator):
         raise invalid("then", then, "a rule such as atoll.aggregators.trimmed_mean(drop=2)")
+    if then.behind is not None:
+        # Behind a mixture there are no clients' updates left that an attacker could write.
+        raise invalid(
+            "then",
+            then.name,
+            "a rule that is not under attack: malicious clients stand before everything the server does",
+            "Attack the whole: attacks.apply(nnm(byzantine=2, then=rule), attack, fraction=0.2).",
+        )
     if then.rule is None and (then.weights != "uniform" or then.denominator != "realised"):
         raise invalid(
             "then",

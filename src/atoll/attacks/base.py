@@ -217,9 +217,12 @@ def _attacked(
             "past": past,
             "then": ruling.state,
         }
-        # Shares are told for the rows as they stand here.
+        # Shares are told for the rows as they stand here; of two attacks the inner one has the last word.
         share = None if ruling.share is None else ruling.share[rows.order]
-        return ruling._replace(share=share, state=kept, rows=matrix, weights=claimed)
+        sent = matrix if ruling.rows is None else ruling.rows
+        return ruling._replace(
+            share=share, state=kept, rows=sent, weights=claimed if ruling.weights is None else ruling.weights
+        )
 
     return Aggregator(
         record(

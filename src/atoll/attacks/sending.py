@@ -52,7 +52,8 @@ def alie(z: float | None = None) -> Attack:
 
     Args:
         z: default the largest for which enough honest updates lie farther out to win a majority: with
-            a = floor(n / 2 + 1) - f supporters to gain, the Gaussian's quantile at (n - f - a) / (n - f).
+            a = floor(n / 2 + 1) - f supporters to gain, the Gaussian's quantile at (n - f - a) / (n - f); 0, which is
+            the mean, where so few are malicious that it would be below.
     """
     if z is not None:
         _positive("z", z)
@@ -146,7 +147,7 @@ def free_rider() -> Attack:
 
 
 def stale() -> Attack:
-    """What malicious clients sent in the first round they were in, again and again."""
+    """The mean of what malicious clients sent in the first round they were in, from all of them, in every round."""
     return Attack(record("stale"), lambda scene: Sent(scene.past))
 
 
