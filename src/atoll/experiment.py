@@ -41,6 +41,7 @@ class Experiment:
     transforms: Sequence[Transform] = ()
     channel: str | Channel = "plain"
     aggregator: Aggregator | None = None
+    server_data: Any = None
     initial: Tensor | None = None
     evaluate_every: int = 1
     splits: Sequence[str] | None = None

@@ -20,7 +20,7 @@ from atoll import random
 from atoll.aggregators import Aggregator, Ruling, mean
 from atoll.algorithms.base import Algorithm
 from atoll.cohort import Cohort
-from atoll.engines import Engine
+from atoll.engines import Engine, own_engine
 from atoll.engines import resolve as resolve_engine
 from atoll.errors import CompositionError, InvalidArgument, NonFiniteError, invalid
 from atoll.evaluation import Evaluation, check_split, joined, output_sums, split_sums, summarise, summary
@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 
 REFUSED = 100
 """Refused clients that are told of in a round."""
+
+SERVER = "server"
+"""What the server is called where its own data take part like a client's."""
 
 PIECE = 2**18
 """Numbers that are added up at a time."""
@@ -88,6 +91,7 @@ class Collected:
     divisor: float = 0.0
     aggregator: Any = None
     refused: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
+    root: Tensor | None = None  # the row [L] of the server's own data, where the rule judged by it
 
 
 class Process:
@@ -102,10 +106,14 @@ class Process:
         engine: what executes cohorts: "auto", "vectorized", "ray", "loop" or an engine.
         workers: processes that share the work; "auto": the machine's cores, where rounds are long enough to gain. The
             result has the same bits for any number.
+        server_data: (x, y) or named fields [n, ...] of examples the server holds, for a rule
+            (`aggregators.fltrust(root="server")`) or a method that looks at what training on them gives. They take part
+            like those of a client called "server", which is in no cohort and no mean.
 
     Raises:
         CompositionError: parts that do not fit, with both names and the way out.
         InvalidArgument: an unknown engine, aggregator or channel; private parameters that match nothing.
+        DataError: the server's examples cannot be packed.
     """
 
     def __init__(
@@ -118,6 +126,7 @@ class Process:
         aggregator: Aggregator | None = None,
         engine: str | Engine = "auto",
         workers: int | Literal["auto"] = "auto",
+        server_data: Any = None,
     ) -> None:
         if not isinstance(model, Model):
             raise invalid("model", model, "an atoll.Model", 'Wrap a module: atoll.Model(module, loss="cross_entropy").')
@@ -184,6 +193,19 @@ class Process:
         self.kept = Selection(model.layout, tuple(n for n in model.layout.names if n in self.private_names))
         self.buffer_rule = algorithm.buffers or model.buffer_rule
         self.engine: Engine = resolve_engine(engine, workers)
+        self._home: tuple[Engine, FederatedDataset] | None = None
+        if server_data is not None:
+            if self.chain.channel.sums_only:
+                raise CompositionError(
+                    f"server_data cannot stand beside the channel {self.chain.channel.name}, which shows no row to be "
+                    'judged by it: leave server_data out, or use channel="plain".'
+                )
+            if not self.rooted:
+                raise CompositionError(
+                    f"nobody looks at server_data: neither the aggregator {self.aggregator.name} nor {algorithm.name} "
+                    'does. Use aggregators.fltrust(root="server"), or leave server_data out.'
+                )
+            self._home = own_engine(self.engine), _server_data(server_data)
 
     # --- pure parts ---------------------------------------------------------------------------------------------------
 
@@ -197,6 +219,65 @@ class Process:
         """Whether clients end with models, or buffers, of their own."""
         local_buffers = self.buffer_rule == "local" and self.model.buffer_layout.size > 0
         return self.algorithm.personal is not None or bool(self.private_names) or local_buffers
+
+    @property
+    def rooted(self) -> bool:
+        """Whether the rule or the server's step looks at what training on the server's own data gives."""
+        return self.aggregator.rooted or self.algorithm.rooted
+
+    @property
+    def server_data(self) -> "FederatedDataset | None":
+        """The server's own examples, as those of a single client."""
+        return None if self._home is None else self._home[1]
+
+    def check_server(self, clients: Sequence[str] = ()) -> None:
+        """Refuse a server that lacks the data it needs, or shares its name with a client.
+
+        Raises:
+            CompositionError: it does.
+        """
+        if self.rooted and self._home is None:
+            who = f"the aggregator {self.aggregator.name}" if self.aggregator.rooted else self.algorithm.name
+            raise CompositionError(
+                f"{who} looks at what training on the server's own data gives, but there are none: give them as "
+                "server_data=(x, y)."
+            )
+        if self._home is not None and SERVER in clients:
+            raise CompositionError(
+                f"a client is called {SERVER!r}, as the server is where its own data take part: rename the client."
+            )
+
+    def stay_home(self) -> None:
+        """Forget the server's own data: this copy goes where only clients' work is done."""
+        self._home = None
+
+    def serve(self, task: Task, memory: ClientMemory) -> Tensor:
+        """The row [L] of the server's own data: trained, encoded and decoded like a client's. Its memory is staged.
+
+        Raises:
+            NonFiniteError: it is not finite.
+        """
+        assert self._home is not None
+        engine, data = self._home
+        engine.prepare(self, data)
+        task = replace(task, clients=(SERVER,))
+        (chosen,) = engine.split(task, data)
+        cohort, remembered = engine.tile(self, task, data, memory, chosen)
+        report = self.work(task, cohort, remembered)
+        if isinstance(report.wire, Clear):
+            row = report.wire.rows[0].clone()
+        else:
+            keys = keys_of(task.seed, task.round, random.client_keys(report.clients), sum(report.parts[:2]))
+            wire, length = report.wire, sum(report.parts)
+            row = self.chain.decode_each(wire, task.shared, length, keys, self.model.dtype)[0].clone()
+        if not bool(report.finite.all() and torch.isfinite(row).all() and torch.isfinite(report.metrics).all()):
+            raise NonFiniteError(
+                f"round {task.round + 1}: training on server_data became non-finite. Likely causes: a learning rate "
+                "that is too high (halve lr), or features that are not standardised. The model of the round before is "
+                "kept."
+            )
+        memory.stage(report.clients, report.memory)
+        return row
 
     @property
     def split(self) -> int:
@@ -453,7 +534,7 @@ class Process:
 
     def collector(self, state: State, task: Task) -> "Collector":
         """What takes in a task's partials, in order."""
-        return Collector(self, task, state.aggregator)
+        return Collector(self, task, state)
 
     def close(self, state: State, task: Task, collected: Collected, expected: float | None = None) -> State:
         """The state after the round. Without any update the model stays as it is; the round counts."""
@@ -466,6 +547,9 @@ class Process:
                 transforms, torch.cat((mean, sums)), collected.count / max(task.population, collected.count)
             )
             mean, sums = row[: len(mean)], row[len(mean) :]
+        root = collected.root
+        if root is None and self.algorithm.rooted:
+            root = self.serve(task, state.memory)
         aggregate = Aggregate(
             mean[:width],
             sums,
@@ -474,6 +558,7 @@ class Process:
             task.population,
             task.round,
             collected.divisor,
+            None if root is None else torch.cat((root[:width], root[len(mean) :])),
         )
         buffers = state.buffers
         if self.averaged_buffers:
@@ -531,6 +616,7 @@ class Process:
         clients = tuple(data.clients) if cohort is None else tuple(cohort)
         self._check_cohort(clients, data)
         self._check_fresh(state)
+        self.check_server(data.clients)
         self.aggregator.check(len(clients), state.round)
         self.engine.prepare(self, data)
         drawn = data.draw(clients)
@@ -714,10 +800,11 @@ class Process:
 class Collector:
     """Takes in a round's partials in order and combines them: a running sum, or rows where a rule needs them."""
 
-    def __init__(self, process: Process, task: Task, state: Any) -> None:
+    def __init__(self, process: Process, task: Task, state: State) -> None:
         self._process = process
         self._task = task
-        self._state = state
+        self._state = state.aggregator
+        self._memory = state.memory
         self._total: Tensor | None = None
         self._sealed: Codes | None = None
         self._rows: Tensor | None = None
@@ -778,6 +865,7 @@ class Collector:
         saturated, kept, refused = 0, self._state, dict[str, Mapping[str, Any]]()
         length, task = sum(self._parts), self._task
         keys = keys_of(task.seed, task.round, random.client_keys(()), width)
+        root: Tensor | None = None
         if not self._count:
             empty = torch.empty(0, dtype=dtype)
             return Collected(empty, empty, 0.0, 0, 0.0, 0.0, 0, 0, 0.0, kept)
@@ -791,7 +879,9 @@ class Collector:
                 out = torch.tensor([name in set(self.broken) for name in self._names], device=weights.device)
                 self._rows[: self._count][out], weights = torch.nan, weights.masked_fill(out, 0.0)
                 self._count -= len(self.broken)
-            ruling = process.aggregator.combine(self._rows[: len(weights)], weights, self._state, self._names)
+            if process.aggregator.rooted:
+                root = process.serve(task, self._memory)
+            ruling = process.aggregator.combine(self._rows[: len(weights)], weights, self._state, self._names, root)
             refused, kept = self._refused(self._rows[: len(weights)], ruling), ruling.state
             self._weight = float(weights.sum())
             if process.aggregator.averages:  # a mean under an attack: the rows that were sent are added up as ever
@@ -838,6 +928,7 @@ class Collector:
             divisor,
             kept,
             refused,
+            root,
         )
 
     def _refused(self, rows: Tensor, ruling: Ruling) -> dict[str, Mapping[str, Any]]:
@@ -872,6 +963,19 @@ def _finite(rows: Tensor) -> Tensor:
     finite = torch.isfinite(rows.sum(dim=1))
     # Finite numbers may be too large to be added up in single precision.
     return finite if bool(finite.all()) else torch.isfinite(rows.sum(dim=1, dtype=torch.float64))
+
+
+def _server_data(given: Any) -> "FederatedDataset":
+    from atoll.data import FederatedDataset
+
+    if isinstance(given, FederatedDataset):
+        raise invalid(
+            "server_data",
+            f"a FederatedDataset of {len(given)} clients",
+            "(x, y) or a mapping of named fields [n, ...], examples of the server alone",
+            'Take a client\'s with data["a"].train.',
+        )
+    return FederatedDataset.from_arrays({SERVER: given})
 
 
 process = Process

@@ -62,6 +62,7 @@ def simulate(
     transforms: Sequence[Transform] = (),
     channel: str | Channel = "plain",
     aggregator: Aggregator | None = None,
+    server_data: Any = None,
     initial: Tensor | None = None,
     evaluate_every: int = 1,
     splits: Sequence[str] | None = None,
@@ -87,6 +88,7 @@ def simulate(
         transforms: stages between a client's work and the server.
         channel: "plain", or a channel from `atoll.transforms`.
         aggregator: default `atoll.aggregators.mean()`, weights by examples.
+        server_data: (x, y) or named fields of examples the server holds, for `aggregators.fltrust(root="server")`.
         initial: start vector [P]; default the module's own values (`model.init(seed)` draws new ones).
         evaluate_every: evaluate after every so many rounds, and after the last; 0: never.
         splits: which examples to evaluate on; default those of "validation" and "test" that the data has.
@@ -122,8 +124,10 @@ def simulate(
     if resume and directory is None:
         raise invalid("resume", resume, "False without a directory", "Give directory= the run to continue.")
     process = Process(
-        model, algorithm, transforms=transforms, channel=channel, aggregator=aggregator, engine=engine, workers=workers
-    )
+        model, algorithm, transforms=transforms, channel=channel, aggregator=aggregator, engine=engine, workers=workers,
+        server_data=server_data,
+    )  # fmt: skip
+    process.check_server(data.clients)
     if algorithm.sampler is not None and cohort is not None:
         raise invalid("cohort", cohort, f"left out with {algorithm.name}", "The method prescribes its own order.")
     sampler = algorithm.sampler or sampling.resolve(cohort)
@@ -142,6 +146,8 @@ def simulate(
             "data": data.fingerprint() if directory is not None else data.name,
         },
     }
+    if process.server_data is not None:
+        spec["experiment"]["server_data"] = process.server_data.fingerprint()
     folder = None if directory is None else Path(directory)
     if resume and folder is not None and not folder.exists():
         raise RunError(f"{folder} does not exist: there is no run to resume. Leave out resume=True to start one.")

@@ -307,6 +307,7 @@ class Aggregate:
         population: clients there are.
         round: the round, from 0.
         divisor: what the weighted sum was divided by: the total weight, or the expected one.
+        root: what training on the server's own data gave, averaged and summed part [D + S], where anybody looks at it.
     """
 
     mean: Tensor
@@ -316,6 +317,7 @@ class Aggregate:
     population: int
     round: int
     divisor: float
+    root: Tensor | None = None
 
 
 class Personal(NamedTuple):

@@ -85,7 +85,7 @@ def test_formulas() -> None:
 
 
 def test_answers_by_hand() -> None:
-    """Honest updates 0, 1 and 5: mean 2, standard deviation sqrt(14 / 3); two of five are malicious and would send 3."""
+    """Honest updates 0, 1 and 5: mean 2, standard deviation sqrt(14 / 3); two of five clients are malicious, at 3."""
     bad = torch.tensor([str(i) in chosen([str(i) for i in range(5)], 0.4) for i in range(5)])
     rows = torch.full((5, 1), 3.0, dtype=torch.float64)
     rows[~bad] = torch.tensor([[0.0], [1.0], [5.0]], dtype=torch.float64)

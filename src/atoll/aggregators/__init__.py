@@ -4,6 +4,7 @@ from atoll.aggregators.base import Aggregator, Ruling
 from atoll.aggregators.bucketing import bucketing
 from atoll.aggregators.bulyan import bulyan
 from atoll.aggregators.centered_clipping import centered_clipping
+from atoll.aggregators.fltrust import fltrust
 from atoll.aggregators.geometric_median import geometric_median
 from atoll.aggregators.krum import krum, multi_krum
 from atoll.aggregators.mda import mda
@@ -20,6 +21,7 @@ __all__ = [
     "bucketing",
     "bulyan",
     "centered_clipping",
+    "fltrust",
     "geometric_median",
     "krum",
     "mda",

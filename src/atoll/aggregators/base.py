@@ -55,6 +55,7 @@ class Aggregator:
         spared: (clients n, malicious ones of them already found) -> the rule that still bears the others; None: this.
         init: (nought row [L]) -> what the server keeps between rounds; it is checkpointed.
         behind: the aggregator that an attack stands in front of.
+        rooted: whether it judges by the row of the server's own data.
     """
 
     spec: Spec
@@ -67,6 +68,7 @@ class Aggregator:
     spared: "Callable[[int, int], Aggregator] | None" = None
     init: Callable[[Tensor], Any] = _stateless
     behind: "Aggregator | None" = None
+    rooted: bool = False
 
     @property
     def averages(self) -> bool:
@@ -114,7 +116,12 @@ class Aggregator:
         return f"more than {MOST:,}" if found is None else f"at least {found}"
 
     def combine(
-        self, rows: Tensor, weights: Tensor | None = None, state: Any = None, clients: Sequence[str] = ()
+        self,
+        rows: Tensor,
+        weights: Tensor | None = None,
+        state: Any = None,
+        clients: Sequence[str] = (),
+        root: Tensor | None = None,
     ) -> Ruling:
         """Combine rows [n, L]; weights [n] default to ones, and are ones for an aggregator with weights="uniform".
 
@@ -127,6 +134,7 @@ class Aggregator:
             weights: of the rows, at least 0.
             state: from `init` or an earlier ruling; None: that of a first round.
             clients: names, one for each row; default their places.
+            root: row [L] of the server's own data, which a rule may judge by (`fltrust(root="server")`).
 
         Returns:
             The row, each client's share in it where the rule gives shares, and the state for the next round.
@@ -137,13 +145,20 @@ class Aggregator:
         given = rows.new_ones(len(rows), dtype=torch.float64) if weights is None else weights.double()
         if given.shape != (len(rows),):
             raise invalid("weights", tuple(given.shape), f"one number for each of the {len(rows)} rows")
+        if self.rooted and root is None:
+            raise invalid(
+                "root",
+                root,
+                f"the row of the server's own data, which {self.name} judges by",
+                "Give server_data= to a run, rule.combine(rows, root=vector) a matrix.",
+            )
         if self.weights == "uniform":  # whatever a client claims
             given = torch.ones_like(given)
         if self.rule is not None:
             fine = torch.isfinite(rows).all(dim=1)
             if not bool(fine.all()):
-                return self._without(rows, ~fine, given, state, clients)
-            seen = Rows(rows, clients=clients)
+                return self._without(rows, ~fine, given, state, clients, root)
+            seen = Rows(rows, clients=clients, root=root)
             state = self.init(rows.new_zeros(rows.shape[1])) if state is None else state
             ruling = self.rule(seen, given[seen.order], state)
             return ruling._replace(share=seen.by_client(ruling.share))
@@ -154,7 +169,15 @@ class Aggregator:
         share = given / given.sum()
         return Ruling(((given[:, None] * rows.double()).sum(0) / given.sum()).to(rows.dtype), share)
 
-    def _without(self, rows: Tensor, broken: Tensor, weights: Tensor, state: Any, clients: Sequence[str]) -> Ruling:
+    def _without(
+        self,
+        rows: Tensor,
+        broken: Tensor,
+        weights: Tensor,
+        state: Any,
+        clients: Sequence[str],
+        root: Tensor | None,
+    ) -> Ruling:
         """The ruling on rows of which some are broken [n] bool."""
         count, found = len(rows), int(broken.sum())
         kept, rule = ~broken, self
@@ -170,7 +193,7 @@ class Aggregator:
             kept[broken.nonzero()[:noughts, 0]] = True
         clients = clients or [str(i) for i in range(count)]
         names = [c for c, good in zip(clients, kept.tolist(), strict=True) if good]
-        ruling = rule.combine(torch.where(broken[:, None], 0.0, rows)[kept], weights[kept], state, names)
+        ruling = rule.combine(torch.where(broken[:, None], 0.0, rows)[kept], weights[kept], state, names, root)
         share = None if ruling.share is None else weights.new_zeros(count).masked_scatter(kept, ruling.share)
         judged = None if ruling.rows is None else torch.full_like(rows, torch.nan)
         if judged is not None and ruling.rows is not None:

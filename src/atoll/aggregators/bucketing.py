@@ -54,4 +54,5 @@ def bucketing(*, size: int, then: Aggregator, seed: int = 0) -> Aggregator:
         needs=f" (buckets of {size}{'; then' + then.needs if then.needs else ''})",
         spared=lambda count, found: bucketing(size=size, then=spared(then, -(-count // size), found), seed=seed),
         init=lambda row: {"round": 0, "then": then.init(row)},
+        rooted=then.rooted,
     )

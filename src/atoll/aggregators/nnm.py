@@ -43,4 +43,5 @@ def nnm(*, byzantine: int | float, then: Aggregator) -> Aggregator:
         needs=f" (2 byzantine + 1, byzantine={byzantine}{'; then' + then.needs if then.needs else ''})",
         spared=lambda count, found: nnm(byzantine=max(expected(count) - found, 0), then=spared(then, count, found)),
         init=then.init,
+        rooted=then.rooted,
     )

@@ -46,4 +46,5 @@ def norm_bound(bound: float | None = None, *, then: Aggregator | None = None) ->
         needs=behind.needs,
         spared=lambda count, found: norm_bound(bound, then=spared(behind, count, found)),
         init=behind.init,
+        rooted=behind.rooted,
     )

@@ -32,15 +32,22 @@ class Rows:
         mix: weights [n, N] of clients' rows in the order of their content, when the rows are sums of them.
         order: the order of the clients' rows by content, where it is known.
         clients: their names, in the order of `matrix`; default their places.
+        root: the row [L] of the server's own data, where there is one; it is none of the rows.
     """
 
     def __init__(
-        self, matrix: Tensor, mix: Tensor | None = None, order: Tensor | None = None, clients: Sequence[str] = ()
+        self,
+        matrix: Tensor,
+        mix: Tensor | None = None,
+        order: Tensor | None = None,
+        clients: Sequence[str] = (),
+        root: Tensor | None = None,
     ) -> None:
         self.matrix = matrix
         self.mix = mix
         self.order = _ordered(matrix) if order is None else order
         self.clients = tuple(clients) or tuple(str(i) for i in range(len(matrix)))
+        self.root = root
         self.length = matrix.shape[1]
         self.dtype = matrix.dtype
 
@@ -49,7 +56,8 @@ class Rows:
 
     def mixed(self, weights: Tensor) -> "Rows":
         """Weighted sums of these rows: weights [m, n] float64."""
-        return Rows(self.matrix, weights if self.mix is None else weights @ self.mix, self.order, self.clients)
+        mix = weights if self.mix is None else weights @ self.mix
+        return Rows(self.matrix, mix, self.order, self.clients, self.root)
 
     def by_client(self, share: Tensor | None) -> Tensor | None:
         """Weights of these rows [n] as weights of the clients [N], in the order of `matrix`."""

@@ -47,6 +47,7 @@ class Algorithm:
             which clip or quantise a row as one vector are refused, and channels that cut every number alike.
         additive: the summed part is only right when it is added up: rules that choose among clients are refused.
         plans: the local training it will do, for checks before any work.
+        rooted: whether the step reads what training on the server's own data gave (`Aggregate.root`).
     """
 
     spec: Spec
@@ -66,6 +67,7 @@ class Algorithm:
     scalars: bool = False
     additive: bool = False
     plans: tuple[Plan, ...] = ()
+    rooted: bool = False
 
     @property
     def name(self) -> str:

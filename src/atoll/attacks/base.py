@@ -210,7 +210,7 @@ def _attacked(
         if not state["seen"] and bool(bad.any()):
             past = rows.matrix[bad].double().mean(dim=0).to(past.dtype)
         matrix, claimed = _rewritten(rows.matrix, given, bad, attack, past, seed, state["round"])
-        ruling = behind.combine(matrix, claimed, state["then"], rows.clients)
+        ruling = behind.combine(matrix, claimed, state["then"], rows.clients, rows.root)
         kept = {
             "round": state["round"] + 1,
             "seen": state["seen"] or bool(bad.any()),
@@ -242,6 +242,7 @@ def _attacked(
         lambda count, found: _attacked(spared(behind, count, found), attack, fraction, seed, known),
         lambda row: {"round": 0, "seen": False, "past": row, "then": behind.init(row)},
         behind,
+        behind.rooted,
     )
 
 

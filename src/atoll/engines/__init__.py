@@ -38,4 +38,9 @@ def resolve(engine: "str | Engine", workers: int | Literal["auto"] = "auto") -> 
     raise unknown("engine", engine, ("auto", "vectorized", "ray", "loop"))
 
 
-__all__ = ["Engine", "Loop", "Ray", "Vectorized", "Workers", "resolve"]
+def own_engine(engine: Engine) -> Engine:
+    """An engine of the same kind for work that one process does by itself beside the rounds."""
+    return (engine.inner if isinstance(engine, Spread) else engine).fresh()
+
+
+__all__ = ["Engine", "Loop", "Ray", "Vectorized", "Workers", "own_engine", "resolve"]

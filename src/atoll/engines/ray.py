@@ -341,6 +341,7 @@ class _Crew(Crew):
         self._known = {"torch": torch.__version__, **_choice(inner)}
         lean = copy(process)
         lean.engine = inner.fresh()
+        lean.stay_home()
         row = memory.layout.size * process.model.dtype.itemsize
         self._row, self._limit = row, CACHE_BYTES // row if row else 0
         try:

@@ -57,6 +57,12 @@ class Rules:
         Raises:
             CompositionError: a bound on what the channel seals.
         """
+        if process.rooted and process.memory_layout(process.selection.take(process.model.init())).size:
+            raise CompositionError(
+                "what training on the server's own data leaves behind at the server is not kept in a deployment yet: "
+                f"use a method and stages without client memory before the aggregator {process.aggregator.name}."
+            )
+        process.check_server()
         channel = process.chain.channel
         if channel.sums_only and (self.norm_bound is not None or self.weight_cap is not None):
             raise CompositionError(
