@@ -139,6 +139,9 @@ ALGORITHMS: dict[str, Method] = {
 
 TRANSFORMS: dict[str, Callable[[], Transform]] = {
     "clip_norm": lambda: transforms.clip_norm(0.05),
+    "client_momentum": transforms.client_momentum,
+    "norm_bound": lambda: transforms.norm_bound(50.0),
+    "reject_nonfinite": transforms.reject_nonfinite,
     "quantize": lambda: transforms.quantize(8),
     "half": transforms.half,
     "half, bfloat16": lambda: transforms.half("bfloat16"),

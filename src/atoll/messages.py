@@ -1,7 +1,7 @@
 """What travels in a round: a task to the clients, a report from them, and a report combined as far as it can be."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -102,6 +102,8 @@ class Partial:
         weight: of each client, [C, 1]; empty under a summing channel.
         metrics: sums of loss and examples, [2].
         bytes: bytes all clients send.
+        refused: clients that a stage leaves out of the round: "reason", and "norm" where it is finite. They count for
+            nothing: rows of nought, weights of nought.
     """
 
     clients: tuple[str, ...]
@@ -113,3 +115,4 @@ class Partial:
     weight: Tensor
     metrics: Tensor
     bytes: int
+    refused: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])

@@ -7,6 +7,7 @@
 `next` composes them on an engine; a coordinator composes the same three over sites.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -166,6 +167,12 @@ class Process:
                 "use aggregators.mean(), or fedavg."
             )
         for stage in self.chain.stages:
+            if stage.judge is not None and self.aggregator.behind is not None:
+                raise CompositionError(
+                    f"{stage.name} cannot stand before the aggregator {self.aggregator.name}: it would judge what "
+                    "clients sent before the attack wrote over it. Put a rule behind the attack that judges, such as "
+                    "aggregators.norm_bound(); what is not finite every rule leaves out."
+                )
             if stage.settle is not None and not self.aggregator.averages:
                 raise CompositionError(
                     f"{stage.name} cannot stand before the aggregator {self.aggregator.name}: what its server keeps is "
@@ -482,9 +489,13 @@ class Process:
         """A tile's report, decoded and summed as far as the aggregator and the channel allow."""
         good = report.finite & torch.isfinite(report.metrics).all(dim=1)
         total = rows = codes = None
+        refused = dict[str, Mapping[str, Any]]()
         length, split = sum(report.parts), report.parts[0] + report.parts[1]
         # Where nobody is weighed, no claim is heard.
         weight = torch.ones_like(report.weight) if self.aggregator.weights == "uniform" else report.weight
+        if weight.numel() and bool((weight > self.aggregator.cap).any()):
+            i = int(weight[:, 0].argmax())
+            raise CompositionError(self._too_heavy(report.clients[i], float(weight[i])))
         if self.chain.channel.sums_only:
             assert isinstance(report.wire, Mapping)
             codes = add(report.wire)
@@ -493,6 +504,8 @@ class Process:
         else:
             keys = keys_of(task.seed, task.round, random.client_keys(report.clients), split)
             rows = self.chain.decode_each(report.wire, task.shared, length, keys, self.model.dtype)
+            if self.chain.judges:
+                good, refused, rows, weight = self._judged(report, rows, weight, good)
             if self.aggregator.rule is not None:
                 good &= _finite(rows)
                 rows = rows.clone()  # a tile's own memory is used again by the next
@@ -501,6 +514,8 @@ class Process:
                 total = self._added(clear, weight, split, good)
                 rows = None
         broken = tuple(c for c, fine in zip(report.clients, good.tolist(), strict=True) if not fine)
+        for i, client in enumerate(report.clients):
+            good[i] &= client not in refused
         return Partial(
             report.clients,
             broken,
@@ -510,9 +525,24 @@ class Process:
             codes,
             weight,
             # A rule does without broken clients; else they end the round.
-            report.metrics[good].sum(dim=0) if rows is not None else report.metrics.sum(dim=0),
+            report.metrics[good].sum(dim=0) if rows is not None or refused else report.metrics.sum(dim=0),
             report.bytes * len(report.clients),
+            refused,
         )
+
+    def _judged(
+        self, report: Report, rows: Tensor, weight: Tensor, good: Tensor
+    ) -> tuple[Tensor, dict[str, Mapping[str, Any]], Tensor, Tensor]:
+        """Who is fine, whom a stage leaves out and why, and rows and weights in which those are nought."""
+        whole = good & torch.isfinite(rows).all(dim=1)
+        refused, out = dict[str, Mapping[str, Any]](), torch.zeros_like(good)
+        for i, reason in enumerate(self.chain.judge(rows, whole)):
+            if reason:
+                norm, out[i] = float(rows[i].double().norm()), True
+                refused[report.clients[i]] = {"reason": reason} | ({"norm": norm} if math.isfinite(norm) else {})
+        if not refused:
+            return good, refused, rows, weight
+        return good | out, refused, torch.where(out[:, None], 0.0, rows), torch.where(out[:, None], 0.0, weight)
 
     def _added(self, clear: Clear, weight: Tensor, split: int, good: Tensor) -> Tensor:
         """The sum [L] of a tile's rows; rows that are not finite are marked in `good`.
@@ -578,7 +608,11 @@ class Process:
         Raises:
             CompositionError: a client weighs more than the channel can carry.
         """
-        cap = self.chain.channel.weight_cap
+        cap, own = self.chain.channel.weight_cap, self.aggregator.cap
+        # Weights by a callable are made one by one, and checked as they come.
+        if self.aggregator.weights == "examples" and float(data.train.sizes.max()) > own:
+            place = int(data.train.sizes.argmax())
+            raise CompositionError(self._too_heavy(data.clients[place], float(data.train.sizes[place])))
         if cap is None:
             return
         heaviest = float(self.aggregator.weigh(data.train.sizes.double()[:, None], list(data.clients)).max())
@@ -587,6 +621,13 @@ class Process:
                 f"{self.chain.channel.name}(weight_cap={cap:g}) cannot carry a weight of {heaviest:g}: raise "
                 'weight_cap to the largest weight a client may have, or use aggregators.mean(weights="uniform").'
             )
+
+    def _too_heavy(self, client: str, weight: float) -> str:
+        return (
+            f"{client} has a weight of {weight:g}, above the cap of {self.aggregator.cap:g} of the aggregator "
+            f"{self.aggregator.name}: raise it, with aggregators.mean(cap=...), to the largest weight a client may "
+            'have, or use aggregators.mean(weights="uniform").'
+        )
 
     # --- composed -----------------------------------------------------------------------------------------------------
 
@@ -810,6 +851,7 @@ class Collector:
         self._rows: Tensor | None = None
         self._names: list[str] = []
         self.broken: list[str] = []
+        self._told = dict[str, Mapping[str, Any]]()  # whom stages left out, and why
         self.left_out: list[str] = []  # clients without a part in the round, whose memory stays as it was
         self._weights: list[Tensor] = []
         self._parts = (0, 0, 0)
@@ -828,6 +870,7 @@ class Collector:
             self._refuse(partial.broken)
         self._parts = partial.parts
         self._count += len(partial.clients)
+        self._told |= partial.refused
         self._metrics += partial.metrics.cpu()
         self._bytes += partial.bytes
         if partial.codes is not None:
@@ -866,19 +909,30 @@ class Collector:
         length, task = sum(self._parts), self._task
         keys = keys_of(task.seed, task.round, random.client_keys(()), width)
         root: Tensor | None = None
+        if self._count and len(self._told) == self._count:
+            name, told = next(iter(self._told.items()))
+            raise NonFiniteError(
+                f"round {task.round + 1}: all {self._count} updates were refused; that of {name}, for instance, "
+                f"because {told['reason']}. Likely causes: a learning rate that is too high (halve lr), or a bound "
+                "that is too low. The model of the round before is kept."
+            )
         if not self._count:
             empty = torch.empty(0, dtype=dtype)
             return Collected(empty, empty, 0.0, 0, 0.0, 0.0, 0, 0, 0.0, kept)
         ruled: Ruling | None = None
-        if self._rows is not None:
+        if self._rows is None:
+            self._count -= len(self._told)
+            refused, self.left_out = dict(list(self._told.items())[:REFUSED]), list(self._told)
+        else:
             process.aggregator.check(self._count, self._task.round)
-            if len(self.broken) == self._count:
+            if len(self.broken) + len(self._told) == self._count:
                 self._refuse(self.broken)
             weights = torch.cat(self._weights).double()
-            if self.broken:
-                out = torch.tensor([name in set(self.broken) for name in self._names], device=weights.device)
+            if self.broken or self._told:
+                gone = set(self.broken) | self._told.keys()
+                out = torch.tensor([name in gone for name in self._names], device=weights.device)
                 self._rows[: self._count][out], weights = torch.nan, weights.masked_fill(out, 0.0)
-                self._count -= len(self.broken)
+                self._count -= len(gone)
             if process.aggregator.rooted:
                 root = process.serve(task, self._memory)
             ruling = process.aggregator.combine(self._rows[: len(weights)], weights, self._state, self._names, root)
@@ -886,8 +940,9 @@ class Collector:
             self._weight = float(weights.sum())
             if process.aggregator.averages:  # a mean under an attack: the rows that were sent are added up as ever
                 assert ruling.rows is not None and ruling.weights is not None
-                sent = torch.isfinite(ruling.rows).all(dim=1)
+                sent = process.aggregator.fine(ruling.rows, ruling.weights)
                 rows, claimed = ruling.rows[sent].double(), ruling.weights[sent].double()
+                self._count = len(rows)
                 self._total = torch.cat((claimed @ rows[:, :width], rows[:, width:].sum(dim=0)))
                 self._weight = float(claimed.sum())
             else:
@@ -934,18 +989,25 @@ class Collector:
     def _refused(self, rows: Tensor, ruling: Ruling) -> dict[str, Mapping[str, Any]]:
         """Clients that had no part in the ruling, the farthest first: why, and how long and how far off a row is."""
         rows = rows if ruling.rows is None else ruling.rows
-        fine = torch.isfinite(rows).all(dim=1).tolist()
+        fine, rule = torch.isfinite(rows).all(dim=1).tolist(), self._process.aggregator
         broken = [name for name, good in zip(self._names, fine, strict=True) if not good]
-        found: dict[str, Mapping[str, Any]] = {n: {"reason": "the update or loss is not finite"} for n in broken}
+        found: dict[str, Mapping[str, Any]] = {
+            n: self._told.get(n, {"reason": "the update or loss is not finite"}) for n in broken
+        }
         if ruling.share is not None:
-            reason = f"{self._process.aggregator.name} gave it no share"
-            away: list[tuple[float, float, str]] = []
+            away: list[tuple[float, float, str, str]] = []
             for i in (ruling.share == 0).nonzero()[:, 0].tolist():
+                claimed = 1.0 if ruling.weights is None else float(ruling.weights[i])
+                reason = f"{rule.name} gave it no share"
+                if not 0 <= claimed <= rule.cap:
+                    reason = f"it claims a weight of {claimed:g}, where 0 to {rule.cap:g} is allowed"
+                elif rule.averages:  # whoever weighs nothing may still add to the summed part
+                    continue
                 if fine[i]:
                     row = rows[i].double()
-                    away.append((float((row - ruling.row).norm()), float(row.norm()), self._names[i]))
+                    away.append((float((row - ruling.row).norm()), float(row.norm()), self._names[i], reason))
             away.sort(reverse=True)
-            found |= {name: {"reason": reason, "norm": norm, "distance": far} for far, norm, name in away}
+            found |= {name: {"reason": reason, "norm": norm, "distance": far} for far, norm, name, reason in away}
         self.left_out = list(found)
         return dict(list(found.items())[:REFUSED])
 

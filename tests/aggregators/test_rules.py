@@ -13,7 +13,7 @@ from registry import AGGREGATORS
 
 from atoll import aggregators
 from atoll.algorithms import fedavg, scaffold
-from atoll.errors import InvalidArgument
+from atoll.errors import CompositionError, InvalidArgument
 from atoll.local import local_sgd
 from atoll.rounds import Process
 
@@ -128,6 +128,9 @@ def test_weights_that_are_none_are_refused(weights: Any) -> None:
         ({"weights": "example"}, "weights='example'"),
         ({"weights": 1}, "weights=1"),
         ({"denominator": "n"}, "denominator='n'"),
+        ({"cap": 0.0}, "cap=0.0"),
+        ({"cap": float("inf")}, "cap=inf.*finite"),
+        ({"cap": True}, "cap=True"),
         ({"denominator": "expected"}, 'denominator=.expected.*weights="uniform"'),
     ],
 )
@@ -151,6 +154,19 @@ def test_a_callable_weighs_a_round(engine: str) -> None:
     assert float(process.vector(state)) == pytest.approx(0.1 * (3 * 1 + 5) / 4, abs=1e-12)
     with pytest.raises(InvalidArgument, match=r"round 1: all 1 clients of the cohort have weight 0"):
         process.next(process.init(), quadratics((1.0, 1.0, 1.0), (1.0, 50.0, 5.0)), ["c1"])
+
+
+@pytest.mark.parametrize("engine", ["loop", "auto"])
+@pytest.mark.parametrize("weights", ["examples", lambda examples, clients: examples], ids=["examples", "callable"])
+def test_a_client_above_the_cap_is_named_before_it_counts(engine: str, weights: Any) -> None:
+    data, plan = quadratics((1.0,) * 3, (1.0, 2.0, 3.0), sizes=(2, 8, 4)), local_sgd(0.1, steps=1, batch_size=None)
+    rule = aggregators.mean(weights=weights, cap=7.5)
+    process = Process(scalar_model(), fedavg(plan), engine=engine, aggregator=rule)
+    with pytest.raises(CompositionError, match=r"c1 has a weight of 8, above the cap of 7\.5.*mean\(cap=\.\.\.\)"):
+        process.next(process.init(), data)
+    process = Process(scalar_model(), fedavg(plan), engine=engine, aggregator=aggregators.mean(weights=weights, cap=8))
+    state, _ = process.next(process.init(), data)
+    assert float(process.vector(state)) == pytest.approx(0.1 * (2 + 16 + 12) / 14)
 
 
 @pytest.mark.parametrize("engine", ["loop", "auto"])

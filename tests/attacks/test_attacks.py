@@ -240,17 +240,33 @@ def test_nobody_attacks_behind_a_mixture(build: Any, rule: aggregators.Aggregato
 def test_a_lying_weight_owns_the_mean_and_not_the_median() -> None:
     rows = torch.tensor([[1.0], [2.0], [3.0], [4.0]])
     bad, _, own = split(rows, 0.25)
-    lie = attacks.lying_weight(1e9)
-    assert float(apply(aggregators.mean(), lie, fraction=0.25)(rows)) == pytest.approx(-float(own), rel=1e-6)
+    lie = attacks.lying_weight(1e6)
+    assert float(apply(aggregators.mean(), lie, fraction=0.25)(rows)) == pytest.approx(-float(own), rel=1e-4)
     assert 1 <= float(apply(aggregators.median(), lie, fraction=0.25)(rows)) <= 3
+    alike = apply(aggregators.mean(weights="uniform"), lie, fraction=0.25)(rows)
+    assert float(alike) == pytest.approx((10 - 2 * float(own)) / 4)
     assert int(bad.sum()) == 1
 
 
-def test_a_mean_cannot_bear_what_is_not_finite_and_a_rule_leaves_it_out() -> None:
+@pytest.mark.parametrize("factor", [1.1e7, 1e12, 1e300])
+def test_an_absurd_weight_is_left_out_of_the_mean(factor: float) -> None:
+    rows = torch.tensor([[1.0], [2.0], [3.0], [4.0]])
+    bad, honest, _ = split(rows, 0.25)
+    ruling = apply(aggregators.mean(), attacks.lying_weight(factor), fraction=0.25).combine(rows)
+    assert float(ruling.row) == pytest.approx(float(honest.mean())) and ruling.share is not None
+    assert ruling.share[bad].tolist() == [0.0]
+    for claim in (torch.nan, torch.inf, -1.0, 1.1e7):
+        weights = torch.ones(4, dtype=torch.float64)
+        weights[bad] = claim
+        assert float(aggregators.mean()(rows, weights)) == pytest.approx(float(honest.mean()))
+
+
+def test_what_is_not_finite_is_left_out_by_every_rule() -> None:
     rows, attack = drawn(), attacks.non_finite()
     _, honest, _ = split(rows, 0.3)
-    with pytest.raises(NonFiniteError, match="robust rule"):
-        apply(aggregators.mean(), attack, fraction=0.3)(rows)
+    torch.testing.assert_close(apply(aggregators.mean(), attack, fraction=0.3)(rows), aggregators.mean()(honest))
+    with pytest.raises(NonFiniteError, match=r"no row is finite.*nothing to average"):
+        aggregators.mean()(torch.full((2, 3), torch.nan))
     assert torch.equal(apply(aggregators.median(), attack, fraction=0.3)(rows), aggregators.median()(honest))
     found = apply(aggregators.krum(byzantine=2), attack, fraction=0.3).combine(rows)
     assert found.share is not None and float(found.share.sum()) == 1 and found.share.shape == (10,)
@@ -471,6 +487,34 @@ def test_broken_clients_are_told_of_too() -> None:
     assert all(told == {"reason": "the update or loss is not finite"} for told in metrics["refused"].values())
     _, metrics = run(aggregators.median()).next(process.init(), quadratics((1.0,) * 3, (1.0, 2.0, 3.0)))
     assert metrics["refused"] == {}
+
+
+@pytest.mark.parametrize("engine", ["loop", "auto"])
+@pytest.mark.parametrize(
+    ("attack", "said"),
+    [
+        (attacks.non_finite(), "the update or loss is not finite"),
+        (attacks.lying_weight(1e9), "it claims a weight of 2e+09, where 0 to 1e+07 is allowed"),
+    ],
+    ids=lambda v: v.name if isinstance(v, Attack) else None,
+)
+def test_a_mean_goes_on_without_whoever_claims_what_is_absurd(attack: Attack, said: str, engine: str) -> None:
+    """Everybody has two examples and pulls by 0.1 b; who is left out counts for nothing in any part of the update."""
+    data = quadratics((1.0,) * 5, (1.0, 2.0, 3.0, 4.0, 5.0))
+    (bad,) = chosen(list(data.clients), 0.2)
+    others = [c for c in data.clients if c != bad]
+    for algorithm in (fedavg, scaffold):
+        found = []
+        for rule, cohort in ((apply(aggregators.mean(), attack, fraction=0.2), None), (aggregators.mean(), others)):
+            process = Process(scalar_model(), algorithm(local_sgd(0.1, steps=1, batch_size=None)), engine=engine,
+                              aggregator=rule)  # fmt: skip
+            state, metrics = process.next(process.init(), data, cohort)
+            variate = float(state.algorithm.variate) if algorithm is scaffold else 0.0
+            found.append((float(process.vector(state)), variate, metrics["clients"]))
+            if cohort is None:
+                assert list(metrics["refused"]) == [bad] and metrics["refused"][bad]["reason"] == said
+                assert bad not in state.memory
+        assert found[0] == pytest.approx(found[1], rel=1e-12), algorithm.__name__
 
 
 def test_an_attack_goes_on_where_it_was_after_a_resume(tmp_path: Path) -> None:

@@ -13,6 +13,13 @@ from atoll.errors import CompositionError, NonFiniteError, invalid
 from atoll.spec import Spec
 from atoll.vectors import Weights
 
+CAP = 1e7
+"""Largest weight a client may claim unless told otherwise: no client goes through ten million examples in a round, and
+of what is far above that a server must not even add up one. It keeps out what is absurd. Within it a liar still counts
+for as much as it says: where clients may lie, weigh them alike (`mean(weights="uniform")`, and every robust rule)."""
+
+FINITE = torch.finfo(torch.float64).max
+
 MOST = 100_000
 """Clients up to which a cohort that is large enough is looked for."""
 
@@ -56,6 +63,7 @@ class Aggregator:
         init: (nought row [L]) -> what the server keeps between rounds; it is checkpointed.
         behind: the aggregator that an attack stands in front of.
         rooted: whether it judges by the row of the server's own data.
+        cap: largest weight a client may claim.
     """
 
     spec: Spec
@@ -69,6 +77,7 @@ class Aggregator:
     init: Callable[[Tensor], Any] = _stateless
     behind: "Aggregator | None" = None
     rooted: bool = False
+    cap: float = math.inf
 
     @property
     def averages(self) -> bool:
@@ -96,6 +105,10 @@ class Aggregator:
                 f"a callable that returns finite weights of at least 0, of shape {tuple(examples.shape)}",
             )
         return weights
+
+    def fine(self, rows: Tensor, weights: Tensor) -> Tensor:
+        """Which of rows [n, L] may count at all, [n]: finite ones that claim a weight [n] from 0 to the cap."""
+        return torch.isfinite(rows).all(dim=1) & (weights >= 0) & (weights <= min(self.cap, FINITE))
 
     def check(self, count: int, round: int) -> None:
         """Refuse a cohort of `count` clients that is too small.
@@ -125,9 +138,9 @@ class Aggregator:
     ) -> Ruling:
         """Combine rows [n, L]; weights [n] default to ones, and are ones for an aggregator with weights="uniform".
 
-        A rule leaves rows out that are not finite, with a share of 0: they are malicious ones already found. Where the
-        rest is too small for it, it need bear only as many fewer as were found; where that is not enough, some of them
-        count as noughts, so that nobody can stop a round. The mean cannot bear them.
+        Rows that are not finite, or claim a weight that is none or above the cap, are left out with a share of 0: they
+        are malicious ones already found. Where the rest is too small for a rule, it need bear only as many fewer as
+        were found; where that is not enough, some of them count as noughts, so that nobody can stop a round.
 
         Args:
             rows: one for each client.
@@ -138,6 +151,10 @@ class Aggregator:
 
         Returns:
             The row, each client's share in it where the rule gives shares, and the state for the next round.
+
+        Raises:
+            InvalidArgument: too few rows; weights of another number, or that are all 0; no root where one is needed.
+            NonFiniteError: the mean of rows of which none may count.
         """
         if rows.ndim != 2 or len(rows) < max(self.least(len(rows)), 1):
             few = "at least 1" if rows.ndim != 2 else self._enough(max(len(rows), 1))
@@ -154,16 +171,20 @@ class Aggregator:
             )
         if self.weights == "uniform":  # whatever a client claims
             given = torch.ones_like(given)
+        fine = self.fine(rows, given)
         if self.rule is not None:
-            fine = torch.isfinite(rows).all(dim=1)
             if not bool(fine.all()):
                 return self._without(rows, ~fine, given, state, clients, root)
             seen = Rows(rows, clients=clients, root=root)
             state = self.init(rows.new_zeros(rows.shape[1])) if state is None else state
             ruling = self.rule(seen, given[seen.order], state)
             return ruling._replace(share=seen.by_client(ruling.share))
-        if not bool(torch.isfinite(rows).all()):
-            raise NonFiniteError("rows hold NaN or infinite values, which a mean cannot bear: use a robust rule.")
+        if not bool(fine.any()):
+            raise NonFiniteError(
+                f"no row is finite and claims a weight from 0 to {self.cap:g}: there is nothing to average."
+            )
+        if not bool(fine.all()):
+            rows, given = torch.where(fine[:, None], rows, 0.0), torch.where(fine, given, 0.0)
         if not float(given.sum()) > 0:
             raise invalid("weights", given.tolist(), "numbers of at least 0 that are not all 0")
         share = given / given.sum()

@@ -1,8 +1,9 @@
 """The weighted mean, streamed in float64: one sum in memory whatever the cohort."""
 
+import math
 from typing import Literal
 
-from atoll.aggregators.base import Aggregator, check_weights
+from atoll.aggregators.base import CAP, Aggregator, check_weights
 from atoll.errors import invalid
 from atoll.spec import record
 from atoll.vectors import Weights
@@ -12,6 +13,7 @@ def mean(
     *,
     weights: Literal["examples", "uniform"] | Weights = "examples",
     denominator: Literal["realised", "expected"] = "realised",
+    cap: float = CAP,
 ) -> Aggregator:
     """Average updates by weight.
 
@@ -20,10 +22,15 @@ def mean(
             called for one client at a time, as at a site.
         denominator: divide by the weight of the clients that took part ("realised"), or by the expected cohort size
             ("expected"; needs weights="uniform"), which does not depend on who was drawn.
+        cap: largest weight a client may have. In a simulation, where weights are true, a client above it is refused
+            before any work; a site, or an attacker, that claims more is left out of the round.
     """
     check_weights(weights)
     if denominator not in ("realised", "expected"):
         raise invalid("denominator", denominator, '"realised" or "expected"')
     if denominator == "expected" and weights != "uniform":
         raise invalid("denominator", denominator, '"realised" unless weights="uniform"', 'Set weights="uniform".')
-    return Aggregator(record("mean", weights=weights, denominator=denominator), None, weights, denominator)
+    if isinstance(cap, bool) or not isinstance(cap, int | float) or not 0 < cap < math.inf:
+        raise invalid("cap", cap, "a finite number above 0, in units of the weights")
+    spec = record("mean", weights=weights, denominator=denominator, cap=float(cap))
+    return Aggregator(spec, None, weights, denominator, cap=math.inf if weights == "uniform" else float(cap))

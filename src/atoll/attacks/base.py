@@ -243,6 +243,7 @@ def _attacked(
         lambda row: {"round": 0, "seen": False, "past": row, "then": behind.init(row)},
         behind,
         behind.rooted,
+        behind.cap,
     )
 
 

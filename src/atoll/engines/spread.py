@@ -309,6 +309,7 @@ def done(
         "broken": list(partial.broken),
         "parts": list(partial.parts),
         "bytes": partial.bytes,
+        "refused": {name: dict(told) for name, told in partial.refused.items()},
     }
 
 
@@ -327,6 +328,7 @@ def _partial(found: Found) -> Partial:
         tensors["weight"].clone(),
         tensors["metrics"].clone(),
         found["bytes"],
+        found["refused"],
     )
 
 

@@ -38,7 +38,8 @@ class Rules:
     """What an update may be at most.
 
     Attributes:
-        weight_cap: largest weight; None: any finite one.
+        weight_cap: largest weight, where the run's aggregator has not a smaller cap (ten million for the mean by
+            examples); None: that cap.
         norm_bound: largest L2 norm of the decoded row; None: any finite one.
     """
 
@@ -104,8 +105,9 @@ def examine(
         weight = float(report.weight)
         if not 0 <= weight < math.inf:
             return Finding("content", "its weight is not finite, or negative.")
-        if rules.weight_cap is not None and weight > rules.weight_cap:
-            return Finding("content", f"its weight {weight:g} is above the cap of {rules.weight_cap:g}.")
+        cap = min(process.aggregator.cap, math.inf if rules.weight_cap is None else rules.weight_cap)
+        if weight > cap:
+            return Finding("content", f"its weight {weight:g} is above the cap of {cap:g}.")
     if isinstance(report.wire, dict):
         for name, code in report.wire.items():
             if code.is_floating_point() and not bool(torch.isfinite(code).all()):
@@ -116,6 +118,8 @@ def examine(
         partial = process.combine(task, report)
     except Exception as error:  # hostile codes may break a decoder in any way, and must break nothing else
         return Finding("content", f"it cannot be decoded ({type(error).__name__}).")
+    for told in partial.refused.values():
+        return Finding("content", f"{told['reason']}.")
     if partial.broken:
         return Finding("content", "it is not finite.")
     norm = 0.0

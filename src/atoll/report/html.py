@@ -174,6 +174,7 @@ _USUAL: Mapping[str, object] = {
     "eps": 1e-08,
     "optimizer": "sgd",
     "denominator": "realised",
+    "cap": 1e7,
 }
 """Arguments at their defaults say nothing in a headline; the spec has them all."""
 

@@ -2,13 +2,16 @@
 
 from atoll.transforms.base import Transform
 from atoll.transforms.channel import Channel, plain, ring_sum
+from atoll.transforms.client_momentum import client_momentum
 from atoll.transforms.clip_norm import clip_norm
 from atoll.transforms.eden import eden
 from atoll.transforms.ef21 import ef21
 from atoll.transforms.error_feedback import error_feedback
 from atoll.transforms.half import half
+from atoll.transforms.norm_bound import norm_bound
 from atoll.transforms.quantize import quantize
 from atoll.transforms.rand_k import rand_k
+from atoll.transforms.reject_nonfinite import reject_nonfinite
 from atoll.transforms.rotate import rotate
 from atoll.transforms.sign import sign
 from atoll.transforms.top_k import top_k
@@ -16,14 +19,17 @@ from atoll.transforms.top_k import top_k
 __all__ = [
     "Channel",
     "Transform",
+    "client_momentum",
     "clip_norm",
     "eden",
     "ef21",
     "error_feedback",
     "half",
+    "norm_bound",
     "plain",
     "quantize",
     "rand_k",
+    "reject_nonfinite",
     "ring_sum",
     "rotate",
     "sign",

@@ -4,7 +4,7 @@ What leaves a client is one row `[L]`: the averaged part, averaged buffers and t
 Client halves run in order, server halves in reverse. Each stage declares facts; `Chain` checks them when it is built.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -110,6 +110,8 @@ class Transform:
         bound: (L2 bound on what enters or None) -> L2 bound on what the server decodes or None.
         fixed_size: whether the bytes do not depend on the values.
         randomness: "none"; "shared" when the server draws the same to decode; "private" when it need not.
+        judge: (rows [C, L] as the server reads them, whether all that a client reports is finite [C]) -> why each is
+            left out of the round, "" for none; None: the stage takes everybody's.
     """
 
     spec: Spec
@@ -133,6 +135,7 @@ class Transform:
     bound: Callable[[float | None], float | None] = lambda bound: bound
     fixed_size: bool = True
     randomness: Literal["none", "shared", "private"] = "none"
+    judge: Callable[[Tensor, Tensor], Sequence[str]] | None = None
 
     @property
     def name(self) -> str:
@@ -143,3 +146,8 @@ class Transform:
     def remembers(self) -> bool:
         """Whether clients keep something for it."""
         return bool(self.memory(1))
+
+
+def as_it_is(rows: Tensor, memory: dict[str, Tensor], shared: Any, keys: Keys) -> tuple[Wire, dict[str, Tensor]]:
+    """The client half of a stage that leaves rows alone."""
+    return rows, memory

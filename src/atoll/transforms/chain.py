@@ -80,6 +80,12 @@ class Chain:
                 on_rows = stage
         if self.channel.sums_only:
             for stage in self.stages:
+                if stage.judge is not None:
+                    raise CompositionError(
+                        f"{stage.name} cannot stand before the channel {self.channel.name}, which only adds: "
+                        f"{stage.name} judges every client's row, which the server does not see. Leave {stage.name} "
+                        'out (clip_norm bounds what an honest client sends), or use channel="plain".'
+                    )
                 if not stage.sums or stage.gives == "codes":
                     raise CompositionError(
                         f"{stage.name} cannot stand before the channel {self.channel.name}, which only adds: what "
@@ -170,6 +176,24 @@ class Chain:
                 rows = decode(own, shared[i], sizes[i][0], own_keys[i])
         assert rows is not None
         return rows.to(dtype)
+
+    @property
+    def judges(self) -> bool:
+        """Whether a stage may leave clients out of a round."""
+        return any(stage.judge is not None for stage in self.stages)
+
+    def judge(self, rows: Tensor, finite: Tensor) -> list[str]:
+        """Why each client is left out of the round, "" for none.
+
+        Args:
+            rows: decoded, [C, L].
+            finite: whether all that a client reports is, [C].
+        """
+        found = [""] * len(rows)
+        for stage in self.stages:
+            if stage.judge is not None:
+                found = [old or new for old, new in zip(found, stage.judge(rows, finite), strict=True)]
+        return found
 
     def decode_sum(self, total: Tensor, shared: Sequence[Any], length: int, keys: Keys) -> Tensor:
         """Server halves on the combined row, in reverse: [length]. Those that were undone on each row are left out."""

@@ -56,6 +56,11 @@ def compressor(around: str, stages: tuple[Transform, ...]) -> Chain:
                 f"error would grow from round to round. Use {stage.name} without {around}, and inside it a stage such "
                 "as top_k, sign, or quantize with 4 bits or more."
             )
+        if isinstance(stage, Transform) and stage.judge is not None:
+            raise CompositionError(
+                f"{stage.name} cannot stand inside {around}: it judges what clients send, and compresses nothing. Put "
+                f"{stage.name} before {around}."
+            )
     return compose(stages, plain())
 
 
