@@ -19,6 +19,7 @@ from torch import Tensor
 
 from atoll import random
 from atoll.aggregators import Aggregator, Ruling, mean
+from atoll.aggregators.rows import finite_rows
 from atoll.algorithms.base import Algorithm
 from atoll.cohort import Cohort
 from atoll.engines import Engine, own_engine
@@ -989,7 +990,7 @@ class Collector:
     def _refused(self, rows: Tensor, ruling: Ruling) -> dict[str, Mapping[str, Any]]:
         """Clients that had no part in the ruling, the farthest first: why, and how long and how far off a row is."""
         rows = rows if ruling.rows is None else ruling.rows
-        fine, rule = torch.isfinite(rows).all(dim=1).tolist(), self._process.aggregator
+        fine, rule = finite_rows(rows).tolist(), self._process.aggregator
         broken = [name for name, good in zip(self._names, fine, strict=True) if not good]
         found: dict[str, Mapping[str, Any]] = {
             n: self._told.get(n, {"reason": "the update or loss is not finite"}) for n in broken

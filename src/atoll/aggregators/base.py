@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from atoll.aggregators.rows import Rows
+from atoll.aggregators.rows import Rows, finite_rows
 from atoll.errors import CompositionError, NonFiniteError, invalid
 from atoll.spec import Spec
 from atoll.vectors import Weights
@@ -108,7 +108,7 @@ class Aggregator:
 
     def fine(self, rows: Tensor, weights: Tensor) -> Tensor:
         """Which of rows [n, L] may count at all, [n]: finite ones that claim a weight [n] from 0 to the cap."""
-        return torch.isfinite(rows).all(dim=1) & (weights >= 0) & (weights <= min(self.cap, FINITE))
+        return finite_rows(rows) & (weights >= 0) & (weights <= min(self.cap, FINITE))
 
     def check(self, count: int, round: int) -> None:
         """Refuse a cohort of `count` clients that is too small.
@@ -183,12 +183,14 @@ class Aggregator:
             raise NonFiniteError(
                 f"no row is finite and claims a weight from 0 to {self.cap:g}: there is nothing to average."
             )
-        if not bool(fine.all()):
-            rows, given = torch.where(fine[:, None], rows, 0.0), torch.where(fine, given, 0.0)
+        given = torch.where(fine, given, 0.0)
         if not float(given.sum()) > 0:
             raise invalid("weights", given.tolist(), "numbers of at least 0 that are not all 0")
-        share = given / given.sum()
-        return Ruling(((given[:, None] * rows.double()).sum(0) / given.sum()).to(rows.dtype), share)
+        total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
+        for row, weight in zip(rows, given.tolist(), strict=True):
+            if weight:
+                total.add_(row, alpha=weight)
+        return Ruling((total / given.sum()).to(rows.dtype), given / given.sum())
 
     def _without(
         self,

@@ -99,6 +99,15 @@ class Rows:
         return (self.sum(chosen.double()) / int(chosen.sum())).to(self.dtype)
 
 
+def finite_rows(rows: Tensor) -> Tensor:
+    """Which of rows [n, L] are finite in all numbers, [n], without a second matrix."""
+    # A NaN or an infinity makes the sum one; of rows whose sum is one, some may only be too large to be added up.
+    finite = torch.isfinite(rows.sum(dim=1, dtype=torch.float64))
+    for i in (~finite).nonzero()[:, 0].tolist():
+        finite[i] = torch.isfinite(rows[i]).all()
+    return finite
+
+
 def by_columns(rows: Rows, rule: Callable[[Tensor], Tensor]) -> Tensor:
     """A rule on sorted values of every coordinate: (sorted block [n, b]) -> [b]; the result is [L]."""
     out = torch.empty(rows.length, dtype=rows.dtype, device=rows.matrix.device)
@@ -183,11 +192,13 @@ class Geometry:
         total = torch.zeros(count, count, dtype=torch.float64, device=device)
         for a, block in self.rows.blocks():
             for b in range(0, block.shape[1], PIECE):
+                # A block is nobody else's: it may be written over. In single precision nothing is that far.
                 piece = block[:, b : b + PIECE].double()
                 if centre is not None:
-                    piece = piece - centre[a + b : a + b + PIECE]
-                piece = piece.clamp(-FAR, FAR)
-                total += piece @ piece.T
+                    piece.sub_(centre[a + b : a + b + PIECE])
+                if block.dtype == torch.float64:
+                    piece.clamp_(-FAR, FAR)
+                total.addmm_(piece, piece.T)
         return total
 
 
