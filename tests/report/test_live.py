@@ -20,6 +20,11 @@ def test_line_has_round_loss_metric_time_and_rate():
     assert line_for(record, 50, 3.1) == "round 12/50  loss 0.413  test accuracy 0.812  0.90 s  3.1 rounds/s"
 
 
+def test_line_of_a_round_that_refused_somebody():
+    record = Record(2, 4, {"loss": 0.5}, refused={"c1": {"reason": "too long"}}, refusals=3)
+    assert line_for(record, 5, 0.0) == "round 2/5  loss 0.500  3 refused  0 ms"
+
+
 def test_line_of_a_round_that_was_not_evaluated():
     assert line_for(Record(1, 4, {"loss": math.nan}, seconds={"train": 0.02}), 5, 0.0) == "round 1/5  loss –  20 ms"
 

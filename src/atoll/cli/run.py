@@ -70,6 +70,7 @@ def run(
         typer.echo(str(folder))
         return
     show_clients(result)
+    show_refused(result)
     out = console()
     out.print(f"run     {folder}", markup=False, soft_wrap=True)
     if page is not None:
@@ -176,6 +177,29 @@ def show_clients(result: "Result") -> None:
             )
     out.print(table)
     _show_notes(record.notes)
+
+
+def show_refused(result: "Result") -> None:
+    """Print whose updates had no part in rounds, how often and why; nothing where everybody's had."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    from atoll.report.html import refused_sheet
+
+    sheet = refused_sheet(result.history)
+    if sheet is None:
+        return
+    table = Table(title=Text("refused updates"), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for column in sheet.columns:
+        table.add_column(
+            column, justify="left" if column in ("client", "reason") else "right", no_wrap=column != "reason"
+        )
+    for row in sheet.rows[:LISTED]:
+        table.add_row(*(Text(cell) for cell in row))
+    console().print(table)
+    left = len(sheet.rows) - LISTED
+    _show_notes([sheet.note, *([f"{left:,} more clients are in the report."] if left > 0 else [])])
 
 
 def _show_notes(notes: Sequence[str]) -> None:

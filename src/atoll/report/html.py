@@ -103,7 +103,7 @@ def _write_run(run: Run, path: Path) -> Path:
         "client_pictures": everyone,
         "clients": _client_sheet(run.clients),
         "spread": _spread_sheet(run.history),
-        "refused": _refused_sheet(run.history),
+        "refused": refused_sheet(run.history),
         "seconds": _seconds_sheet(run.history),
         "privacy": [_statement(s) for s in run.privacy] or [_NO_PRIVACY],
         "notes": _notes(run),
@@ -220,7 +220,12 @@ def _spread_sheet(history: Sequence[Record]) -> Sheet | None:
     return Sheet(columns, tuple(rows), f"On the clients' test examples after round {record.round:,}.")
 
 
-def _refused_sheet(history: Sequence[Record]) -> Sheet | None:
+def refused_sheet(history: Sequence[Record]) -> Sheet | None:
+    """Clients whose updates had no part in a round, the most often refused first; None where there are none.
+
+    Args:
+        history: records of the run.
+    """
     told: dict[str, list[tuple[int, Mapping[str, Any]]]] = {}
     for record in history:
         for client, why in record.refused.items():

@@ -60,6 +60,8 @@ def line_for(record: Record, total: int, pace: float) -> str:
     if found is not None:
         part, name, value = found
         parts.append(f"{part} {words(name)} {amount(value)}")
+    if record.refusals:
+        parts.append(f"{record.refusals:,} refused")
     if record.epsilon is not None:
         parts.append(f"epsilon {amount(record.epsilon)}")
     parts.append(span(sum(record.seconds.values())))
