@@ -15,6 +15,7 @@ from torch import Tensor
 
 from atoll import random
 from atoll.spec import Spec
+from atoll.transforms.packing import unpack_values
 
 Codes = Mapping[str, Tensor]
 """An encoded tile: named tensors whose first axis is the client. What is called "rows" goes on to the next stage."""
@@ -41,15 +42,30 @@ class Keys:
     clients: NDArray[np.uint64]
     split: int | None = None
 
-    def uniform(self, purpose: str, count: int) -> Tensor:
-        """Uniform numbers in [0, 1) of each client: [C, count] float32."""
-        return random.uniforms(random.key(self.seed, self.stage, purpose), self.round, self.clients, count)
+    def uniform(self, purpose: str, count: int, begin: int = 0) -> Tensor:
+        """Uniform numbers in [0, 1) of each client, 24 bits each: [C, count] float32.
 
-    def signs(self, purpose: str, count: int) -> Tensor:
-        """Random signs of each client: [C, count] float32, -1 or 1."""
-        words = random.words(random.key(self.seed, self.stage, purpose), self.round, self.clients, -(-count // 64))
-        bits = np.unpackbits(words.astype("<u8").view(np.uint8), axis=1, count=count)
-        return torch.from_numpy(bits).to(torch.float32).mul_(2).sub_(1)
+        Args:
+            purpose: what they are for.
+            count: how many.
+            begin: the place of the first one, a multiple of 8; number `begin + j` is the same whatever `begin` is.
+        """
+        words = random.stretch(self._key(purpose), self.round, self.clients, -(-count // 2), begin // 2)
+        drawn = words.astype("<u8", copy=False).view("<u4")[:, :count] >> np.uint32(8)
+        return torch.from_numpy(drawn.view(np.int32)).to(torch.float32).mul_(2.0**-24)
+
+    def signs(self, purpose: str, count: int, begin: int = 0) -> Tensor:
+        """Random signs of each client, -1 or 1: [C, count] float32; `begin` as of `uniform`, a multiple of 256."""
+        words = random.stretch(self._key(purpose), self.round, self.clients, -(-count // 64), begin // 64)
+        bits = torch.from_numpy(words.astype("<u8", copy=False).view(np.uint8))
+        return unpack_values(bits, 1, count, torch.tensor([-1.0, 1.0]))
+
+    def _key(self, purpose: str) -> int:
+        return random.key(self.seed, self.stage, purpose)
+
+    def of(self, rows: slice) -> "Keys":
+        """Those of some of the tile's rows."""
+        return Keys(self.seed, self.stage, self.round, self.clients[rows], self.split)
 
     @property
     def common(self) -> "Keys":
