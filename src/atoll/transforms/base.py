@@ -6,7 +6,7 @@ Client halves run in order, server halves in reverse. Each stage declares facts;
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -14,14 +14,35 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from atoll import random
+from atoll.errors import InvalidArgument
 from atoll.spec import Spec
 from atoll.transforms.packing import unpack_values
+from atoll.vectors import Layout
 
 Codes = Mapping[str, Tensor]
 """An encoded tile: named tensors whose first axis is the client. What is called "rows" goes on to the next stage."""
 
 Wire = Tensor | Codes
 """What leaves a stage: rows [C, L], or codes."""
+
+Form = Mapping[str, tuple[torch.dtype, int]]
+"""What codes of a client are made of: type and length of every named tensor."""
+
+
+class PayloadError(InvalidArgument):
+    """What a client sent is damaged, or was made for another layout."""
+
+
+class Coder(NamedTuple):
+    """A lossless code of bytes.
+
+    Attributes:
+        compress: (bytes) -> bytes.
+        expand: (bytes, how many there were) -> the bytes; a `PayloadError` for whatever `compress` cannot have given.
+    """
+
+    compress: Callable[[bytes], bytes]
+    expand: Callable[[bytes, int], bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +114,8 @@ def _as_long(length: int, split: int) -> tuple[int, int]:
     return length, split
 
 
-def _no_bytes(length: int, split: int, item: int) -> int:
-    return 0
+def _no_codes(length: int, split: int) -> Form:
+    return {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +136,7 @@ class Transform:
             as it is. The row holds the mean of the averaged part and the sum of the summed part.
         memory: (L) -> a client's memory at its first visit.
         size: (length, split) of what enters -> of the rows that leave.
-        bytes: (length, split, bytes of a number) of what enters -> bytes a client sends beside the rows that leave.
+        codes: (length, split) of what enters -> what a client sends beside the rows that leave.
         gives: "rows", or "codes" when only `decode_each` can read what leaves the stage.
         sums: whether the sum of what leaves the stage tells the sum of what entered it.
         unbiased: whether the decoded row has the row that entered as its expectation.
@@ -126,6 +147,8 @@ class Transform:
         bound: (L2 bound on what enters or None) -> L2 bound on what the server decodes or None.
         fixed_size: whether the bytes do not depend on the values.
         randomness: "none"; "shared" when the server draws the same to decode; "private" when it need not.
+        bind: (layout of the averaged parameters) -> the stage for it; None: it needs to know of none.
+        coder: what codes all that leaves the stages before it, byte by byte; None: it is a stage on rows.
     """
 
     spec: Spec
@@ -138,7 +161,7 @@ class Transform:
     settle: Callable[[Any, Tensor, float], tuple[Tensor, Any]] | None = None
     memory: Callable[[int], dict[str, Tensor]] = _no_memory
     size: Callable[[int, int], tuple[int, int]] = _as_long
-    bytes: Callable[[int, int, int], int] = _no_bytes
+    codes: Callable[[int, int], Form] = _no_codes
     gives: Literal["rows", "codes"] = "rows"
     sums: bool = True
     unbiased: bool = True
@@ -149,6 +172,8 @@ class Transform:
     bound: Callable[[float | None], float | None] = lambda bound: bound
     fixed_size: bool = True
     randomness: Literal["none", "shared", "private"] = "none"
+    bind: "Callable[[Layout], Transform] | None" = None
+    coder: Coder | None = None
 
     @property
     def name(self) -> str:

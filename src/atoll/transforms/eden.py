@@ -85,7 +85,10 @@ def eden(bits: int) -> Transform:
         record("eden", bits=bits),
         encode,
         decode_each=decode,
-        bytes=lambda length, split, item: packed_bytes(padded(length), bits) + 4 * len(_sizes(length)),
+        codes=lambda length, split: {
+            "codes": (torch.uint8, packed_bytes(padded(length), bits)),
+            "scales": (torch.float32, len(_sizes(length))),
+        },
         gives="codes",
         sums=False,
         bound=lambda before: None,

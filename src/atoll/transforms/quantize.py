@@ -59,7 +59,7 @@ def quantize(bits: int) -> Transform:
         record("quantize", bits=bits),
         encode,
         decode_each=decode,
-        bytes=lambda length, split, item: packed_bytes(length, bits) + 4,
+        codes=lambda length, split: {"codes": (torch.uint8, packed_bytes(length, bits)), "scale": (torch.float32, 1)},
         gives="codes",
         sums=False,
         contracts=bits >= 4,

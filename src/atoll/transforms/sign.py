@@ -30,7 +30,7 @@ def sign() -> Transform:
         record("sign"),
         encode,
         decode_each=decode,
-        bytes=lambda length, split, item: packed_bytes(length, 1) + 4,
+        codes=lambda length, split: {"signs": (torch.uint8, packed_bytes(length, 1)), "scale": (torch.float32, 1)},
         gives="codes",
         sums=False,
         unbiased=False,

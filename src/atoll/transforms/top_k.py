@@ -13,7 +13,7 @@ from torch import Tensor
 
 from atoll.errors import invalid
 from atoll.spec import record
-from atoll.transforms.base import Codes, Keys, Transform
+from atoll.transforms.base import Codes, Keys, PayloadError, Transform
 from atoll.transforms.packing import pack, packed_bytes, unpack
 
 
@@ -42,6 +42,8 @@ def top_k(fraction: float) -> Transform:
 
     def decode(codes: Codes, shared: None, length: int, keys: Keys) -> Tensor:
         places = unpack(codes["places"], place_bits(length), kept_of(length, fraction)).to(torch.int64)
+        if places.numel() and int(places.max()) >= length:
+            raise PayloadError(f"top_k: a place is beyond the row of {length} numbers: the payload is damaged.")
         return codes["rows"].new_zeros(len(places), length).scatter_(1, places, codes["rows"])
 
     def size(length: int, split: int) -> tuple[int, int]:
@@ -53,7 +55,9 @@ def top_k(fraction: float) -> Transform:
         encode,
         decode_each=decode,
         size=size,
-        bytes=lambda length, split, item: packed_bytes(kept_of(length, fraction), place_bits(length)),
+        codes=lambda length, split: {
+            "places": (torch.uint8, packed_bytes(kept_of(length, fraction), place_bits(length)))
+        },
         sums=False,
         unbiased=fraction == 1,
         aligned=False,
