@@ -618,3 +618,55 @@ def test_what_a_client_still_owes_stays_with_it_when_a_round_fails() -> None:
 def test_wrong_arguments(build: Any, said: str) -> None:
     with pytest.raises(InvalidArgument, match=said):
         build()
+
+
+def fact_line(name: str, stage: Transform) -> str:
+    answers = (
+        stage.unbiased, stage.sums and stage.gives == "rows", stage.remembers, stage.randomness, stage.fixed_size,
+        stage.contracts and not stage.remembers and stage.coder is None,
+    )  # fmt: skip
+    return " | ".join([f"| `{name}`", *(("no", "yes")[a] if isinstance(a, bool) else a for a in answers)]) + " |"
+
+
+FACTS = {
+    "clip_norm(norm)": clip_norm(1.0), "half(dtype)": half(), "quantize(bits), 1 to 3": quantize(2),
+    "quantize(bits), 4 to 16": quantize(4), "eden(bits)": eden(1), "sign()": sign(), "top_k(fraction)": top_k(0.1),
+    "rand_k(fraction)": rand_k(0.1), "rotate()": rotate(), "power_sgd(rank)": power_sgd(1),
+    "entropy_code()": entropy_code(), "error_feedback(top_k(...))": error_feedback(top_k(0.1)),
+    "error_feedback(power_sgd(...))": error_feedback(power_sgd(1)), "ef21(top_k(...))": ef21(top_k(0.1)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_the_documents_table_tells_the_stages_own_facts(name: str) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "compression.md").read_text()
+    assert fact_line(name, FACTS[name]) in page.splitlines()
+
+
+def theory(name: str, row: Tensor) -> tuple[Transform, float]:
+    """A stage, and the squared error that its paper gives for a row [n]."""
+    n, square = len(row), float(row.square().sum())
+    if name == "quantize":
+        step = 2 * float(row.abs().max().float()) / 7
+        up = torch.frac((row + row.abs().max()) / step)
+        return quantize(3), float((up * (1 - up)).sum()) * step**2
+    if name == "rand_k":
+        return rand_k(0.25), (1 / 0.25 - 1) * square
+    if name == "eden":
+        return eden(2), (1 / (1 - 0.11748) - 1) * square
+    if name == "sign":
+        return sign(), square - float(row.abs().sum()) ** 2 / n
+    if name == "top_k":
+        return top_k(0.25), float(row.abs().sort().values[: n - n // 4].square().sum())
+    raise ValueError(name)
+
+
+@pytest.mark.parametrize("name", ["quantize", "rand_k", "eden", "sign", "top_k"])
+def test_the_squared_error_is_the_theorys(name: str) -> None:
+    row = rows(1, 4096, 5)[0]
+    stage, expected = theory(name, row)
+    many = [send(one(stage), row[None], keys(1, round=r, split=4096))[0][0] for r in range(60)]
+    found = torch.stack([(m - row).square().sum() for m in many])
+    assert float(found.mean()) == pytest.approx(expected, rel=0.02)
+    if stage.randomness == "none":
+        assert float(found.std()) == 0
