@@ -143,8 +143,9 @@ class Process:
                 f"the aggregator {self.aggregator.name} needs every client's row, but the channel "
                 f'{self.chain.channel.name} shows the server only sums: use aggregators.mean(), or channel="plain".'
             )
-        if algorithm.scalars and self.chain.stages:
-            stage = self.chain.stages[0].name
+        mixing = [stage.name for stage in self.chain.stages if stage.coder is None]
+        if algorithm.scalars and mixing:
+            stage = mixing[0]
             raise CompositionError(
                 f"{stage} treats what a client sends as one vector, but {algorithm.name} sends numbers of other units "
                 f"with its update, which {stage} would mix with it: leave {stage} out, or use fedavg."
