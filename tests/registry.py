@@ -151,7 +151,10 @@ TRANSFORMS: dict[str, Callable[[], Transform]] = {
     "rotate": transforms.rotate,
     "rotate, small blocks": lambda: transforms.rotate(block=8),
     "eden": lambda: transforms.eden(3),
+    "power_sgd": lambda: transforms.power_sgd(1),
+    "entropy_code": transforms.entropy_code,
     "error_feedback": lambda: transforms.error_feedback(transforms.top_k(0.3)),
+    "error_feedback of power_sgd": lambda: transforms.error_feedback(transforms.power_sgd(2)),
     "error_feedback of codes": lambda: transforms.error_feedback(transforms.top_k(0.5), transforms.quantize(6)),
 }
 

@@ -18,7 +18,10 @@ import torch
 from atoll.bench import figures, workloads
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-NAMES = ("flamby_heart", "long_run", "mnist_2nn", "robustness", "round_time", "rules", "scale")
+NAMES = (
+    "compression", "compression_speed", "flamby_heart", "long_run", "mnist_2nn", "robustness", "round_time", "rules",
+    "scale",
+)  # fmt: skip
 SPEED = ("run", "scaling", "environments", "figures", "workloads", "networks", "modules", "harness", "digest")
 MNIST_FILES = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz")
 
@@ -39,7 +42,7 @@ def arguments(name: str) -> list[str]:
     """What a quick run takes on this machine."""
     folder = Path(os.environ.get("ATOLL_DATA", "/nonexistent"))
     at_hand = any(all((place / file).exists() for file in MNIST_FILES) for place in (folder, folder / "mnist"))
-    return ["--synthetic"] if name in ("mnist_2nn", "robustness") and not at_hand else []
+    return ["--synthetic"] if name in ("compression", "mnist_2nn", "robustness") and not at_hand else []
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -165,3 +165,22 @@ def test_generators_are_keyed() -> None:
     assert random.generator(1, "a").initial_seed() == random.generator(1, "a").initial_seed()
     first, again = (random.numpy_generator(1, "a").random(5) for _ in range(2))
     assert (first == again).all() and (first != random.numpy_generator(2, "a").random(5)).all()
+
+
+def test_a_stretch_is_a_part_of_one_stream_for_each_client() -> None:
+    clients = random.client_keys(["a", "b", "c"])
+    full = random.stretch(random.key(3, "x"), 7, clients, 41)
+    assert (random.stretch(random.key(3, "x"), 7, clients[1:], 9, begin=12) == full[1:, 12:21]).all()
+    assert random.stretch(1, 2, clients, 0).shape == (3, 0) and random.stretch(1, 2, clients[:0], 5).shape == (0, 5)
+    others = [random.stretch(random.key(3, "y"), 7, clients, 41), random.stretch(random.key(3, "x"), 8, clients, 41)]
+    everything = np.concatenate([full.ravel(), *(o.ravel() for o in others)])
+    assert len(np.unique(everything)) == len(everything)
+
+
+def test_a_stretch_has_the_published_known_answer() -> None:
+    """Random123's for Philox4x64-10 of a counter and a key of ones; the counter is counted up before it is used."""
+    source = np.random.Philox(key=2**128 - 1, counter=2**256 - 2)
+    known = [0x87B092C3013FE90B, 0x438C3C67BE8D0224, 0x9CC7D7C69CD777B6, 0xA09CAEBF594F0BA0]
+    assert source.random_raw(4).tolist() == known
+    same = np.random.Philox(key=5, counter=[3, int(random.client_key("a")), 9, 0]).random_raw(4)
+    assert (random.stretch(5, 9, random.client_keys(["a"]), 4, begin=12)[0] == same).all()

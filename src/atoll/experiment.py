@@ -18,7 +18,7 @@ from atoll.model import Model
 from atoll.result import Result
 from atoll.sampling import Sampler
 from atoll.simulation import simulate
-from atoll.transforms import Channel, Transform
+from atoll.transforms import Channel, Downlink, Transform
 
 if TYPE_CHECKING:
     from atoll.data import FederatedDataset
@@ -40,6 +40,7 @@ class Experiment:
     cohort: int | float | Sampler | None = None
     transforms: Sequence[Transform] = ()
     channel: str | Channel = "plain"
+    downlink: Downlink | Sequence[Transform] = ()
     aggregator: Aggregator | None = None
     server_data: Any = None
     initial: Tensor | None = None

@@ -75,7 +75,7 @@ class Report:
         metrics: sums of loss and examples, [C, 2].
         finite: whether what the server cannot see is finite, [C]: rows under codes, memory, weights.
         memory: rows [C, M] the clients keep if the round is accepted.
-        bytes: bytes each client sends.
+        bytes: bytes all the tile's clients send.
     """
 
     clients: tuple[str, ...]

@@ -1,11 +1,12 @@
 """Keyed randomness for experiments: every draw is a function of (seed, purpose, round, client), never of history.
 
-A draw does not depend on which engine, worker or tile asks for it, nor on what was drawn before. Two forms:
+A draw does not depend on which engine, worker or tile asks for it, nor on what was drawn before. Three forms:
 
 * `generator` / `numpy_generator`: an ordinary generator for one purpose, where few are needed.
 * `words`: counter-based bits for many clients at once (Philox4x32-10; Salmon, Moraes, Dror & Shaw 2011, "Parallel
   random numbers: as easy as 1, 2, 3"). The counter is (block, client, round), the key a hash of seed and purpose,
   so a tile of clients costs a handful of array operations whatever its width.
+* `stretch`: the same of a wider kind (Philox4x64-10), for one client at a time and many numbers, as codecs draw them.
 
 Nothing here is fit for privacy: noise, masks and secret samples come from the operating system's source.
 """
@@ -13,6 +14,7 @@ Nothing here is fit for privacy: noise, masks and secret samples come from the o
 import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -112,6 +114,31 @@ def words(purpose: int, index: int | NDArray[np.uint64], clients: NDArray[np.uin
     paired[:, :, 0] = out[0] | (out[1] << _SHIFT)
     paired[:, :, 1] = out[2] | (out[3] << _SHIFT)
     return paired.reshape(len(clients), 2 * blocks)[:, :count]
+
+
+def stretch(purpose: int, index: int, clients: NDArray[np.uint64], count: int, begin: int = 0) -> NDArray[np.uint64]:
+    """Independent 64-bit words for each client, many times faster than `words` where each client needs many.
+
+    Args:
+        purpose: a key from `key(seed, ...)`.
+        index: the round, in [0, 2**64).
+        clients: keys from `client_keys`, uint64 [C].
+        count: words wanted for each client.
+        begin: the place of the first one, a multiple of 4.
+
+    Returns:
+        uint64 [C, count]; word `begin + j` of a client does not depend on `begin`, `count` or the other clients.
+
+    Source: Salmon et al. 2011, Philox4x64-10, as numpy's bit generator has it: counter (block, client, index, 0).
+    """
+    out = np.empty((len(clients), count), dtype=np.uint64)
+    source = np.random.Philox(key=purpose)
+    state: Any = source.state
+    for row, client in zip(out, clients.tolist(), strict=True):
+        state["state"]["counter"] = np.array([begin // 4, client, index, 0], dtype=np.uint64)
+        source.state = state
+        row[:] = source.random_raw(count)
+    return out
 
 
 def permutations(purpose: int, round: int, clients: NDArray[np.uint64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:

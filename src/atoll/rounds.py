@@ -31,9 +31,11 @@ from atoll.messages import Clear, Partial, Report, Task
 from atoll.model import Model
 from atoll.spec import Spec, record
 from atoll.transforms.base import Codes, Keys, Transform
-from atoll.transforms.chain import Chain, compose, keys_of
+from atoll.transforms.chain import Chain, compose, keys_of, sent
 from atoll.transforms.channel import Channel, add, merge
 from atoll.transforms.channel import resolve as resolve_channel
+from atoll.transforms.delta import Downlink, served
+from atoll.transforms.delta import resolve as resolve_downlink
 from atoll.tree import leaves, nbytes, rebuild
 from atoll.vectors import Aggregate, Change, Layout, Personal, Selection
 
@@ -65,6 +67,8 @@ class State:
         private: start values [P - D] of the private parameters, for clients at their first visit.
         memory: what clients keep; moves on with the state.
         memory_version: which commit of the memory this state belongs to.
+        downlink: what clients know of the model (`transforms.delta.Told`); None: they are sent the whole.
+        served: clients that may be sent deltas, and the round in which they last took part.
     """
 
     seed: int
@@ -76,6 +80,8 @@ class State:
     private: Tensor
     memory: ClientMemory
     memory_version: int
+    downlink: Any = None
+    served: Mapping[str, int] = field(default_factory=dict[str, int])
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +110,7 @@ class Process:
         algorithm: how.
         transforms: stages between a client's work and the server, in client order.
         channel: "plain" or a channel from `atoll.transforms`.
+        downlink: stages between the server and the clients, or `atoll.transforms.delta(...)`; (): whole models.
         aggregator: default `atoll.aggregators.mean()`, weights by examples.
         engine: what executes cohorts: "auto", "vectorized", "ray", "loop" or an engine.
         workers: processes that share the work; "auto": the machine's cores, where rounds are long enough to gain. The
@@ -125,6 +132,7 @@ class Process:
         *,
         transforms: Sequence[Transform] = (),
         channel: str | Channel = "plain",
+        downlink: "Downlink | Sequence[Transform]" = (),
         aggregator: Aggregator | None = None,
         engine: str | Engine = "auto",
         workers: int | Literal["auto"] = "auto",
@@ -140,13 +148,15 @@ class Process:
         if not isinstance(self.aggregator, Aggregator):
             raise invalid("aggregator", aggregator, "an aggregator such as atoll.aggregators.mean()")
         self.chain: Chain = compose(transforms, resolve_channel(channel))
+        self.downlink = resolve_downlink(downlink)
         if self.chain.channel.sums_only and self.aggregator.rule is not None:
             raise CompositionError(
                 f"the aggregator {self.aggregator.name} needs every client's row, but the channel "
                 f'{self.chain.channel.name} shows the server only sums: use aggregators.mean(), or channel="plain".'
             )
-        if algorithm.scalars and self.chain.stages:
-            stage = self.chain.stages[0].name
+        mixing = [stage.name for stage in self.chain.stages if stage.coder is None]
+        if algorithm.scalars and mixing:
+            stage = mixing[0]
             raise CompositionError(
                 f"{stage} treats what a client sends as one vector, but {algorithm.name} sends numbers of other units "
                 f"with its update, which {stage} would mix with it: leave {stage} out, or use fedavg."
@@ -198,6 +208,7 @@ class Process:
                 )
         self.private_names = algorithm.private(model) if algorithm.private is not None else frozenset[str]()
         self.selection: Selection = model.layout.without(self.private_names)
+        self.chain = self.chain.bind(self.selection.layout)
         self.kept = Selection(model.layout, tuple(n for n in model.layout.names if n in self.private_names))
         self.buffer_rule = algorithm.buffers or model.buffer_rule
         self.engine: Engine = resolve_engine(engine, workers)
@@ -307,6 +318,7 @@ class Process:
             transforms=list(self.chain.stages),
             channel=self.chain.channel,
             aggregator=self.aggregator,
+            **({} if self.downlink is None else {"downlink": self.downlink}),
         )
 
     def memory_layout(self, vector: Tensor) -> Layout:
@@ -334,16 +346,18 @@ class Process:
             raise invalid("initial", "a vector with NaN or infinite values", "finite")
         shared = self.selection.take(vector)
         memory = ClientMemory(self.memory_layout(shared), self.model.dtype)
+        begun = self.algorithm.init(shared.clone())
         return State(
             seed,
             0,
-            self.algorithm.init(shared.clone()),
+            begun,
             self.model.init_buffers(),
             self.chain.init(self.length, self.split),
             self.aggregator.init(vector.new_zeros(self.length)),
             self.kept.take(vector).clone(),
             memory,
             memory.version,
+            None if self.downlink is None else self.downlink.init(self._announced(begun)),
         )
 
     def vector(self, state: State) -> Tensor:
@@ -359,13 +373,16 @@ class Process:
         kind: Literal["train", "evaluate"] = "train",
     ) -> Task:
         """What this cohort is asked to do in the state's round."""
+        message = self.algorithm.broadcast(state.algorithm)
+        if state.downlink is not None:
+            message = rebuild(message, dict(leaves(message)) | {"vector": state.downlink.reference})
         return Task(
             kind,
             state.seed,
             state.round,
             tuple(clients),
             population,
-            self.algorithm.broadcast(state.algorithm),
+            message,
             state.buffers,
             state.private,
             self.chain.share(state.transforms),
@@ -457,8 +474,8 @@ class Process:
         finite &= _finite(memory)
         finite &= torch.isfinite(update.weight[:, 0]) & (update.weight[:, 0] >= 0)
         lengths = (width, split - width, update.sums.shape[1])
-        sent = sum(lengths) * self.model.dtype.itemsize if isinstance(wire, Clear) else nbytes(wire) // count
-        size = sent + (8 if channel.seal is None else 0) + 16
+        size = sum(lengths) * self.model.dtype.itemsize * count if isinstance(wire, Clear) else sent(wire)
+        size += count * ((8 if channel.seal is None else 0) + 16)
         return Report(cohort.clients, wire, lengths, weight, update.metrics, finite, memory, size)
 
     def blank(self, task: Task) -> Report:
@@ -527,7 +544,7 @@ class Process:
             weight,
             # A rule does without broken clients; else they end the round.
             report.metrics[good].sum(dim=0) if rows is not None or refused else report.metrics.sum(dim=0),
-            report.bytes * len(report.clients),
+            report.bytes,
             refused,
         )
 
@@ -570,7 +587,7 @@ class Process:
     def close(self, state: State, task: Task, collected: Collected, expected: float | None = None) -> State:
         """The state after the round. Without any update the model stays as it is; the round counts."""
         if not collected.count:
-            return replace(state, round=state.round + 1)
+            return self._announce(replace(state, round=state.round + 1), task)
         width = self.selection.size
         mean, sums, transforms = collected.mean, collected.sums, state.transforms
         if any(stage.settle is not None for stage in self.chain.stages):
@@ -594,7 +611,7 @@ class Process:
         buffers = state.buffers
         if self.averaged_buffers:
             buffers = state.buffers + mean[width:]
-        return replace(
+        after = replace(
             state,
             round=state.round + 1,
             algorithm=self.algorithm.step(state.algorithm, aggregate),
@@ -602,6 +619,25 @@ class Process:
             transforms=self.chain.update(transforms, aggregate),
             aggregator=collected.aggregator,
         )
+        return self._announce(after, task)
+
+    def _announce(self, state: State, task: Task) -> State:
+        """The state of a round that was closed, with what clients will know of its model."""
+        if self.downlink is None:
+            return state
+        told, _ = self.downlink.advance(state.downlink, self._announced(state.algorithm), state.seed, state.round)
+        return replace(state, downlink=told, served=served(state.served, task.clients, task.round))
+
+    def _announced(self, state: Any) -> Tensor:
+        """The vector clients are sent."""
+        message = self.algorithm.broadcast(state)
+        several = [n for n, t in leaves(message) if isinstance(t, Tensor) and t.ndim > 1]
+        if several:
+            raise CompositionError(
+                f"the downlink compresses one model, but {self.algorithm.name} sends several ({', '.join(several)}): "
+                "leave out downlink, or use fedavg."
+            )
+        return message.vector
 
     def check(self, data: "FederatedDataset") -> None:
         """Refuse what this data makes impossible, before any work.
@@ -690,17 +726,22 @@ class Process:
             "examples": collected.examples,
             "clients": float(collected.count),
             "bytes_up": float(collected.bytes_up),
-            "bytes_down": float(len(clients) * self.bytes_down(task)),
+            "bytes_down": float(self.bytes_down(state, task)),
             "saturated": float(collected.saturated),
             "refused": collected.refused,
             "refusals": float(refusals),
         }
         return closed, metrics
 
-    def bytes_down(self, task: Task) -> int:
-        """Bytes one client receives for a training task."""
+    def bytes_down(self, state: State, task: Task) -> int:
+        """Bytes all clients of a training task receive."""
         buffers = nbytes(task.buffers) if self.buffer_rule == "mean" else 0
-        return nbytes(task.message) + buffers + nbytes(task.shared)
+        each = nbytes(task.message) + buffers + nbytes(task.shared)
+        if self.downlink is None:
+            return len(task.clients) * each
+        each -= nbytes(task.message.vector)
+        last = [state.served.get(client) for client in task.clients]
+        return sum(each + self.downlink.bytes(state.downlink, task.round, known) for known in last)
 
     def evaluate(
         self, state: State, data: "FederatedDataset | LazyDataset", *, split: str = "test", personal: bool = False

@@ -39,7 +39,7 @@ from atoll.result import Result
 from atoll.rounds import Process, State
 from atoll.sampling import Sampler
 from atoll.spec import Spec, differences, digest, identity
-from atoll.transforms import Channel, Transform
+from atoll.transforms import Channel, Downlink, Transform
 from atoll.tree import leaves, rebuild
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ def simulate(
     cohort: int | float | Sampler | None = None,
     transforms: Sequence[Transform] = (),
     channel: str | Channel = "plain",
+    downlink: "Downlink | Sequence[Transform]" = (),
     aggregator: Aggregator | None = None,
     server_data: Any = None,
     initial: Tensor | None = None,
@@ -87,6 +88,8 @@ def simulate(
             default everyone.
         transforms: stages between a client's work and the server.
         channel: "plain", or a channel from `atoll.transforms`.
+        downlink: stages between the server and the clients: what is new about the model is sent through them. With
+            `atoll.transforms.delta(...)` the whole model every so many rounds. (): always the whole model.
         aggregator: default `atoll.aggregators.mean()`, weights by examples.
         server_data: (x, y) or named fields of examples the server holds, for `aggregators.fltrust(root="server")`.
         initial: start vector [P]; default the module's own values (`model.init(seed)` draws new ones).
@@ -124,8 +127,8 @@ def simulate(
     if resume and directory is None:
         raise invalid("resume", resume, "False without a directory", "Give directory= the run to continue.")
     process = Process(
-        model, algorithm, transforms=transforms, channel=channel, aggregator=aggregator, engine=engine, workers=workers,
-        server_data=server_data,
+        model, algorithm, transforms=transforms, channel=channel, downlink=downlink, aggregator=aggregator,
+        engine=engine, workers=workers, server_data=server_data,
     )  # fmt: skip
     process.check_server(data.clients)
     if algorithm.sampler is not None and cohort is not None:
@@ -370,13 +373,12 @@ class _Run:
             return
         began = time.monotonic()
         state = self.state
-        tree = {
-            "algorithm": state.algorithm, "buffers": state.buffers, "transforms": state.transforms,
-            "aggregator": state.aggregator,
-        }  # fmt: skip
+        tree = _tree(state)
         tensors, values = encode_leaves({**dict(leaves(tree)), "private": state.private})
         state.memory.flush()
-        checkpoint = Checkpoint(state.round, tensors, {"values": values, "memory": state.memory.index})
+        checkpoint = Checkpoint(
+            state.round, tensors, {"values": values, "memory": state.memory.index, "served": dict(state.served)}
+        )
         write_checkpoint(self.directory, self.journal, checkpoint)
         state.memory.pin()
         self._saved_round, self._saved_at = state.round, time.monotonic()
@@ -386,12 +388,9 @@ class _Run:
         assert self.directory is not None
         stored = {**checkpoint.tensors, **checkpoint.values["values"]}
         state = self.state
-        template = {
-            "algorithm": state.algorithm, "buffers": state.buffers, "transforms": state.transforms,
-            "aggregator": state.aggregator,
-        }  # fmt: skip
-        tree = rebuild(template, stored)
-        self.state = replace(state, round=checkpoint.round, private=stored["private"], **tree)
+        tree = rebuild(_tree(state), stored)
+        told = checkpoint.values.get("served", {})
+        self.state = replace(state, round=checkpoint.round, private=stored["private"], served=told, **tree)
         self._use_memory(checkpoint.values["memory"])
         # The client memory keeps only the rows this checkpoint refers to, so no other may be resumed from again.
         discard_checkpoints(self.directory, keep=checkpoint.round)
@@ -403,6 +402,15 @@ class _Run:
         path = self.directory / "memory.bin" if old.layout.size else None
         memory = ClientMemory(old.layout, self.process.model.dtype, path, index)
         self.state = replace(self.state, memory=memory, memory_version=memory.version)
+
+
+def _tree(state: State) -> dict[str, Any]:
+    """What a checkpoint holds of a state."""
+    tree = {
+        "algorithm": state.algorithm, "buffers": state.buffers, "transforms": state.transforms,
+        "aggregator": state.aggregator,
+    }  # fmt: skip
+    return tree if state.downlink is None else tree | {"downlink": state.downlink}
 
 
 @contextmanager

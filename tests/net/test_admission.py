@@ -186,3 +186,18 @@ def test_rules_nobody_could_enforce() -> None:
         Rules(norm_bound=1.0).check(process)
     with pytest.raises(AtollError, match="weight_cap"):
         Rules(weight_cap=-1.0)
+
+
+def test_coded_payloads_that_are_damaged_or_for_another_layout() -> None:
+    process, task = opened(transforms=(transforms.quantize(4), transforms.entropy_code()))
+    given = blank(process, task)
+    assert found(process, task, given).fault == ""
+    (name,) = (n for n in given if n.startswith("wire"))
+    other, odd = opened(transforms=(transforms.quantize(8), transforms.entropy_code()))
+    for payload in (given[name][:, :-1], given[name].flip(1), given[name][:, :0], blank(other, odd)[name]):
+        finding = found(process, task, given | {name: payload.contiguous()})
+        assert finding.fault == "content" and "PayloadError" in finding.detail
+    process, task = opened(transforms=(transforms.top_k(0.5),))
+    given = blank(process, task)
+    given["wire/0/places"].fill_(255)
+    assert "PayloadError" in found(process, task, given).detail

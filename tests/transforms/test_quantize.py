@@ -16,7 +16,7 @@ from atoll.local import local_sgd
 from atoll.rounds import Process
 from atoll.transforms import quantize
 from atoll.transforms.base import Keys
-from atoll.transforms.packing import pack, unpack
+from atoll.transforms.packing import PIECE, pack, unpack, unpack_values
 
 
 def send(rows: torch.Tensor, bits: int, *, seed: int = 0, round: int = 0, first: int = 0) -> tuple[torch.Tensor, Any]:
@@ -33,13 +33,28 @@ def test_packing_is_undone(bits: int, length: int, clients: int, data: Any) -> N
     codes = torch.tensor(values).reshape(clients, length)
     packed = pack(codes, bits)
     assert packed.dtype == torch.uint8 and packed.shape == (clients, -(-length * bits // 8))
-    assert torch.equal(unpack(packed, bits, length), codes)
+    assert torch.equal(unpack(packed, bits, length).to(codes), codes)
 
 
 @pytest.mark.parametrize("bits", range(1, 17))
 def test_the_extremes_of_every_width_are_packed(bits: int) -> None:
     codes = torch.tensor([[0, 2**bits - 1, 0, 2**bits - 1, 2 ** (bits - 1)]])
-    assert torch.equal(unpack(pack(codes, bits), bits, 5), codes)
+    assert torch.equal(unpack(pack(codes, bits), bits, 5).to(codes), codes)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 7, 8, 12])
+def test_long_rows_are_packed_piece_by_piece_like_short_ones(bits: int) -> None:
+    length = 2 * PIECE + 77
+    codes = torch.randint(2**bits, (2, length), generator=torch.Generator().manual_seed(0))
+    packed = pack(codes, bits)
+    assert torch.equal(unpack(packed, bits, length).to(codes), codes)
+    levels = torch.arange(2**bits, dtype=torch.float64) - 5
+    assert torch.equal(unpack_values(packed, bits, length, levels), codes - 5.0)
+    row = torch.linspace(-1, 1, length)[None]
+    assert float((send(row, bits)[0] - row).abs().max()) <= 2 / (2**bits - 1) * (1 + 1e-6)
+    drawn = Keys(0, "s", 0, random.client_keys(["a", "b"]))
+    assert torch.equal(drawn.uniform("u", 100, 256), drawn.uniform("u", 400)[:, 256:356])
+    assert torch.equal(drawn.signs("u", 100, 256), drawn.signs("u", 400)[:, 256:356])
 
 
 def test_the_lowest_bit_comes_first() -> None:

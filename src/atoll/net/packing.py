@@ -158,7 +158,7 @@ def _split(task: Task) -> tuple[dict[str, Tensor], dict[str, Value]]:
 
 # --- the server's state between two rounds ----------------------------------------------------------------------------
 
-PARTS = ("algorithm", "buffers", "transforms", "aggregator", "private")
+PARTS = ("algorithm", "buffers", "transforms", "aggregator", "private", "downlink")
 
 
 def pack_state(state: State) -> bytes:
@@ -169,7 +169,8 @@ def pack_state(state: State) -> bytes:
     """
     every = dict(leaves({n: getattr(state, n) for n in PARTS}))
     plain = _held({n: v for n, v in every.items() if not isinstance(v, Tensor)}, "state")
-    values = msgspec.json.encode({"seed": state.seed, "round": state.round} | {f"/{n}": v for n, v in plain.items()})
+    own = {"seed": state.seed, "round": state.round, "served": state.served}
+    values = msgspec.json.encode(own | {f"/{n}": v for n, v in plain.items()})
     frame = encode({n: v for n, v in every.items() if isinstance(v, Tensor)})
     return len(values).to_bytes(8, "little") + values + frame
 
@@ -188,6 +189,6 @@ def unpack_state(template: State, content: bytes) -> State:
         found: dict[str, Any] = dict(decode(content[8 + length :], schema_of(tensors)))
         found |= {n[1:]: v for n, v in values.items() if n.startswith("/")}
         tree = rebuild({n: getattr(template, n) for n in PARTS}, found)
-        return replace(template, **tree, seed=values["seed"], round=values["round"])
+        return replace(template, **tree, seed=values["seed"], round=values["round"], served=values["served"])
     except (FrameError, RunError, msgspec.MsgspecError, KeyError) as error:
         raise RunError(f"the checkpoint belongs to another experiment or version: {error}") from error

@@ -202,7 +202,7 @@ def reduce(
 def _in_columns(process: Process) -> bool:
     """Whether every coordinate of what travels is a coordinate of the row, for itself."""
     chain, size = process.chain, (process.length, process.split)
-    undone = any(s.decode_each is not None or s.decode_sum is not None for s in chain.stages)
+    undone = any(s.decode_each is not None or s.decode_sum is not None or s.gives == "codes" for s in chain.stages)
     return not chain.channel.sums_only and not undone and set(chain.sizes(*size)) == {size}
 
 

@@ -119,6 +119,8 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     transforms = [call(t) for t in experiment.get("transforms", ())]
     if transforms:
         facts.append(("Transforms", ", then ".join(transforms)))
+    if experiment.get("downlink"):
+        facts.append(("Downlink", ", then ".join(call(t) for t in experiment["downlink"]["stages"])))
     for name, key, usual in (("Channel", "channel", "plain"), ("Aggregator", "aggregator", "")):
         text = call(experiment.get(key))
         if text and text != usual:

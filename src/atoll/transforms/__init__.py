@@ -1,14 +1,17 @@
 """Stages of the update pipeline and the channels that end it."""
 
-from atoll.transforms.base import Transform
+from atoll.transforms.base import PayloadError, Transform
 from atoll.transforms.channel import Channel, plain, ring_sum
 from atoll.transforms.client_momentum import client_momentum
 from atoll.transforms.clip_norm import clip_norm
+from atoll.transforms.delta import Downlink, delta
 from atoll.transforms.eden import eden
 from atoll.transforms.ef21 import ef21
+from atoll.transforms.entropy_code import entropy_code
 from atoll.transforms.error_feedback import error_feedback
 from atoll.transforms.half import half
 from atoll.transforms.norm_bound import norm_bound
+from atoll.transforms.power_sgd import power_sgd
 from atoll.transforms.quantize import quantize
 from atoll.transforms.rand_k import rand_k
 from atoll.transforms.reject_nonfinite import reject_nonfinite
@@ -18,15 +21,20 @@ from atoll.transforms.top_k import top_k
 
 __all__ = [
     "Channel",
+    "Downlink",
+    "PayloadError",
     "Transform",
     "client_momentum",
     "clip_norm",
+    "delta",
     "eden",
     "ef21",
+    "entropy_code",
     "error_feedback",
     "half",
     "norm_bound",
     "plain",
+    "power_sgd",
     "quantize",
     "rand_k",
     "reject_nonfinite",

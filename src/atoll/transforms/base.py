@@ -6,7 +6,7 @@ Client halves run in order, server halves in reverse. Each stage declares facts;
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -14,13 +14,35 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from atoll import random
+from atoll.errors import InvalidArgument
 from atoll.spec import Spec
+from atoll.transforms.packing import unpack_values
+from atoll.vectors import Layout
 
 Codes = Mapping[str, Tensor]
 """An encoded tile: named tensors whose first axis is the client. What is called "rows" goes on to the next stage."""
 
 Wire = Tensor | Codes
 """What leaves a stage: rows [C, L], or codes."""
+
+Form = Mapping[str, tuple[torch.dtype, int]]
+"""What codes of a client are made of: type and length of every named tensor."""
+
+
+class PayloadError(InvalidArgument):
+    """What a client sent is damaged, or was made for another layout."""
+
+
+class Coder(NamedTuple):
+    """A lossless code of bytes.
+
+    Attributes:
+        compress: (bytes) -> bytes.
+        expand: (bytes, how many there were) -> the bytes; a `PayloadError` for whatever `compress` cannot have given.
+    """
+
+    compress: Callable[[bytes], bytes]
+    expand: Callable[[bytes, int], bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +63,30 @@ class Keys:
     clients: NDArray[np.uint64]
     split: int | None = None
 
-    def uniform(self, purpose: str, count: int) -> Tensor:
-        """Uniform numbers in [0, 1) of each client: [C, count] float32."""
-        return random.uniforms(random.key(self.seed, self.stage, purpose), self.round, self.clients, count)
+    def uniform(self, purpose: str, count: int, begin: int = 0) -> Tensor:
+        """Uniform numbers in [0, 1) of each client, 24 bits each: [C, count] float32.
 
-    def signs(self, purpose: str, count: int) -> Tensor:
-        """Random signs of each client: [C, count] float32, -1 or 1."""
-        words = random.words(random.key(self.seed, self.stage, purpose), self.round, self.clients, -(-count // 64))
-        bits = np.unpackbits(words.astype("<u8").view(np.uint8), axis=1, count=count)
-        return torch.from_numpy(bits).to(torch.float32).mul_(2).sub_(1)
+        Args:
+            purpose: what they are for.
+            count: how many.
+            begin: the place of the first one, a multiple of 8; number `begin + j` is the same whatever `begin` is.
+        """
+        words = random.stretch(self._key(purpose), self.round, self.clients, -(-count // 2), begin // 2)
+        drawn = words.astype("<u8", copy=False).view("<u4")[:, :count] >> np.uint32(8)
+        return torch.from_numpy(drawn.view(np.int32)).to(torch.float32).mul_(2.0**-24)
+
+    def signs(self, purpose: str, count: int, begin: int = 0) -> Tensor:
+        """Random signs of each client, -1 or 1: [C, count] float32; `begin` as of `uniform`, a multiple of 256."""
+        words = random.stretch(self._key(purpose), self.round, self.clients, -(-count // 64), begin // 64)
+        bits = torch.from_numpy(words.astype("<u8", copy=False).view(np.uint8))
+        return unpack_values(bits, 1, count, torch.tensor([-1.0, 1.0]))
+
+    def _key(self, purpose: str) -> int:
+        return random.key(self.seed, self.stage, purpose)
+
+    def of(self, rows: slice) -> "Keys":
+        """Those of some of the tile's rows."""
+        return Keys(self.seed, self.stage, self.round, self.clients[rows], self.split)
 
     @property
     def common(self) -> "Keys":
@@ -77,8 +114,8 @@ def _as_long(length: int, split: int) -> tuple[int, int]:
     return length, split
 
 
-def _no_bytes(length: int, split: int, item: int) -> int:
-    return 0
+def _no_codes(length: int, split: int) -> Form:
+    return {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +136,7 @@ class Transform:
             as it is. The row holds the mean of the averaged part and the sum of the summed part.
         memory: (L) -> a client's memory at its first visit.
         size: (length, split) of what enters -> of the rows that leave.
-        bytes: (length, split, bytes of a number) of what enters -> bytes a client sends beside the rows that leave.
+        codes: (length, split) of what enters -> what a client sends beside the rows that leave.
         gives: "rows", or "codes" when only `decode_each` can read what leaves the stage.
         sums: whether the sum of what leaves the stage tells the sum of what entered it.
         unbiased: whether the decoded row has the row that entered as its expectation.
@@ -112,6 +149,8 @@ class Transform:
         randomness: "none"; "shared" when the server draws the same to decode; "private" when it need not.
         judge: (rows [C, L] as the server reads them, whether all that a client reports is finite [C]) -> why each is
             left out of the round, "" for none; None: the stage takes everybody's.
+        bind: (layout of the averaged parameters) -> the stage for it; None: it needs to know of none.
+        coder: what codes all that leaves the stages before it, byte by byte; None: it is a stage on rows.
     """
 
     spec: Spec
@@ -124,7 +163,7 @@ class Transform:
     settle: Callable[[Any, Tensor, float], tuple[Tensor, Any]] | None = None
     memory: Callable[[int], dict[str, Tensor]] = _no_memory
     size: Callable[[int, int], tuple[int, int]] = _as_long
-    bytes: Callable[[int, int, int], int] = _no_bytes
+    codes: Callable[[int, int], Form] = _no_codes
     gives: Literal["rows", "codes"] = "rows"
     sums: bool = True
     unbiased: bool = True
@@ -136,6 +175,8 @@ class Transform:
     fixed_size: bool = True
     randomness: Literal["none", "shared", "private"] = "none"
     judge: Callable[[Tensor, Tensor], Sequence[str]] | None = None
+    bind: "Callable[[Layout], Transform] | None" = None
+    coder: Coder | None = None
 
     @property
     def name(self) -> str:

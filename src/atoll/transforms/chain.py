@@ -10,8 +10,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from atoll.errors import CompositionError, invalid
-from atoll.transforms.base import Codes, Keys, Transform, Wire
+from atoll.transforms.base import Coder, Codes, Form, Keys, PayloadError, Transform, Wire
 from atoll.transforms.channel import Channel
+from atoll.tree import nbytes
+from atoll.vectors import Layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,7 @@ class Chain:
     def __post_init__(self) -> None:
         codec = feedback = on_rows = moving = None
         for stage in self.stages:
-            if codec is not None:
+            if codec is not None and (codec.coder is not None or stage.coder is None):
                 raise CompositionError(
                     f"{stage.name} cannot stand after {codec.name}: {codec.name} gives codes, {stage.name} needs rows. "
                     f"Put {stage.name} before {codec.name}."
@@ -63,6 +65,12 @@ class Chain:
                 raise CompositionError(
                     f"{stage.name} cannot stand after {moving.name}: in the next round {moving.name} puts other "
                     f"numbers where {stage.name} remembers them. Put {moving.name} inside {stage.name}, or leave it "
+                    "out."
+                )
+            if stage.bind is not None and moving is not None:
+                raise CompositionError(
+                    f"{stage.name} cannot stand after {moving.name}: {moving.name} puts other numbers where "
+                    f"{stage.name} looks for the model's matrices. Put {stage.name} before {moving.name}, or leave one "
                     "out."
                 )
             if stage.decode_sum is not None and stage.decode_each is None and on_rows is not None:
@@ -115,12 +123,27 @@ class Chain:
             found.append(stage.size(*found[-1]))
         return found
 
-    def bytes(self, length: int, split: int, item: int) -> int:
-        """Bytes of the encoded row of a client, when a number of the model has `item` bytes."""
-        sizes = self.sizes(length, split)
-        total = sum(s.bytes(*size, item) for s, size in zip(self.stages, sizes, strict=False))
-        coded = bool(self.stages) and self.stages[-1].gives == "codes"
-        return total if coded else total + sizes[-1][0] * item
+    def bind(self, layout: Layout) -> "Chain":
+        """The same chain for a layout of the averaged parameters, which stages may ask for."""
+        return Chain(tuple(s if s.bind is None else s.bind(layout) for s in self.stages), self.channel)
+
+    @property
+    def coder(self) -> Coder | None:
+        """What codes everything at the end, if anything does."""
+        return self.stages[-1].coder if self.stages else None
+
+    def form(self, length: int, split: int, dtype: torch.dtype) -> Form:
+        """What a client's encoded row is made of, before bytes are coded, when numbers of the model have this type."""
+        sizes, found = self.sizes(length, split), dict[str, tuple[torch.dtype, int]]()
+        for i, (stage, size) in enumerate(zip(self.stages, sizes, strict=False)):
+            found |= {f"{i}/{n}": part for n, part in stage.codes(*size).items()}
+        if all(stage.gives == "rows" for stage in self.stages if stage.coder is None):
+            found["rows"] = (dtype, sizes[-1][0])
+        return found
+
+    def bytes(self, length: int, split: int, dtype: torch.dtype) -> int:
+        """Bytes of the encoded row of a client, before bytes are coded."""
+        return sum(kind.itemsize * count for kind, count in self.form(length, split, dtype).values())
 
     def init(self, length: int, split: int) -> tuple[Any, ...]:
         """Server state of every stage for rows of this length."""
@@ -154,6 +177,8 @@ class Chain:
         last: Tensor | None = rows
         codes, renewed = dict[str, Tensor](), dict[str, Tensor]()
         for i, (stage, own_keys) in enumerate(zip(self.stages, self._keys(rows.shape[1], keys), strict=True)):
+            if stage.coder is not None:
+                continue
             wire, own = stage.encode(last, _own(memory, i), shared[i], own_keys)
             if isinstance(wire, Tensor):
                 last = wire
@@ -161,13 +186,37 @@ class Chain:
                 last = wire.get("rows")
                 codes |= {f"{i}/{n}": t for n, t in wire.items() if n != "rows"}
             renewed |= {f"{i}/{n}": t for n, t in own.items()}
-        if last is None:
-            return codes, renewed
-        return ({**codes, "rows": last} if codes else last), renewed
+        if last is not None:
+            codes["rows"] = last
+        if self.coder is not None:
+            return coded(codes, self.coder), renewed
+        return (last if last is not None and len(codes) == 1 else codes), renewed
+
+    def opened(self, wire: Wire, length: int, split: int, dtype: torch.dtype) -> Codes:
+        """The codes of a tile's clients, in the form of this chain; rows are called "rows".
+
+        Raises:
+            PayloadError: they are damaged, or were made for another layout.
+        """
+        form = self.form(length, split, dtype)
+        codes: Codes = {"rows": wire} if isinstance(wire, Tensor) else wire
+        if self.coder is not None:
+            codes = expanded(codes, form, self.coder)
+        if codes.keys() != form.keys():
+            odd = ", ".join(sorted(codes.keys() ^ form.keys()))
+            raise PayloadError(f"the payload is for other stages: {odd} is missing, or was not asked for.")
+        for name, (kind, count) in form.items():
+            found = codes[name]
+            if found.ndim != 2 or found.shape[1] != count or found.dtype != kind:
+                raise PayloadError(
+                    f"the payload is for another layout: {name} has {tuple(found.shape[1:])} numbers of {found.dtype}, "
+                    f"expected {count} of {kind}."
+                )
+        return codes
 
     def decode_each(self, wire: Wire, shared: Sequence[Any], length: int, keys: Keys, dtype: torch.dtype) -> Tensor:
         """Server halves on clients' rows, in reverse, down to the last stage that is undone on the sum."""
-        codes: Codes = {"rows": wire} if isinstance(wire, Tensor) else wire
+        codes = self.opened(wire, length, _split(length, keys), dtype)
         rows, sizes, own_keys = codes.get("rows"), self.sizes(length, _split(length, keys)), self._keys(length, keys)
         for i in reversed(range(self._summed, len(self.stages))):
             decode = self.stages[i].decode_each
@@ -197,8 +246,15 @@ class Chain:
 
     def decode_sum(self, total: Tensor, shared: Sequence[Any], length: int, keys: Keys) -> Tensor:
         """Server halves on the combined row, in reverse: [length]. Those that were undone on each row are left out."""
+        last = len(self.stages) if self.channel.sums_only else self._summed
+        return self.undo_sum(total, shared, length, keys, last)
+
+    def undo_sum(
+        self, total: Tensor, shared: Sequence[Any], length: int, keys: Keys, last: int | None = None
+    ) -> Tensor:
+        """Server halves of the stages up to the last, on a sum that no stage of them was undone on."""
         own_keys, sizes = self._keys(length, keys), self.sizes(length, _split(length, keys))
-        for i in reversed(range(len(self.stages) if self.channel.sums_only else self._summed)):
+        for i in reversed(range(len(self.stages) if last is None else last)):
             decode = self.stages[i].decode_sum
             if decode is not None:
                 total = decode(total, shared[i], sizes[i][0], own_keys[i])
@@ -215,6 +271,67 @@ class Chain:
         return [
             Keys(keys.seed, f"{keys.stage}/{i}", keys.round, keys.clients, sizes[i][1]) for i in range(len(self.stages))
         ]
+
+
+HEADER = 4
+"""Bytes of a coded payload that tell the length of what follows; what stands behind that fills up a tile."""
+
+
+def coded(codes: Codes, coder: Coder) -> Codes:
+    """All codes of each client as one payload [C, longest], uint8; the bytes of a number's place lie side by side."""
+    payloads = list[bytes]()
+    for i in range(len(next(iter(codes.values())))):
+        raw = [codes[n][i].detach().cpu().contiguous().view(torch.uint8) for n in sorted(codes)]
+        widths = [codes[n].element_size() for n in sorted(codes)]
+        planes = [t.view(-1, w).T.contiguous().numpy().tobytes() for t, w in zip(raw, widths, strict=True)]
+        packed = coder.compress(b"".join(planes))
+        payloads.append(len(packed).to_bytes(HEADER, "little") + packed)
+    longest = max((len(p) for p in payloads), default=0)
+    filled = b"".join(p.ljust(longest, b"\0") for p in payloads)
+    return {"payload": _bytes(filled).view(len(payloads), longest)}
+
+
+def expanded(codes: Codes, form: Form, coder: Coder) -> Codes:
+    """Undo `coded`.
+
+    Raises:
+        PayloadError: a payload that does not hold exactly such codes.
+    """
+    if set(codes) != {"payload"} or codes["payload"].dtype != torch.uint8 or codes["payload"].ndim != 2:
+        raise PayloadError("the payload is for other stages: expected coded bytes.")
+    names = sorted(form)
+    sizes = [form[n][0].itemsize * form[n][1] for n in names]
+    clients = list[Tensor]()
+    for row in codes["payload"].cpu().numpy():
+        content = row.tobytes()
+        length = int.from_bytes(content[:HEADER], "little")
+        if len(content) < HEADER + length:
+            raise PayloadError(f"the payload was cut off: {length} bytes were announced, {len(content) - HEADER} came.")
+        raw = coder.expand(content[HEADER : HEADER + length], sum(sizes))
+        clients.append(_bytes(raw))
+    rows = torch.stack(clients)
+    found, at = dict[str, Tensor](), 0
+    for name, size in zip(names, sizes, strict=True):
+        kind, count = form[name]
+        planes = rows[:, at : at + size].reshape(len(rows), kind.itemsize, count)
+        numbers = torch.empty(len(rows), count, dtype=kind)
+        if size:
+            numbers.view(torch.uint8).view(len(rows), count, kind.itemsize)[:] = planes.transpose(1, 2)
+        found[name] = numbers
+        at += size
+    return found
+
+
+def _bytes(raw: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(raw), dtype=torch.uint8) if raw else torch.empty(0, dtype=torch.uint8)
+
+
+def sent(wire: Wire) -> int:
+    """Bytes that the clients of a tile send: what fills up their coded payloads is not sent."""
+    if not isinstance(wire, Tensor) and set(wire) == {"payload"}:
+        heads = wire["payload"][:, :HEADER].cpu().numpy()
+        return sum(HEADER + int.from_bytes(head.tobytes(), "little") for head in heads)
+    return nbytes(wire)
 
 
 def _split(length: int, keys: Keys) -> int:

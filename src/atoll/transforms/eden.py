@@ -21,7 +21,7 @@ from torch import Tensor
 from atoll.errors import invalid
 from atoll.spec import record
 from atoll.transforms.base import Codes, Keys, Transform
-from atoll.transforms.packing import pack, packed_bytes, unpack
+from atoll.transforms.packing import PIECE, pack, packed_bytes, unpack_values
 from atoll.transforms.rotate import BLOCK, hadamard
 
 LEAST = 256
@@ -39,50 +39,56 @@ def eden(bits: int) -> Transform:
 
     def encode(rows: Tensor, memory: dict[str, Tensor], shared: None, keys: Keys) -> tuple[Codes, dict[str, Tensor]]:
         length = rows.shape[1]
-        signs, levels, edges = _signs(keys, length, rows), *_quantizer(bits, rows)
-        codes = torch.empty(len(rows), padded(length), dtype=torch.uint8, device=rows.device)
+        levels, edges = _quantizer(bits, rows)
+        packed = torch.empty(len(rows), packed_bytes(padded(length), bits), dtype=torch.uint8, device=rows.device)
         scales = torch.empty(len(rows), len(_sizes(length)), device=rows.device)
         # One client at a time: the bits of a product may depend on how many rows it has.
         for i, row in enumerate(rows):
-            peak = row.abs().amax() if length else row.new_zeros(())
-            unit = torch.where(peak > 0, peak, 1.0)  # squares must neither overflow nor vanish
-            full = torch.nn.functional.pad(row / unit, (0, padded(length) - length))
-            at = 0
+            low, high = row.aminmax() if length else (row.new_zeros(()),) * 2
+            # Squares must neither overflow nor vanish; a power of two changes no digit.
+            unit = 2.0 ** int(torch.frexp(torch.maximum(high, -low)).exponent.clamp(-120, 120))
+            own, at = keys.of(slice(i, i + 1)), 0
             for begin, end, size in _stretches(length):
-                x = full[begin:end].view(-1, size)
-                first, second = (s[i, begin:end].view(-1, size) for s in signs)
-                z = hadamard(hadamard(x * first) * second)
-                squared = z.square().sum(dim=1, keepdim=True)
-                spread = (squared / size).sqrt()
-                code = torch.bucketize(z / torch.where(spread > 0, spread, 1.0), edges)
-                along = (z * levels[code]).sum(dim=1, keepdim=True)
+                first, second = _signs(own, begin, end, size, row)
+                x = torch.nn.functional.pad(row[begin:end], (0, end - length)) if end > length else row[begin:end]
+                z = hadamard(hadamard(first.mul_(x.view(-1, size)), 1 / unit).mul_(second))
+                norm = torch.linalg.vector_norm(z, dim=1, keepdim=True)
+                squared = norm.square()
+                if bits == 1:  # the levels are one number and its negative
+                    code = (z > 0).view(torch.uint8)
+                    along = torch.linalg.vector_norm(z, 1, dim=1, keepdim=True) * levels[1]
+                else:
+                    code = torch.bucketize(z * torch.where(norm > 0, size**0.5 / norm, 1.0), edges, out_int32=True)
+                    along = (z * levels.index_select(0, code.view(-1)).view_as(z)).sum(dim=1, keepdim=True)
                 scale = torch.where(along > 0, squared / torch.where(along > 0, along, 1.0), 0.0)
-                codes[i, begin:end] = code.view(-1).to(torch.uint8)
-                scales[i, at : at + len(x)] = (scale[:, 0] * unit).float()
-                at += len(x)
-        return {"codes": pack(codes, bits), "scales": scales}, memory
+                packed[i, begin * bits // 8 : end * bits // 8] = pack(code.view(1, -1), bits)
+                scales[i, at : at + len(z)] = (scale[:, 0] * unit).float()
+                at += len(z)
+        return {"codes": packed, "scales": scales}, memory
 
     def decode(codes: Codes, shared: None, length: int, keys: Keys) -> Tensor:
         scales = codes["scales"]
         levels, _ = _quantizer(bits, scales)
-        values = levels[unpack(codes["codes"], bits, padded(length))]
-        signs = _signs(keys, length, scales)
-        out = torch.empty_like(values)
-        for i, row in enumerate(values):
-            at = 0
+        out = scales.new_empty(len(scales), length)
+        for i, made in enumerate(out):
+            own, at = keys.of(slice(i, i + 1)), 0
             for begin, end, size in _stretches(length):
-                q = row[begin:end].view(-1, size)
-                first, second = (s[i, begin:end].view(-1, size) for s in signs)
-                back = hadamard(hadamard(q) * second) * first
-                out[i, begin:end] = (back * scales[i, at : at + len(q), None]).view(-1)
+                piece = codes["codes"][i : i + 1, begin * bits // 8 : end * bits // 8]
+                q = unpack_values(piece, bits, end - begin, levels).view(-1, size)
+                first, second = _signs(own, begin, end, size, q)
+                back = hadamard(hadamard(q).mul_(second)).mul_(first).mul_(scales[i, at : at + len(q), None])
+                made[begin:end] = back.view(-1)[: length - begin]
                 at += len(q)
-        return out[:, :length]
+        return out
 
     return Transform(
         record("eden", bits=bits),
         encode,
         decode_each=decode,
-        bytes=lambda length, split, item: packed_bytes(padded(length), bits) + 4 * len(_sizes(length)),
+        codes=lambda length, split: {
+            "codes": (torch.uint8, packed_bytes(padded(length), bits)),
+            "scales": (torch.float32, len(_sizes(length))),
+        },
         gives="codes",
         sums=False,
         bound=lambda before: None,
@@ -102,13 +108,15 @@ def _sizes(length: int) -> list[int]:
 
 
 def _stretches(length: int) -> list[tuple[int, int, int]]:
+    """Stretches (begin, end, size of a block) of about `PIECE` numbers; the last may reach beyond the length."""
     whole = length // BLOCK * BLOCK
-    found = [(0, whole, BLOCK)] if whole else []
+    found = [(at, min(whole, at + PIECE), BLOCK) for at in range(0, whole, PIECE)]
     return found + [(whole, whole + size, size) for size in _sizes(length)[length // BLOCK :]]
 
 
-def _signs(keys: Keys, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    return keys.signs("first", padded(length)).to(like), keys.signs("second", padded(length)).to(like)
+def _signs(keys: Keys, begin: int, end: int, size: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    first, second = (keys.signs(which, end - begin, begin).view(-1, size).to(like) for which in ("first", "second"))
+    return first, second
 
 
 def _quantizer(bits: int, like: Tensor) -> tuple[Tensor, Tensor]:

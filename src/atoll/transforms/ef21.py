@@ -9,14 +9,21 @@ clients' g_i, also of those that stay away, which begin at nought. g_i [L] is th
 server's.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from atoll.spec import record
 from atoll.transforms.base import Codes, Keys, Transform
-from atoll.transforms.error_feedback import compressor, stage_around
+from atoll.transforms.error_feedback import bound_by, compressor, stage_around
+
+
+class Known(NamedTuple):
+    """What the server of EF21 keeps: the mean of what clients are known by, [L] float64, and the stages' own."""
+
+    mean: Tensor
+    stages: tuple[Any, ...]
 
 
 def ef21(*stages: Transform) -> Transform:
@@ -32,23 +39,25 @@ def ef21(*stages: Transform) -> Transform:
     Raises:
         CompositionError: stages that do not fit, or one whose error may be longer than the row.
     """
-    inner, nothing = compressor("ef21", stages), (None,) * len(stages)
+    inner = compressor("ef21", stages)
 
     def encode(rows: Tensor, memory: dict[str, Tensor], shared: Any, keys: Keys) -> tuple[Codes, dict[str, Tensor]]:
-        wire, _ = inner.encode(rows - memory["known"], {}, nothing, keys)
-        known = memory["known"] + inner.decode_each(wire, nothing, rows.shape[1], keys, rows.dtype)
+        wire, _ = inner.encode(rows - memory["known"], {}, shared, keys)
+        known = memory["known"] + inner.decode_each(wire, shared, rows.shape[1], keys, rows.dtype)
         return ({"rows": wire} if isinstance(wire, Tensor) else wire), {"known": known}
 
-    def settle(known: Tensor, row: Tensor, share: float) -> tuple[Tensor, Tensor]:
-        now = known + share * row.double()
-        return now.to(row.dtype), now
+    def settle(known: Known, row: Tensor, share: float) -> tuple[Tensor, Known]:
+        now = known.mean + share * row.double()
+        return now.to(row.dtype), known._replace(mean=now)
 
     return stage_around(
         inner,
         record("ef21", stages=list(stages)),
         encode,
         "known",
-        init=lambda length: torch.zeros(length, dtype=torch.float64),
-        share=lambda state: None,
+        init=lambda length: Known(torch.zeros(length, dtype=torch.float64), inner.init(length, length)),
+        share=lambda known: inner.share(known.stages),
+        update=lambda known, aggregate: known._replace(stages=inner.update(known.stages, aggregate)),
+        bind=bound_by(ef21, stages),
         settle=settle,
     )

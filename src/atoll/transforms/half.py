@@ -42,7 +42,7 @@ def half(dtype: Literal["float16", "bfloat16"] = "float16") -> Transform:
         record("half", dtype=dtype),
         encode,
         decode_each=decode,
-        bytes=lambda length, split, item: 2 * length + 4,
+        codes=lambda length, split: {"rounded": (_DTYPES[dtype], length), "scale": (torch.float32, 1)},
         gives="codes",
         sums=False,
         unbiased=False,

@@ -11,7 +11,9 @@ from torch import Tensor
 from atoll.errors import invalid
 from atoll.spec import record
 from atoll.transforms.base import Codes, Keys, Transform
-from atoll.transforms.packing import pack, packed_bytes, unpack
+from atoll.transforms.packing import pack, packed_bytes, pieces, unpack_values
+
+_CODES = {False: torch.uint8, True: torch.int32}
 
 
 def quantize(bits: int) -> Transform:
@@ -39,20 +41,25 @@ def quantize(bits: int) -> Transform:
         # Half precision has too few digits for a place between two levels.
         wide = torch.promote_types(rows.dtype, torch.float64 if bits > 12 else torch.float32)
         unit = torch.where(scale > 0, scale, 1.0).to(wide)
-        position = (rows.to(wide) / unit + 1) * (levels / 2)
-        draw = keys.uniform("round", rows.shape[1]).to(rows.device)
-        codes = torch.floor(position + draw).clamp(0, levels).to(torch.int64)
-        return {"codes": pack(codes, bits), "scale": scale}, memory
+        packed = rows.new_empty(len(rows), packed_bytes(rows.shape[1], bits), dtype=torch.uint8)
+        for own, begin, end in pieces(*rows.shape):
+            position = rows[own, begin:end].to(wide, copy=True).div_(unit[own]).add_(1).mul_(levels / 2)
+            draw = keys.of(own).uniform("round", end - begin, begin)
+            position.add_(draw.to(rows.device)).clamp_(0, levels)
+            # Whole numbers of bytes begin every piece, and what is cut off behind the point is rounded down.
+            packed[own, begin * bits // 8 : packed_bytes(end, bits)] = pack(position.to(_CODES[bits > 8]), bits)
+        return {"codes": packed, "scale": scale}, memory
 
     def decode(codes: Codes, shared: None, length: int, keys: Keys) -> Tensor:
-        position = unpack(codes["codes"], bits, length).to(torch.float64)
-        return (position * (2 / levels) - 1) * codes["scale"].double()
+        places = torch.arange(levels + 1, dtype=torch.float64, device=codes["codes"].device)
+        scale = codes["scale"].double()
+        return unpack_values(codes["codes"], bits, length, places.mul_(2 / levels).sub_(1)).mul_(scale)
 
     return Transform(
         record("quantize", bits=bits),
         encode,
         decode_each=decode,
-        bytes=lambda length, split, item: packed_bytes(length, bits) + 4,
+        codes=lambda length, split: {"codes": (torch.uint8, packed_bytes(length, bits)), "scale": (torch.float32, 1)},
         gives="codes",
         sums=False,
         contracts=bits >= 4,

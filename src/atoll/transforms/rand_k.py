@@ -9,6 +9,7 @@ the places itself: they cost no bytes, and rows still sum. Averaged and summed p
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from atoll import random
@@ -32,8 +33,8 @@ def rand_k(fraction: float) -> Transform:
         for name, begin, count in (("averaged", 0, split), ("summed", split, length - split)):
             kept = kept_of(count, fraction)
             purpose = random.key(draw.seed, draw.stage, "places", name)
-            order = random.permutations(purpose, draw.round, draw.clients, np.array([count]))[0]
-            found.append(torch.from_numpy(np.sort(order[:kept])) + begin)
+            found.append(torch.from_numpy(_chosen(random.stretch(purpose, draw.round, draw.clients, count)[0], kept)))
+            found[-1] += begin
             factors.append(torch.full((kept,), count / max(kept, 1), dtype=torch.float64))
         return torch.cat(found), torch.cat(factors)
 
@@ -66,3 +67,14 @@ def rand_k(fraction: float) -> Transform:
         bound=lambda before: None if before is None else before / fraction,
         randomness="shared",
     )
+
+
+def _chosen(words: NDArray[np.uint64], kept: int) -> NDArray[np.int64]:
+    """The places of the smallest words, in ascending order."""
+    # The place stands in the low bits: parting numbers is many times faster than asking for their order.
+    low = np.uint64((1 << max(1, (len(words) - 1).bit_length())) - 1)
+    words &= ~low
+    words |= np.arange(len(words), dtype=np.uint64)
+    if 0 < kept < len(words):
+        words = np.partition(words, kept - 1)
+    return np.sort(words[:kept] & low).view(np.int64)

@@ -7,12 +7,15 @@ estimation with limited communication". Signs are the same for everybody in a ro
 behind it has less to lose: the largest number of a block of n shrinks to about sqrt(2 log n / n) of the block's norm.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 from atoll.errors import invalid
 from atoll.spec import record
 from atoll.transforms.base import Codes, Keys, Transform
+from atoll.transforms.packing import PIECE
 
 BLOCK = 4096
 
@@ -33,10 +36,13 @@ def rotate(*, block: int = BLOCK) -> Transform:
         signs = keys.common.signs("rotation", length)[0].to(rows)
         out = torch.empty_like(rows)
         # One client at a time: the bits of a product may depend on how many rows it has.
-        for row, turned in zip(rows if back else rows * signs, out, strict=True):
+        for row, turned in zip(rows, out, strict=True):
             for begin, end, size in pieces(length, keys.split, block):
-                turned[begin:end] = hadamard(row[begin:end].view(-1, size)).view(-1)
-        return out * signs if back else out
+                for at in range(begin, end, max(PIECE, size)):
+                    to = min(end, at + max(PIECE, size))
+                    own = row[at:to] if back else row[at:to] * signs[at:to]
+                    turned[at:to] = hadamard(own.view(-1, size)).view(-1)
+        return out.mul_(signs) if back else out
 
     def encode(rows: Tensor, memory: dict[str, Tensor], shared: None, keys: Keys) -> tuple[Tensor, dict[str, Tensor]]:
         return turn(rows, keys, back=False), memory
@@ -76,21 +82,29 @@ def pieces(length: int, split: int | None, block: int) -> list[tuple[int, int, i
     return found
 
 
-def hadamard(rows: Tensor) -> Tensor:
-    """The orthonormal Walsh-Hadamard transform of each row [m, 2^k]; its own inverse.
+def hadamard(rows: Tensor, scale: float = 1.0) -> Tensor:
+    """The orthonormal Walsh-Hadamard transform of each row [m, 2^k], times a scale; without one its own inverse.
 
     The matrix is a Kronecker product of two small ones, so that two products do it.
     """
     count, size = rows.shape
     left = 1 << (size.bit_length() - 1) // 2
     right = size // left
-    turned = sylvester(left, rows) @ rows.reshape(count, left, right) @ sylvester(right, rows)
-    return turned.reshape(count, size) / size**0.5
+    # Batches of small products, which are twice as fast as one with a matrix that is long and thin.
+    halfway = torch.bmm(
+        rows.view(count, left, right), sylvester(right, rows).mul(scale / size**0.5).expand(count, -1, -1)
+    )
+    return torch.bmm(sylvester(left, rows).expand(count, -1, -1), halfway).view(count, size)
 
 
 def sylvester(size: int, like: Tensor) -> Tensor:
     """The Hadamard matrix [size, size] of ones and minus ones, Sylvester's construction."""
-    matrix = like.new_ones(1, 1)
+    return _sylvester(size, like.dtype, like.device)
+
+
+@lru_cache
+def _sylvester(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    matrix = torch.ones(1, 1, dtype=dtype, device=device)
     while len(matrix) < size:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
     return matrix

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from atoll.spec import record
 from atoll.transforms.base import Codes, Keys, Transform
-from atoll.transforms.packing import pack, packed_bytes, unpack
+from atoll.transforms.packing import pack, packed_bytes, unpack_values
 
 
 def sign() -> Transform:
@@ -24,13 +24,13 @@ def sign() -> Transform:
         return {"signs": pack(rows >= 0, 1), "scale": torch.stack(scale)[:, None].float()}, memory
 
     def decode(codes: Codes, shared: None, length: int, keys: Keys) -> Tensor:
-        return (unpack(codes["signs"], 1, length) * 2 - 1) * codes["scale"]
+        return unpack_values(codes["signs"], 1, length, codes["scale"].new_tensor([-1, 1])).mul_(codes["scale"])
 
     return Transform(
         record("sign"),
         encode,
         decode_each=decode,
-        bytes=lambda length, split, item: packed_bytes(length, 1) + 4,
+        codes=lambda length, split: {"signs": (torch.uint8, packed_bytes(length, 1)), "scale": (torch.float32, 1)},
         gives="codes",
         sums=False,
         unbiased=False,

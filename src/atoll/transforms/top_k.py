@@ -7,12 +7,13 @@ as a shorter row, and k places of ceil(log2 L) bits.
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from atoll.errors import invalid
 from atoll.spec import record
-from atoll.transforms.base import Codes, Keys, Transform
+from atoll.transforms.base import Codes, Keys, PayloadError, Transform
 from atoll.transforms.packing import pack, packed_bytes, unpack
 
 
@@ -29,17 +30,20 @@ def top_k(fraction: float) -> Transform:
     def encode(rows: Tensor, memory: dict[str, Tensor], shared: None, keys: Keys) -> tuple[Codes, dict[str, Tensor]]:
         length = rows.shape[1]
         kept = kept_of(length, fraction)
-        # What is not finite counts as largest: such a row is refused for it, not for what it does here.
-        size = rows.abs().nan_to_num(nan=torch.inf, posinf=torch.inf)
-        least = size.topk(kept, dim=1).values.amin(dim=1, keepdim=True) if kept else size.new_zeros(len(rows), 1)
-        above, equal = size > least, size == least
-        room = kept - above.sum(dim=1, keepdim=True)
-        chosen = above | (equal & (equal.cumsum(dim=1) <= room))
-        places = chosen.nonzero()[:, 1].reshape(len(rows), kept)
+        places = torch.empty(len(rows), kept, dtype=torch.int64, device=rows.device)
+        for row, chosen in zip(rows if kept else (), places, strict=False):
+            # What is not finite counts as largest: such a row is refused for it, not for what it does here.
+            size = row.to(torch.promote_types(row.dtype, torch.float32)).abs().nan_to_num_(torch.inf, torch.inf)
+            least = float(np.partition(size.cpu().numpy(), length - kept)[length - kept])
+            above, equal = (size > least).nonzero()[:, 0], (size == least).nonzero()[:, 0]
+            torch.cat((above, equal[: kept - len(above)]), out=chosen)
+        places = places.sort(dim=1).values
         return {"places": pack(places, place_bits(length)), "rows": rows.gather(1, places)}, memory
 
     def decode(codes: Codes, shared: None, length: int, keys: Keys) -> Tensor:
-        places = unpack(codes["places"], place_bits(length), kept_of(length, fraction))
+        places = unpack(codes["places"], place_bits(length), kept_of(length, fraction)).to(torch.int64)
+        if places.numel() and int(places.max()) >= length:
+            raise PayloadError(f"top_k: a place is beyond the row of {length} numbers: the payload is damaged.")
         return codes["rows"].new_zeros(len(places), length).scatter_(1, places, codes["rows"])
 
     def size(length: int, split: int) -> tuple[int, int]:
@@ -51,7 +55,9 @@ def top_k(fraction: float) -> Transform:
         encode,
         decode_each=decode,
         size=size,
-        bytes=lambda length, split, item: packed_bytes(kept_of(length, fraction), place_bits(length)),
+        codes=lambda length, split: {
+            "places": (torch.uint8, packed_bytes(kept_of(length, fraction), place_bits(length)))
+        },
         sums=False,
         unbiased=fraction == 1,
         aligned=False,
