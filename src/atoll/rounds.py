@@ -179,6 +179,8 @@ class Process:
                     f"{stage.name} cannot carry the summed part of {algorithm.name}: its server keeps a mean over all "
                     "clients, not this cohort's sum. Use error_feedback instead."
                 )
+        if algorithm.check is not None:
+            algorithm.check(model)
         self.private_names = algorithm.private(model) if algorithm.private is not None else frozenset[str]()
         self.selection: Selection = model.layout.without(self.private_names)
         self.kept = Selection(model.layout, tuple(n for n in model.layout.names if n in self.private_names))

@@ -47,6 +47,7 @@ class Algorithm:
             which clip or quantise a row as one vector are refused, and channels that cut every number alike.
         additive: the summed part is only right when it is added up: rules that choose among clients are refused.
         plans: the local training it will do, for checks before any work.
+        check: (Model) -> None, raising what the method cannot do with a model; None: it takes any.
     """
 
     spec: Spec
@@ -66,6 +67,7 @@ class Algorithm:
     scalars: bool = False
     additive: bool = False
     plans: tuple[Plan, ...] = ()
+    check: Callable[[Model], None] | None = None
 
     @property
     def name(self) -> str:
