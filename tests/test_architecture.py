@@ -17,7 +17,7 @@ LAYERS = (
     ("vectors", "losses", "rate", "analytics", "history"),
     ("local", "server", "sampling", "memory", "journal", "metrics", "messages"),
     ("model", "data", "report"),
-    ("partition", "datasets", "cohort"),
+    ("partition", "datasets", "cohort", "keras"),
     ("algorithms", "transforms", "aggregators", "evaluation"),
     ("engines", "attacks"),
     ("rounds",),

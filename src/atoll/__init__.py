@@ -47,6 +47,7 @@ _NAMES = {
     "fedsgd": "algorithms",
     "fedyogi": "algorithms",
     "fine_tune": "algorithms",
+    "from_keras": "keras",
     "ifca": "algorithms",
     "lg_fedavg": "algorithms",
     "local_only": "algorithms",
@@ -111,6 +112,7 @@ if TYPE_CHECKING:
     from atoll.evaluation import evaluate
     from atoll.experiment import Experiment
     from atoll.history import Record
+    from atoll.keras import from_keras
     from atoll.local import local_sgd
     from atoll.model import Model
     from atoll.result import Result
@@ -148,6 +150,7 @@ __all__ = [
     "fedsgd",
     "fedyogi",
     "fine_tune",
+    "from_keras",
     "ifca",
     "lg_fedavg",
     "local_only",
