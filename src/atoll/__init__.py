@@ -17,7 +17,9 @@ _MODULES = (
     "partition",
     "rate",
     "sampling",
+    "schedule",
     "server",
+    "space",
     "transforms",
 )
 _NAMES = {
@@ -30,6 +32,7 @@ _NAMES = {
     "apfl": "algorithms",
     "cyclic": "algorithms",
     "ditto": "algorithms",
+    "early_stopping": "stopping",
     "evaluate": "evaluation",
     "fedadagrad": "algorithms",
     "fedadam": "algorithms",
@@ -61,6 +64,7 @@ _NAMES = {
     "scaffold": "algorithms",
     "simulate": "simulation",
     "table": "data.table",
+    "tune": "tuning",
 }
 
 if TYPE_CHECKING:
@@ -74,7 +78,9 @@ if TYPE_CHECKING:
         partition,
         rate,
         sampling,
+        schedule,
         server,
+        space,
         transforms,
     )
     from atoll.algorithms import (
@@ -118,6 +124,8 @@ if TYPE_CHECKING:
     from atoll.result import Result
     from atoll.rounds import Process, process
     from atoll.simulation import simulate
+    from atoll.stopping import early_stopping
+    from atoll.tuning import tune
 
 __all__ = [
     "Experiment",
@@ -132,6 +140,7 @@ __all__ = [
     "cyclic",
     "datasets",
     "ditto",
+    "early_stopping",
     "errors",
     "evaluate",
     "fedadagrad",
@@ -167,10 +176,13 @@ __all__ = [
     "rate",
     "sampling",
     "scaffold",
+    "schedule",
     "server",
     "simulate",
+    "space",
     "table",
     "transforms",
+    "tune",
 ]
 
 

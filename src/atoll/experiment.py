@@ -17,7 +17,9 @@ from atoll.errors import InvalidArgument, invalid, unknown
 from atoll.model import Model
 from atoll.result import Result
 from atoll.sampling import Sampler
+from atoll.schedule import Schedule
 from atoll.simulation import simulate
+from atoll.stopping import EarlyStopping
 from atoll.transforms import Channel, Transform
 
 if TYPE_CHECKING:
@@ -41,9 +43,11 @@ class Experiment:
     transforms: Sequence[Transform] = ()
     channel: str | Channel = "plain"
     aggregator: Aggregator | None = None
+    schedule: Schedule | None = None
     initial: Tensor | None = None
     evaluate_every: int = 1
     splits: Sequence[str] | None = None
+    stop: EarlyStopping | None = None
     seed: int = 0
     title: str = ""
     source: str | Path | None = field(default=None)

@@ -17,7 +17,8 @@ class Record:
         clients: clients whose updates were aggregated.
         train: "loss" over the examples of local training (nan for an empty cohort); other metrics of the new global
             model on the training examples where they were asked for.
-        validation: metrics of the global model over all validation examples; empty when not evaluated.
+        validation: metrics of the global model over all validation examples, or of what a rule for stopping looks at;
+            empty when not evaluated.
         test: metrics of the global model over all test examples; empty when not evaluated.
         spread: each test metric over clients: mean, weighted, worst_decile, std, undefined.
         personal: metrics of the clients' personal models over all test examples; empty without personalisation.
@@ -25,7 +26,8 @@ class Record:
         holdout: metrics of the global model on the examples that are no client's.
         bytes_up: bytes all clients sent, tensors and scalars.
         bytes_down: bytes all clients received.
-        seconds: by phase ("train", "evaluate", "save").
+        seconds: by phase ("train", "evaluate", "save"); "simulated": the length of a round under a schedule, or the clock
+            of an asynchronous run.
         epsilon: privacy spent so far; None without differential privacy.
         notes: what a reader should know, such as why a metric is undefined.
         refused: clients whose updates had no part in the round: "reason", and where they are known the "norm" of the

@@ -545,17 +545,27 @@ class Process:
                 for partial in self.engine.run(self, task, drawn, state.memory):
                     collector.add(partial)
                     del partial  # large models: nothing is held that the next step does not need
-            collected = collector.finish(expected)
-            refusals = len(collector.left_out)
-            closed = self.close(state, task, collected)
-            if collected.count and not bool(_finite(self.algorithm.model(closed.algorithm)[None])):
-                raise NonFiniteError(
-                    f"round {task.round + 1}: the server's step made the model non-finite although every update was "
-                    "finite. Lower the server's lr, or raise its tau."
-                )
+            return self.finish(state, task, collector, expected)
         except BaseException:
             state.memory.discard()
             raise
+
+    def finish(
+        self, state: State, task: Task, collector: "Collector", expected: float | None = None
+    ) -> tuple[State, dict[str, Any]]:
+        """The end of a round whose updates are in: the state after it and its sums, as of `next`.
+
+        Raises:
+            NonFiniteError: the server's step left the finite numbers; nothing was committed.
+        """
+        collected = collector.finish(expected)
+        refusals = len(collector.left_out)
+        closed = self.close(state, task, collected)
+        if collected.count and not bool(_finite(self.algorithm.model(closed.algorithm)[None])):
+            raise NonFiniteError(
+                f"round {task.round + 1}: the server's step made the model non-finite although every update was "
+                "finite. Lower the server's lr, or raise its tau."
+            )
         state.memory.withdraw(collector.left_out)
         state.memory.commit()
         closed = replace(closed, memory_version=state.memory.version)
@@ -564,7 +574,7 @@ class Process:
             "examples": collected.examples,
             "clients": float(collected.count),
             "bytes_up": float(collected.bytes_up),
-            "bytes_down": float(len(clients) * self.bytes_down(task)),
+            "bytes_down": float(len(task.clients) * self.bytes_down(task)),
             "saturated": float(collected.saturated),
             "refused": collected.refused,
             "refusals": float(refusals),
