@@ -24,7 +24,7 @@ LAYERS = (
     ("asynchronous", "result", "net"),
     ("simulation",),
     ("experiment",),
-    ("study", "tuning", "bench"),
+    ("study", "tuning", "bench", "conformance"),
     ("cli",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 _MODULES = (
     "aggregators",
     "attacks",
+    "conformance",
     "datasets",
     "errors",
     "losses",
@@ -71,6 +72,7 @@ if TYPE_CHECKING:
     from atoll import (
         aggregators,
         attacks,
+        conformance,
         datasets,
         errors,
         losses,
@@ -137,6 +139,7 @@ __all__ = [
     "aggregators",
     "apfl",
     "attacks",
+    "conformance",
     "cyclic",
     "datasets",
     "ditto",

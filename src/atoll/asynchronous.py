@@ -27,8 +27,8 @@ class _Work:
 class Asynchronous:
     """A simulation's clients at work and its buffer, between two steps.
 
-    An update is computed when it is taken in, from the task its client was given: the same as if it had been computed at
-    once. Tasks are kept as long as somebody works on them, so that memory grows with the number of models at work.
+    An update is computed when it is taken in, from the task its client was given: the same as if it had been computed
+    at once. Tasks are kept as long as somebody works on them, so that memory grows with the number of models at work.
 
     Args:
         process: what is run.
@@ -131,13 +131,13 @@ def check(process: Process) -> None:
         )
     if process.chain.stages:
         raise CompositionError(
-            f"{process.chain.stages[0].name} cannot run asynchronously: its server half belongs to one round's updates. "
-            f"For buffered training {way} no transforms."
+            f"{process.chain.stages[0].name} cannot run asynchronously: its server half belongs to one round's "
+            f"updates. For buffered training {way} no transforms."
         )
     if process.chain.channel.sums_only:
         raise CompositionError(
-            f"the channel {process.chain.channel.name} cannot run asynchronously: it adds up one round's updates, which "
-            f'leaves no weight to stale ones. For buffered training {way} channel="plain".'
+            f"the channel {process.chain.channel.name} cannot run asynchronously: it adds up one round's updates, "
+            f'which leaves no weight to stale ones. For buffered training {way} channel="plain".'
         )
     if process.aggregator.rule is not None:
         raise CompositionError(

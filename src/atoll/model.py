@@ -259,8 +259,12 @@ class Model:
                 'this model names no features: build it with Model(..., features="name.of.submodule").'
             )
         seen: list[object] = []
+
+        def see(_module: nn.Module, _inputs: Any, out: object) -> None:
+            seen.append(out.clone() if isinstance(out, Tensor) else out)  # the next layer may change it in place
+
         part = self.caller(train=train).get_submodule(f"module.{self.features_name}")
-        handle = part.register_forward_hook(lambda _module, _inputs, out: seen.append(out))
+        handle = part.register_forward_hook(see)
         try:
             output = self.call(parameters, buffers, batch, train=train)
         finally:

@@ -182,9 +182,9 @@ def buffered(
 
         x <- x + server( sum_i w_i s(tau_i) D_i / sum_i w_i ),    s(tau) = (1 + tau)^-staleness
 
-    The paper's weights are equal (`aggregators.mean(weights="uniform")`) and its s is 1 / sqrt(1 + tau). A client at work
-    or in the buffer is not asked again. Clients that finish at the same time are all taken before anybody is asked, so
-    that with size = concurrency and equal durations this is synchronous training.
+    The paper's weights are equal (`aggregators.mean(weights="uniform")`) and its s is 1 / sqrt(1 + tau). A client at
+    work or in the buffer is not asked again. Clients that finish at the same time are all taken before anybody is
+    asked, so that with size = concurrency and equal durations this is synchronous training.
 
     Args:
         size: updates a step is made of, K; at most the number of clients.

@@ -317,8 +317,8 @@ class _Run:
             **found,
             bytes_up=int(metrics["bytes_up"]),
             bytes_down=int(metrics["bytes_down"]),
-            seconds={"train": trained - began, "evaluate": time.perf_counter() - trained}
-            | ({} if length is None else {"simulated": length}),
+            seconds={"train": trained - began, "evaluate": time.perf_counter() - trained},
+            simulated=length,
             notes=notes,
             refused={name: dict(told) for name, told in metrics["refused"].items()},
             refusals=int(metrics["refusals"]),

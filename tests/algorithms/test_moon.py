@@ -116,6 +116,10 @@ def hidden() -> nn.Module:
 INSIDE = {
     "an activation": replace(MODELS["perceptron"], options={"features": "act"}),
     "a block of layers": Kind(nested, options={"features": "body"}),
+    "changed in place above": Kind(
+        lambda: stack(body=nn.Linear(4, 5), act=nn.ReLU(inplace=True), head=nn.Linear(5, 3)),
+        options={"features": "body"},
+    ),
     "channels": replace(MODELS["convolution"], options={"features": "act"}),
     "under dropout": replace(MODELS["dropout"], options={"features": "drop"}),
     "statistics": replace(MODELS["batch norm, mean"], options={"features": "act"}),
