@@ -1,4 +1,4 @@
-"""FLamby's Fed-Heart-Disease table: logistic regression over four hospitals, by ten ways of training.
+"""FLamby's Fed-Heart-Disease table: logistic regression over four hospitals, by twelve ways of training.
 
 Source: Ogier du Terrail et al. 2022, "FLamby: datasets and benchmarks for cross-silo federated learning in realistic
 healthcare settings"; the results of its five seeds are in `published/flamby_heart.json`.
@@ -146,6 +146,8 @@ def train(hearts: Hearts, seed: int, *, rounds: int, epochs: int) -> Vectors:
     vectors |= {f"local {i}": alone.personal(hospital) for i, hospital in enumerate(HOSPITALS)}
     federated = {
         "fedavg": atoll.fedavg(sgd(0.001)),
+        "fedprox": atoll.fedprox(sgd(0.001), mu=0.01),
+        "scaffold": atoll.scaffold(sgd(0.001)),
         "fedadam": atoll.fedadam(sgd(0.01), lr=0.01, betas=betas, tau=tau),
         "fedyogi": atoll.fedyogi(sgd(0.003162), lr=0.01, betas=betas, tau=tau),
         "fedadagrad": atoll.fedadagrad(sgd(0.003162), lr=0.316228, beta1=betas[0], tau=tau),
@@ -182,6 +184,24 @@ def published() -> dict[str, list[list[float]]]:
     }
 
 
+def published_means() -> dict[str, tuple[list[float], list[float]]]:
+    """Means and standard deviations of each method over FLamby's seeds, [columns] each.
+
+    Of fedprox and scaffold the means alone are at hand; the deviations of fedavg, whose rows theirs are to within a
+    hundredth, stand for theirs.
+    """
+    found = {
+        name: (
+            [statistics.mean(c) for c in zip(*table, strict=True)],
+            [statistics.pstdev(c) for c in zip(*table, strict=True)],
+        )
+        for name, table in published().items()
+    }
+    for name, means in json.loads(PUBLISHED.read_text())["means"].items():
+        found[name] = (means, found["fedavg"][1])
+    return found
+
+
 def verdict_on(method: str, within: bool) -> str:
     """What the table says of a cell."""
     if method == "cyclic":
@@ -201,13 +221,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, values in accuracies(hearts, vectors).items():
             ours.setdefault(name, []).append(values)
         print(f"seed {seed} done", file=sys.stderr)
-    theirs = published()
+    theirs, summaries = published(), published_means()
     rows, cells = list[list[str]](), list[dict[str, object]]()
     for name, values in ours.items():
-        known = theirs["cyclic" if name == CYCLIC_AS_RUN else name]
+        means, deviations = summaries["cyclic" if name == CYCLIC_AS_RUN else name]
         for i, column in enumerate(COLUMNS):
-            mean, reference = (statistics.mean(v[i] for v in table) for table in (values, known))
-            spread, deviation = (statistics.pstdev([v[i] for v in table]) for table in (values, known))
+            mean, reference = statistics.mean(v[i] for v in values), means[i]
+            spread, deviation = statistics.pstdev([v[i] for v in values]), deviations[i]
             allowed = max(2 * deviation, TOLERANCE)
             within = abs(mean - reference) <= allowed
             cells.append(
@@ -244,7 +264,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             apart = [
                 abs(mine - known)
                 for name, table in ours.items()
-                if name != "cyclic"
+                if name == CYCLIC_AS_RUN or (name in theirs and name != "cyclic")
                 for ran, published_seed in zip(table, theirs["cyclic" if name == CYCLIC_AS_RUN else name], strict=True)
                 for mine, known in zip(ran, published_seed, strict=True)
             ]
@@ -260,8 +280,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "on all of them (pooled test). Patients for training and test: "
             + ", ".join(f"{kept}/{held}" for kept, held in sizes)
             + ". Logistic regression over 13 inputs, batches of 4. Federated methods and cyclic: 15 rounds of 100 "
-            "local steps of sgd; pooled and local: Adam, learning rate 0.001, 50 epochs. Local learning rates: fedavg "
-            "0.001, fedadam 0.01, fedyogi and fedadagrad 0.003162, cyclic 0.01; server: fedadam 0.01, fedyogi 0.01, "
+            "local steps of sgd; pooled and local: Adam, learning rate 0.001, 50 epochs. Local learning rates: fedavg, "
+            "fedprox (mu 0.01) and scaffold (option II) 0.001, fedadam 0.01, fedyogi and fedadagrad 0.003162, cyclic "
+            "0.01; server: fedadam 0.01, fedyogi 0.01, "
             "fedadagrad 0.316228, betas 0.9 and 0.999, tau 1e-8. Updates are weighted by examples. Nothing was tuned.",
             "Preprocessing is FLamby's: slope, ca and thal are dropped, then patients with a missing value; a "
             "cholesterol of 0 stays a number; cp and restecg become indicators without their first level; the split is "
@@ -269,7 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "patients; training and test of the pooled column are normalised by all of them.",
             f"Mean ± standard deviation over seeds {', '.join(map(str, seeds))} (published: 42 to 46). A cell is "
             "within when the means differ by no more than two published standard deviations or 0.02, whichever is "
-            "larger.",
+            "larger. Of fedprox and scaffold no deviations are at hand: fedavg's stand for theirs.",
         ],
         tables=[
             Table(

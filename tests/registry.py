@@ -16,6 +16,7 @@ from atoll.algorithms import (
     ditto,
     fedadagrad,
     fedadam,
+    fedala,
     fedavg,
     fedavgm,
     fedbabu,
@@ -32,6 +33,7 @@ from atoll.algorithms import (
     ifca,
     lg_fedavg,
     local_only,
+    moon,
     per_fedavg,
     pfedme,
     pooled,
@@ -131,6 +133,9 @@ ALGORITHMS: dict[str, Method] = {
     "pfedme": Method(lambda p: pfedme(p, lam=2.0, eta=0.1, inner=3), plain=True, averages=False),
     "per_fedavg": Method(lambda p: per_fedavg(p, alpha=0.1), plain=True, averages=False),
     "per_fedavg, first order": Method(lambda p: per_fedavg(p, alpha=0.1, first_order=True), plain=True, averages=False),
+    "moon": Method(lambda p: moon(p, mu=0.8, temperature=0.3)),
+    "fedala": Method(lambda p: fedala(p, eta=2.0, first=12, settled=0.01), averages=False),
+    "fedala, the head": Method(lambda p: fedala(p, adapt=("[hx]*",), sample=0.5, first=2), averages=False),
     "ifca": Method(lambda p: ifca(p, clusters=3), averages=False, several=True),
     "local_only": Method(local_only, averages=False),
     "pooled": Method(pooled),
@@ -433,7 +438,8 @@ class Kind:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(11)
             module = self.module().to(dtype)
-        return Model(module, self.loss, metrics, buffers=self.buffers, **self.options)
+        features = {"features": "head"} if any(n == "head" for n, _ in module.named_children()) else {}
+        return Model(module, self.loss, metrics, buffers=self.buffers, **{**features, **self.options})
 
     def data(self, sizes: tuple[int, ...], dtype: torch.dtype = torch.float64, seed: int = 0) -> FederatedDataset:
         """Clients c0, c1, ... with these numbers of random examples; each has a shift of its own."""

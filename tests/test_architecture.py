@@ -13,18 +13,18 @@ PACKAGE = Path(__file__).parent.parent / "src" / "atoll"
 # From the bottom up; a module may import what stands in a lower row or in its own package.
 LAYERS = (
     ("errors",),
-    ("spec", "random", "tree", "mapped"),
+    ("spec", "random", "tree", "mapped", "space"),
     ("vectors", "losses", "rate", "analytics", "history"),
-    ("local", "server", "sampling", "memory", "journal", "metrics", "messages"),
-    ("model", "data", "report"),
-    ("partition", "datasets", "cohort"),
+    ("local", "server", "sampling", "stopping", "memory", "journal", "metrics", "messages"),
+    ("schedule", "model", "data", "report"),
+    ("partition", "datasets", "cohort", "keras"),
     ("algorithms", "transforms", "aggregators", "evaluation"),
     ("engines", "attacks"),
     ("rounds",),
-    ("result", "net"),
+    ("asynchronous", "result", "net"),
     ("simulation",),
     ("experiment",),
-    ("study", "bench"),
+    ("study", "tuning", "bench", "conformance"),
     ("cli",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -46,7 +46,9 @@ def test_rates_by_round_and_step() -> None:
 
 def test_plain_means_plain_steps() -> None:
     assert local_sgd(0.1, schedule=rate.cosine(4)).plain
-    for options in ({"momentum": 0.1}, {"weight_decay": 0.1}, {"optimizer": "adam"}, {"optimizer": "adamw"}):
+    for options in (
+        {"momentum": 0.1}, {"weight_decay": 0.1}, {"clip": 0.1}, {"optimizer": "adam"}, {"optimizer": "adamw"}
+    ):  # fmt: skip
         assert not local_sgd(0.1, **options).plain  # type: ignore[arg-type]
 
 
@@ -76,6 +78,9 @@ def test_plain_means_plain_steps() -> None:
         ({"schedule": 0.5}, "schedule=0.5"),
         ({"schedule": lambda round: 1.0}, r"schedule=.* callable\(round, step\)"),
         ({"work": 0.5}, "work=0.5"),
+        ({"clip": 0.0}, "clip=0.0.*Leave it out"),
+        ({"clip": True}, "clip=True"),
+        ({"clip": math.inf}, "clip=inf"),
         ({"work": lambda client: 1.0}, r"work=.* callable\(client, round\)"),
     ],
 )
@@ -108,6 +113,7 @@ def test_the_spec_says_everything() -> None:
     changed = (
         {"lr": 0.2}, {"epochs": 2}, {"steps": 1}, {"batch_size": 8}, {"shuffle": False}, {"optimizer": "adam"},
         {"momentum": 0.5}, {"weight_decay": 0.5}, {"betas": (0.5, 0.5)}, {"eps": 1e-3}, {"schedule": rate.cosine(3)},
+        {"clip": 0.5},
     )  # fmt: skip
     specs = [local_sgd(**({"lr": 0.1} | options)).spec for options in changed]  # type: ignore[arg-type]
     assert all(s != base for s in specs) and len({str(s) for s in specs}) == len(specs)

@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 _MODULES = (
     "aggregators",
     "attacks",
+    "conformance",
     "datasets",
     "errors",
     "losses",
@@ -17,7 +18,9 @@ _MODULES = (
     "partition",
     "rate",
     "sampling",
+    "schedule",
     "server",
+    "space",
     "transforms",
 )
 _NAMES = {
@@ -30,9 +33,11 @@ _NAMES = {
     "apfl": "algorithms",
     "cyclic": "algorithms",
     "ditto": "algorithms",
+    "early_stopping": "stopping",
     "evaluate": "evaluation",
     "fedadagrad": "algorithms",
     "fedadam": "algorithms",
+    "fedala": "algorithms",
     "fedavg": "algorithms",
     "fedavgm": "algorithms",
     "fedbabu": "algorithms",
@@ -46,10 +51,12 @@ _NAMES = {
     "fedsgd": "algorithms",
     "fedyogi": "algorithms",
     "fine_tune": "algorithms",
+    "from_keras": "keras",
     "ifca": "algorithms",
     "lg_fedavg": "algorithms",
     "local_only": "algorithms",
     "local_sgd": "local",
+    "moon": "algorithms",
     "per_fedavg": "algorithms",
     "pfedme": "algorithms",
     "pooled": "algorithms",
@@ -58,12 +65,14 @@ _NAMES = {
     "scaffold": "algorithms",
     "simulate": "simulation",
     "table": "data.table",
+    "tune": "tuning",
 }
 
 if TYPE_CHECKING:
     from atoll import (
         aggregators,
         attacks,
+        conformance,
         datasets,
         errors,
         losses,
@@ -71,7 +80,9 @@ if TYPE_CHECKING:
         partition,
         rate,
         sampling,
+        schedule,
         server,
+        space,
         transforms,
     )
     from atoll.algorithms import (
@@ -80,6 +91,7 @@ if TYPE_CHECKING:
         ditto,
         fedadagrad,
         fedadam,
+        fedala,
         fedavg,
         fedavgm,
         fedbabu,
@@ -96,6 +108,7 @@ if TYPE_CHECKING:
         ifca,
         lg_fedavg,
         local_only,
+        moon,
         per_fedavg,
         pfedme,
         pooled,
@@ -107,11 +120,14 @@ if TYPE_CHECKING:
     from atoll.evaluation import evaluate
     from atoll.experiment import Experiment
     from atoll.history import Record
+    from atoll.keras import from_keras
     from atoll.local import local_sgd
     from atoll.model import Model
     from atoll.result import Result
     from atoll.rounds import Process, process
     from atoll.simulation import simulate
+    from atoll.stopping import early_stopping
+    from atoll.tuning import tune
 
 __all__ = [
     "Experiment",
@@ -123,13 +139,16 @@ __all__ = [
     "aggregators",
     "apfl",
     "attacks",
+    "conformance",
     "cyclic",
     "datasets",
     "ditto",
+    "early_stopping",
     "errors",
     "evaluate",
     "fedadagrad",
     "fedadam",
+    "fedala",
     "fedavg",
     "fedavgm",
     "fedbabu",
@@ -143,12 +162,14 @@ __all__ = [
     "fedsgd",
     "fedyogi",
     "fine_tune",
+    "from_keras",
     "ifca",
     "lg_fedavg",
     "local_only",
     "local_sgd",
     "losses",
     "metrics",
+    "moon",
     "partition",
     "per_fedavg",
     "pfedme",
@@ -158,10 +179,13 @@ __all__ = [
     "rate",
     "sampling",
     "scaffold",
+    "schedule",
     "server",
     "simulate",
+    "space",
     "table",
     "transforms",
+    "tune",
 ]
 
 

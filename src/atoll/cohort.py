@@ -1,7 +1,8 @@
 """What an algorithm sees of the clients it works on: a tile of rows and the work that can be done on them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -24,6 +25,20 @@ class Minibatch(NamedTuple):
     buffers: Tensor  # [C, B] after the forward
     loss: Tensor  # [C, 1] mean loss, float64
     examples: Tensor  # [C, 1] examples in it, float64
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """A term of the training loss through the features of the model that is trained (MOON).
+
+    Attributes:
+        loss: (features [n, ...], *given [n, ...]) -> [n], added to the losses of the examples.
+        given: what does not change while a client trains, for each of its training examples: for each argument of
+            `loss` after the first, one tensor [n_i, ...] per client.
+    """
+
+    loss: Callable[..., Tensor]
+    given: tuple[Sequence[Tensor] | Tensor, ...]
 
 
 class Cohort(ABC):
@@ -115,6 +130,7 @@ class Cohort(ABC):
         shift: Tensor | None = None,
         train: Tensor | None = None,
         buffers: Tensor | None = None,
+        term: Term | None = None,
         purpose: str = "train",
     ) -> Trained:
         """Train every row on its client's examples: `y <- y - rate * (gradient + pull * (y - anchor) + shift)`.
@@ -127,6 +143,7 @@ class Cohort(ABC):
             shift: rows [C, P] or a vector [P] added to every gradient (SCAFFOLD's c - c_i).
             train: boolean mask [P] of the parameters that change; default all.
             buffers: floating buffers to start from, [C, B]; default those the clients received or keep.
+            term: a term through the model's features, added to the loss; what `Trained.loss` tells is without it.
             purpose: names the keyed randomness, for algorithms that train more than once in a round.
         """
 
@@ -183,5 +200,13 @@ class Cohort(ABC):
         """
 
     @abstractmethod
-    def features(self, rows: Tensor) -> list[Tensor]:
-        """Features [n_i, ...] (output of the submodule the model names) on its client's training examples."""
+    def features(self, rows: Tensor, *, buffers: Tensor | None = None) -> list[Tensor]:
+        """Features [n_i, ...] of each row on its client's training examples, in eval mode.
+
+        Args:
+            rows: parameters [C, P].
+            buffers: floating buffers [C, B]; default those the clients received or keep.
+
+        Raises:
+            InvalidArgument: the model names no submodule whose output they are.
+        """

@@ -17,7 +17,9 @@ from atoll.errors import InvalidArgument, invalid, unknown
 from atoll.model import Model
 from atoll.result import Result
 from atoll.sampling import Sampler
+from atoll.schedule import Schedule
 from atoll.simulation import simulate
+from atoll.stopping import EarlyStopping
 from atoll.transforms import Channel, Downlink, Transform
 
 if TYPE_CHECKING:
@@ -43,9 +45,11 @@ class Experiment:
     downlink: Downlink | Sequence[Transform] = ()
     aggregator: Aggregator | None = None
     server_data: Any = None
+    schedule: Schedule | None = None
     initial: Tensor | None = None
     evaluate_every: int = 1
     splits: Sequence[str] | None = None
+    stop: EarlyStopping | None = None
     seed: int = 0
     title: str = ""
     source: str | Path | None = field(default=None)

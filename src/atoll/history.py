@@ -17,7 +17,8 @@ class Record:
         clients: clients whose updates were aggregated.
         train: "loss" over the examples of local training (nan for an empty cohort); other metrics of the new global
             model on the training examples where they were asked for.
-        validation: metrics of the global model over all validation examples; empty when not evaluated.
+        validation: metrics of the global model over all validation examples, or of what a rule for stopping looks at;
+            empty when not evaluated.
         test: metrics of the global model over all test examples; empty when not evaluated.
         spread: each test metric over clients: mean, weighted, worst_decile, std, undefined.
         personal: metrics of the clients' personal models over all test examples; empty without personalisation.
@@ -26,6 +27,7 @@ class Record:
         bytes_up: bytes all clients sent, tensors and scalars.
         bytes_down: bytes all clients received.
         seconds: by phase ("train", "evaluate", "save").
+        simulated: seconds a round takes by its schedule, or the clock of an asynchronous run; None without either.
         epsilon: privacy spent so far; None without differential privacy.
         notes: what a reader should know, such as why a metric is undefined.
         refused: clients whose updates had no part in the round: "reason", and where they are known the "norm" of the
@@ -49,6 +51,7 @@ class Record:
     notes: tuple[str, ...] = ()
     refused: dict[str, dict[str, Any]] = field(default_factory=dict)
     refusals: int = 0
+    simulated: float | None = None
 
     @property
     def loss(self) -> float:
@@ -62,7 +65,7 @@ class Record:
     @staticmethod
     def from_dict(values: dict[str, Any]) -> "Record":
         """Undo `to_dict`."""
-        restored: dict[str, Any] = {k: v if k == "epsilon" else _restored(v) for k, v in values.items()}
+        restored: dict[str, Any] = {k: v if k in ("epsilon", "simulated") else _restored(v) for k, v in values.items()}
         restored["notes"] = tuple(values.get("notes", ()))
         restored.setdefault("refusals", len(values.get("refused", ())))
         return Record(**restored)
@@ -76,6 +79,8 @@ class Record:
             row |= {f"{part}_{name}_{kind}": v for name, over in spread.items() for kind, v in over.items()}
         row |= {"bytes_up": self.bytes_up, "bytes_down": self.bytes_down}
         row |= {f"seconds_{name}": value for name, value in self.seconds.items()}
+        if self.simulated is not None:
+            row["simulated"] = self.simulated
         if self.refusals:
             row["refused"] = self.refusals
         if self.epsilon is not None:

@@ -19,6 +19,10 @@ Work = Callable[[str, int], float]
 """(client, round) -> share of the local steps this client does in this round, in [0, 1]."""
 
 
+CLIP_EPS = 1e-6
+"""What is added to a gradient's norm before it divides, as in `torch.nn.utils.clip_grad_norm_`."""
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """Local training, as data: engines read it, algorithms adjust it with `dataclasses.replace`.
@@ -36,6 +40,7 @@ class Plan:
         eps: of adam and adamw.
         schedule: (round, step) -> multiplier of lr.
         work: (client, round) -> share of the steps; None: all of them.
+        clip: largest norm of a step's gradient; None: any.
     """
 
     lr: float
@@ -50,11 +55,12 @@ class Plan:
     eps: float
     schedule: Schedule | None
     work: Work | None = None
+    clip: float | None = None
 
     @property
     def plain(self) -> bool:
         """Whether a step is exactly `y - rate * gradient`."""
-        return self.optimizer == "sgd" and self.momentum == 0.0 and self.weight_decay == 0.0
+        return self.optimizer == "sgd" and self.momentum == 0.0 and self.weight_decay == 0.0 and self.clip is None
 
     def rate(self, round: int, step: "NDArray[np.int64]") -> "NDArray[np.float64]":
         """Learning rates of local steps (an array of step numbers, from 0) in a round."""
@@ -111,6 +117,7 @@ class Plan:
             eps=self.eps,
             schedule=self.schedule,
             work=self.work,
+            clip=self.clip,
         )
 
 
@@ -128,6 +135,7 @@ def local_sgd(
     eps: float = 1e-8,
     schedule: Schedule | None = None,
     work: Work | None = None,
+    clip: float | None = None,
 ) -> Plan:
     """Minibatch training on a client's own examples.
 
@@ -146,6 +154,9 @@ def local_sgd(
             copies of whatever it looks at.
         work: (client, round) -> share of the steps a slow client does, in [0, 1]; a pure function too. What methods
             make of unequal work differs: see fedprox and fednova.
+        clip: largest L2 norm of a step's gradient over all parameters that are trained, above 0; a longer one is
+            shortened to it, as by `torch.nn.utils.clip_grad_norm_` (which divides by the norm plus 1e-6). What is
+            clipped is the gradient with a method's pull and shift in it, before weight decay, momentum and Adam.
 
     Returns:
         The plan, for any algorithm.
@@ -174,6 +185,8 @@ def local_sgd(
         raise invalid("betas", betas, "two numbers in [0, 1)")
     if not _number(eps) or not 0 < eps < float("inf"):
         raise invalid("eps", eps, "a finite number above 0")
+    if clip is not None and (not _number(clip) or not 0 < clip < float("inf")):
+        raise invalid("clip", clip, "a finite number above 0", "Leave it out for gradients of any length.")
     if schedule is not None and not _takes(schedule, 0, 0):
         raise invalid("schedule", schedule, "callable(round, step) -> multiplier")
     if work is not None and not _takes(work, "", 0):
@@ -182,7 +195,7 @@ def local_sgd(
     beta1, beta2 = (float(b) for b in betas)
     return Plan(
         float(lr), epochs, steps, batch_size, shuffle, optimizer, float(momentum), float(weight_decay),
-        (beta1, beta2), float(eps), schedule, work,
+        (beta1, beta2), float(eps), schedule, work, None if clip is None else float(clip),
     )  # fmt: skip
 
 

@@ -244,18 +244,37 @@ class Model:
 
     def features(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Batch) -> Tensor:
         """Output of the submodule named by `features=`, in eval mode: [n, ...]."""
+        return self.call_with_features(parameters, buffers, batch, train=False)[1]
+
+    def call_with_features(
+        self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Batch, *, train: bool
+    ) -> tuple[Tensor, Tensor]:
+        """What `call` gives, and the output [n, ...] of the submodule named by `features=` on the way.
+
+        Raises:
+            InvalidArgument: no submodule is named, or its output is not one tensor with the example as first axis.
+        """
         if self.features_name is None:
             raise InvalidArgument(
                 'this model names no features: build it with Model(..., features="name.of.submodule").'
             )
-        seen: list[Tensor] = []
-        part = self._evaluating.module.get_submodule(self.features_name)
-        handle = part.register_forward_hook(lambda _module, _inputs, out: seen.append(cast(Tensor, out)))
+        seen: list[object] = []
+
+        def see(_module: nn.Module, _inputs: Any, out: object) -> None:
+            seen.append(out.clone() if isinstance(out, Tensor) else out)  # the next layer may change it in place
+
+        part = self.caller(train=train).get_submodule(f"module.{self.features_name}")
+        handle = part.register_forward_hook(see)
         try:
-            self.call(parameters, buffers, batch, train=False)
+            output = self.call(parameters, buffers, batch, train=train)
         finally:
             handle.remove()
-        return seen[-1]
+        found = seen[-1] if seen else None
+        if not isinstance(found, Tensor) or found.ndim == 0 or len(found) != len(output):
+            raise invalid(
+                "features", self.features_name, "a submodule that gives one tensor whose first axis is the example"
+            )
+        return output, found
 
     def activations(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Batch) -> int:
         """Bytes that the layers give for one example of a batch, in eval mode; asked once for each shape."""

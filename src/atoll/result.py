@@ -84,6 +84,11 @@ class Result:
         """
         return self._own(client)[0]
 
+    @property
+    def personalised(self) -> bool:
+        """Whether clients have models of their own; of a loaded result, whether they were saved with it."""
+        return self._process.personalised if self._process is not None else bool(self._personal)
+
     def predict(self, x: Any, client: str | None = None) -> Tensor:
         """Outputs [n, ...] for inputs x [n, ...] (a tensor or array), or for a mapping of fields."""
         model = self._model("predict")

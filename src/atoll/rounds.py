@@ -206,6 +206,8 @@ class Process:
                     f"{stage.name} cannot carry the summed part of {algorithm.name}: its server keeps a mean over all "
                     "clients, not this cohort's sum. Use error_feedback instead."
                 )
+        if algorithm.check is not None:
+            algorithm.check(model)
         self.private_names = algorithm.private(model) if algorithm.private is not None else frozenset[str]()
         self.selection: Selection = model.layout.without(self.private_names)
         self.chain = self.chain.bind(self.selection.layout)
@@ -707,17 +709,27 @@ class Process:
                 for partial in self.engine.run(self, task, drawn, state.memory):
                     collector.add(partial)
                     del partial  # large models: nothing is held that the next step does not need
-            collected = collector.finish(expected)
-            refusals = len(collector.left_out)
-            closed = self.close(state, task, collected)
-            if collected.count and not bool(_finite(self.algorithm.model(closed.algorithm)[None])):
-                raise NonFiniteError(
-                    f"round {task.round + 1}: the server's step made the model non-finite although every update was "
-                    "finite. Lower the server's lr, or raise its tau."
-                )
+            return self.finish(state, task, collector, expected)
         except BaseException:
             state.memory.discard()
             raise
+
+    def finish(
+        self, state: State, task: Task, collector: "Collector", expected: float | None = None
+    ) -> tuple[State, dict[str, Any]]:
+        """The end of a round whose updates are in: the state after it and its sums, as of `next`.
+
+        Raises:
+            NonFiniteError: the server's step left the finite numbers; nothing was committed.
+        """
+        collected = collector.finish(expected)
+        refusals = len(collector.left_out)
+        closed = self.close(state, task, collected)
+        if collected.count and not bool(_finite(self.algorithm.model(closed.algorithm)[None])):
+            raise NonFiniteError(
+                f"round {task.round + 1}: the server's step made the model non-finite although every update was "
+                "finite. Lower the server's lr, or raise its tau."
+            )
         state.memory.withdraw(collector.left_out)
         state.memory.commit()
         closed = replace(closed, memory_version=state.memory.version)

@@ -18,8 +18,9 @@ from torch import Tensor
 from atoll import sampling
 from atoll.aggregators import Aggregator
 from atoll.algorithms import Algorithm
+from atoll.asynchronous import Asynchronous
 from atoll.engines import Engine
-from atoll.errors import DataError, Interrupted, InvalidArgument, NonFiniteError, RunError, invalid
+from atoll.errors import DataError, Interrupted, InvalidArgument, NonFiniteError, RunError, invalid, unknown
 from atoll.evaluation import Evaluation, evaluate_holdout
 from atoll.history import Record
 from atoll.journal import (
@@ -38,7 +39,10 @@ from atoll.report.live import progress_for
 from atoll.result import Result
 from atoll.rounds import Process, State
 from atoll.sampling import Sampler
+from atoll.schedule import Buffered, Rounds, Schedule
+from atoll.schedule import rounds as synchronous
 from atoll.spec import Spec, differences, digest, identity
+from atoll.stopping import EarlyStopping
 from atoll.transforms import Channel, Downlink, Transform
 from atoll.tree import leaves, rebuild
 
@@ -64,9 +68,11 @@ def simulate(
     downlink: "Downlink | Sequence[Transform]" = (),
     aggregator: Aggregator | None = None,
     server_data: Any = None,
+    schedule: Schedule | None = None,
     initial: Tensor | None = None,
     evaluate_every: int = 1,
     splits: Sequence[str] | None = None,
+    stop: EarlyStopping | None = None,
     seed: int = 0,
     engine: str | Engine = "auto",
     workers: int | Literal["auto"] = "auto",
@@ -92,9 +98,12 @@ def simulate(
             `atoll.transforms.delta(...)` the whole model every so many rounds. (): always the whole model.
         aggregator: default `atoll.aggregators.mean()`, weights by examples.
         server_data: (x, y) or named fields of examples the server holds, for `aggregators.fltrust(root="server")`.
+        schedule: when a round ends, by how long clients take: `atoll.schedule.rounds(...)`, or `.buffered(...)` for
+            asynchronous training, where a round is a step of the server; default rounds that wait for everybody.
         initial: start vector [P]; default the module's own values (`model.init(seed)` draws new ones).
         evaluate_every: evaluate after every so many rounds, and after the last; 0: never.
         splits: which examples to evaluate on; default those of "validation" and "test" that the data has.
+        stop: ends the run before `rounds` when a validation metric no longer improves: `atoll.early_stopping(...)`.
         seed: of all keyed randomness.
         engine: "auto" or "vectorized", "ray" (actors of a cluster), "loop" (the specification), or an engine.
         workers: processes that share the work; "auto": the machine's cores, where rounds are long enough to gain. The
@@ -133,10 +142,17 @@ def simulate(
     process.check_server(data.clients)
     if algorithm.sampler is not None and cohort is not None:
         raise invalid("cohort", cohort, f"left out with {algorithm.name}", "The method prescribes its own order.")
-    sampler = algorithm.sampler or sampling.resolve(cohort)
     training = data.pooled() if algorithm.pooled else data
-    sampler.check(training.clients)
+    schedule = _checked(schedule, cohort, resume)
+    if isinstance(schedule, Buffered):
+        driver = Asynchronous(process, training, schedule, sampler := sampling.fixed(schedule.concurrency))
+    else:
+        driver, sampler = None, algorithm.sampler or sampling.resolve(cohort)
+        sampler.check(training.clients)
+        schedule.asked(sampler, len(training)).check(training.clients)
     evaluated = _splits(data, splits)
+    if stop is not None:
+        evaluated = _stopped_by(stop, data, evaluated, evaluate_every, process)
     state = process.init(seed, initial)
     process.engine.prepare(process, training)
     spec: Spec = {
@@ -147,6 +163,8 @@ def simulate(
             "seed": seed,
             "initial": digest(process.vector(state)),
             "data": data.fingerprint() if directory is not None else data.name,
+            **({} if stop is None else {"stop": stop.spec}),
+            **({} if schedule == synchronous() else {"schedule": schedule.spec}),
         },
     }
     if process.server_data is not None:
@@ -155,7 +173,10 @@ def simulate(
     if resume and folder is not None and not folder.exists():
         raise RunError(f"{folder} does not exist: there is no run to resume. Leave out resume=True to start one.")
     with locked(folder) if folder is not None else nullcontext():
-        run = _Run(process, data, training, sampler, spec, folder, evaluated, evaluate_every, checkpoint_every)
+        run = _Run(
+            process, data, training, sampler, spec, folder, evaluated, evaluate_every, checkpoint_every, stop,
+            driver or schedule,
+        )  # fmt: skip
         try:
             run.start(state, rounds, resume)
             with process.engine.threads():
@@ -179,10 +200,14 @@ class _Run:
         splits: tuple[str, ...],
         evaluate_every: int,
         checkpoint_every: int | None,
+        stop: EarlyStopping | None,
+        schedule: Rounds | Asynchronous,
     ) -> None:
+        self.schedule = schedule
         self.process, self.data, self.training, self.sampler = process, data, training, sampler
         self.spec, self.directory, self.splits = spec, directory, splits
         self.evaluate_every, self.checkpoint_every = evaluate_every, checkpoint_every
+        self.stop, self._ended = stop, False
         self.journal: Journal = open_journal(directory)
         self.history: list[Record] = []
         self.notes: list[str] = []
@@ -241,7 +266,10 @@ class _Run:
             progress_for(progress, total, self.state.round, self.spec["title"]) as show,
             _deferred_interrupt() as asked,
         ):
-            while self.state.round < total:
+            if self.stop is not None and self.history and self.history[-1].validation:
+                self._validate()  # for which way is better: the run may have been killed where it was to stop
+                self._stop_if_done()
+            while self.state.round < total and not self._ended:
                 try:
                     record = self._round(last=self.state.round + 1 == total)
                 except DataError as error:
@@ -259,7 +287,8 @@ class _Run:
                 show(record)
                 for callback in callbacks:
                     callback(record)
-                if asked() and self.state.round < total:
+                self._stop_if_done()
+                if asked() and self.state.round < total and not self._ended:
                     self._save()
                     self.journal.append("interrupted", {"round": self.state.round})
                     raise self._interrupted(total)
@@ -272,15 +301,21 @@ class _Run:
 
     def _round(self, *, last: bool) -> Record:
         process, began = self.process, time.perf_counter()
-        cohort = self.sampler.cohort(self.state.seed, self.state.round, self.training.clients)
-        expected = self.sampler.expected(len(self.training.clients))
-        self.state, metrics = process.next(self.state, self.training, cohort, expected=expected)
+        notes: tuple[str, ...] = ()
+        if isinstance(self.schedule, Asynchronous):
+            self.state, metrics = self.schedule.next(self.state)
+            length: float | None = metrics["clock"]
+            notes = (f"updates were {metrics['staleness']:g} steps old on average.",)
+        else:
+            cohort, length, notes = self._cohort(self.schedule)
+            expected = self.sampler.expected(len(self.training.clients))
+            self.state, metrics = process.next(self.state, self.training, cohort, expected=expected)
         trained = time.perf_counter()
         number = self.state.round
         found: dict[str, Any] = {}
         if self.evaluate_every and (number % self.evaluate_every == 0 or last):
             found = self._evaluate()
-        notes: tuple[str, ...] = tuple(found.pop("notes", ()))
+        notes += tuple(found.pop("notes", ()))
         if metrics["saturated"]:
             notes += (f"{int(metrics['saturated'])} values were cut to the range of the channel.",)
         train = {"loss": metrics["loss"]} | {n: v for n, v in found.pop("train", {}).items() if n != "loss"}
@@ -292,16 +327,60 @@ class _Run:
             bytes_up=int(metrics["bytes_up"]),
             bytes_down=int(metrics["bytes_down"]),
             seconds={"train": trained - began, "evaluate": time.perf_counter() - trained},
+            simulated=length,
             notes=notes,
             refused={name: dict(told) for name, told in metrics["refused"].items()},
             refusals=int(metrics["refusals"]),
         )
 
+    def _cohort(self, schedule: Rounds) -> tuple[tuple[str, ...], float | None, tuple[str, ...]]:
+        """Whose updates the round is made of, how long it takes in simulated seconds, and notes."""
+        seed, number, clients = self.state.seed, self.state.round, self.training.clients
+        asked = schedule.asked(self.sampler, len(clients)).cohort(seed, number, clients)
+        if schedule.waits:
+            return asked, None, ()
+        wanted = len(asked) if schedule.over == 1.0 else round(self.sampler.expected(len(clients)))
+        came, length, note = schedule.arrived(seed, number, asked, wanted)
+        return came, length, (note,) if note else ()
+
+    def _stop_if_done(self) -> None:
+        """End the run where its rule says so, and note why."""
+        if self.stop is None or not self.history[-1].validation:
+            return
+        evaluated = [r for r in self.history if r.validation]
+        values, better = [r.validation[self.stop.metric] for r in evaluated], self._better
+        if not self.stop.done(values, better):
+            return
+        best, where = self.stop.best(values, better), self.state.round
+        told = "was never finite"
+        if best >= 0:
+            told = f"was best after round {evaluated[best].round} ({values[best]:.6g})"
+        note = f"stopped after round {where}: the validation {self.stop.metric} {told}."
+        if best >= 0:
+            note += f" rounds={evaluated[best].round} without stop gives that model."
+        self._ended = True
+        self.notes.append(note)
+        if all(event.body["round"] != where for event in self.journal.events("stopped")):
+            self.journal.append("stopped", {"round": where, "note": note})
+
+    def _validate(self) -> Evaluation:
+        """Metrics on the validation examples: those the rule for stopping looks at, if there is one."""
+        process, stop = self.process, self.stop
+        if stop is None:
+            return process.evaluate_global(self.state, self.data, "validation")
+        data, split = (self.data, "validation") if stop.clients is None else (stop.clients, "train")
+        if stop.personal:
+            evaluation = process.evaluate(self.state, data, split=split, personal=True)
+        else:
+            evaluation = process.evaluate_global(self.state, data, split)
+        self._better = evaluation.better[evaluation.names.index(stop.metric)]
+        return evaluation
+
     def _evaluate(self) -> dict[str, Any]:
         process, state, found = self.process, self.state, dict[str, Any]()
         vector, notes = process.vector(state), list[str]()
         for split in self.splits:
-            evaluation = process.evaluate_global(state, self.data, split)
+            evaluation = self._validate() if split == "validation" else process.evaluate_global(state, self.data, split)
             found[split] = evaluation.metrics
             if split == "test":
                 found["spread"] = evaluation.spread
@@ -448,6 +527,52 @@ def _splits(data: "FederatedDataset | LazyDataset", asked: Sequence[str] | None)
     given = ("validation", "test") if asked is None else tuple(asked)
     # What a lazy population would have to draw for it is evaluated only when it is asked for.
     return tuple(n for n in given if data.has(n) and (asked is not None or getattr(data, n) is not None))
+
+
+def _checked(schedule: Schedule | None, cohort: object, resume: bool) -> Schedule:
+    """The schedule; refuses what does not go with it."""
+    if schedule is None:
+        return synchronous()
+    if not isinstance(schedule, Rounds | Buffered):
+        raise invalid("schedule", schedule, "atoll.schedule.rounds(...) or atoll.schedule.buffered(...)")
+    if isinstance(schedule, Buffered):
+        if cohort is not None:
+            raise invalid(
+                "cohort", cohort, "left out with schedule.buffered", "concurrency= says how many are at work."
+            )
+        if resume:
+            raise invalid(
+                "resume", resume, "False with schedule.buffered",
+                "Who is at work is not in its checkpoints; the same seed gives the same run from its start.",
+            )  # fmt: skip
+    return schedule
+
+
+def _stopped_by(
+    stop: EarlyStopping,
+    data: "FederatedDataset | LazyDataset",
+    splits: tuple[str, ...],
+    evaluate_every: int,
+    process: Process,
+) -> tuple[str, ...]:
+    """The splits to evaluate on under a rule for stopping; refuses rules that have nothing to go by."""
+    if not isinstance(stop, EarlyStopping):
+        raise invalid("stop", stop, "atoll.early_stopping(...)")
+    if not evaluate_every:
+        raise invalid("evaluate_every", evaluate_every, "at least 1 with stop=", "Stopping goes by evaluations.")
+    if stop.metric not in ("loss", *process.model.names):
+        raise unknown("metric", stop.metric, ["loss", *process.model.names])
+    if stop.clients is None and not data.has("validation"):
+        raise InvalidArgument(
+            "stop=early_stopping(...) needs validation examples, and the data have none: cut some with "
+            "data.split(test=0, validation=0.2), or name clients that do not train, early_stopping(clients=...). Test "
+            "examples cannot stand in: a test that decides when to stop is none."
+        )
+    if stop.clients is not None and (shared := [c for c in stop.clients.clients if c in data]):
+        raise invalid(
+            "clients", shared[:5], "clients that do not train", "Train on data.select([...]) of the other clients."
+        )
+    return splits if "validation" in splits else ("validation", *splits)
 
 
 def _positive(name: str, value: object) -> None:

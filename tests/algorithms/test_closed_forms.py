@@ -433,7 +433,7 @@ def test_fedsgd_refuses_what_is_not_one_plain_step_on_everything() -> None:
 
 
 def test_scaffold_refuses_plans_for_which_its_formula_is_wrong() -> None:
-    for options in ({"momentum": 0.9}, {"weight_decay": 0.1}, {"optimizer": "adam"}):
+    for options in ({"momentum": 0.9}, {"weight_decay": 0.1}, {"clip": 1.0}, {"optimizer": "adam"}):
         with pytest.raises(ValueError, match="corrects plain sgd steps"):
             scaffold(local_sgd(LR, **options))
     with pytest.raises(ValueError, match=r"option=3 .* 1 or 2"):

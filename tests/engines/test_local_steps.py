@@ -16,6 +16,7 @@ from atoll.cohort import Cohort
 from atoll.engines import Engine
 from atoll.engines.schedule import schedule
 from atoll.local import Plan, local_sgd
+from atoll.model import Model
 from atoll.rounds import Process
 from atoll.vectors import Update
 
@@ -54,6 +55,8 @@ def reference(
             optimizer.zero_grad()
             loss = nn.functional.cross_entropy(module(x[begin : begin + size]), y[begin : begin + size])
             loss.backward()
+            if plan.clip is not None:
+                torch.nn.utils.clip_grad_norm_(module.parameters(), plan.clip)
             optimizer.step()
             losses += loss.item() * len(y[begin : begin + size])
             step += 1
@@ -81,6 +84,14 @@ CASES: dict[str, tuple[dict[str, object], Callable[..., torch.optim.Optimizer]]]
         {"optimizer": "adamw", "weight_decay": 0.05},
         lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.05),
     ),
+    "clip": ({"clip": 0.2}, lambda p: torch.optim.SGD(p, lr=0.1)),
+    "clip that never acts": ({"clip": 1e3}, lambda p: torch.optim.SGD(p, lr=0.1)),
+    "clip, momentum, weight decay": (
+        {"clip": 0.2, "momentum": 0.5, "weight_decay": 0.05},
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.5, weight_decay=0.05),
+    ),
+    "clip, adam": ({"clip": 0.2, "optimizer": "adam"}, lambda p: torch.optim.Adam(p, lr=0.1)),
+    "clip, schedule": ({"clip": 0.2, "schedule": decay}, lambda p: torch.optim.SGD(p, lr=0.1)),
     "sgd, schedule": ({"schedule": decay}, lambda p: torch.optim.SGD(p, lr=0.1)),
     "adamw, schedule": (
         {"optimizer": "adamw", "weight_decay": 0.05, "schedule": decay},
@@ -115,6 +126,28 @@ def test_local_steps_are_those_of_torch(engine: Callable[[], Engine], case: str,
 
     look(engine(), kind, sizes, see)
     assert seen == set(data.clients)
+
+
+@engines
+@pytest.mark.parametrize("part", ["a layer", "some numbers"])
+def test_what_is_clipped_is_the_corrected_gradient_of_what_is_trained(engine: Callable[[], Engine], part: str) -> None:
+    kind, plan = MODELS["perceptron"], local_sgd(0.1, steps=1, batch_size=None, clip=0.05)
+    mask = kind.model().layout.mask(["head.weight"])
+    if part == "some numbers":
+        mask = torch.arange(len(mask)) % 3 == 0
+
+    def see(message: Message, cohort: Cohort) -> Update:
+        start = cohort.rows(message.vector)
+        shift = torch.linspace(-1.0, 1.0, start.shape[1], dtype=start.dtype)
+        anchor = torch.zeros_like(message.vector)
+        trained = cohort.sgd(start, plan, anchor=anchor, pull=0.5, shift=shift, train=mask)
+        wanted = torch.where(mask, cohort.gradient(start) + 0.5 * start + shift, 0.0)
+        assert bool((wanted.norm(dim=1) > 0.05).all())
+        wanted = wanted * 0.05 / (wanted.norm(dim=1, keepdim=True) + 1e-6)
+        torch.testing.assert_close(trained.minus(start), -0.1 * wanted, rtol=0, atol=1e-12)
+        return cohort.update(trained, start)
+
+    look(engine(), kind, (4, 7, 4), see)
 
 
 @engines
@@ -199,7 +232,7 @@ def test_features_are_the_output_of_the_named_submodule(engine: Callable[[], Eng
 def test_features_need_a_name() -> None:
     kind = MODELS["perceptron"]
     with pytest.raises(ValueError, match="features="):
-        kind.model().features({}, {}, {})
+        Model(kind.module(), "cross_entropy").features({}, {}, {})
     with pytest.raises(ValueError, match=r"features='neck'.*name of a submodule"):
         Kind(kind.module, options={"features": "neck"}).model()
 

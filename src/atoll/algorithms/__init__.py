@@ -4,6 +4,7 @@ from atoll.algorithms.apfl import apfl
 from atoll.algorithms.base import Algorithm
 from atoll.algorithms.baselines import cyclic, local_only, pooled
 from atoll.algorithms.ditto import ditto
+from atoll.algorithms.fedala import fedala
 from atoll.algorithms.fedavg import fedavg, fedsgd
 from atoll.algorithms.feddyn import feddyn
 from atoll.algorithms.fedexp import fedexp
@@ -12,6 +13,7 @@ from atoll.algorithms.fedopt import fedadagrad, fedadam, fedavgm, fedyogi
 from atoll.algorithms.fedprox import fedprox
 from atoll.algorithms.fine_tune import fine_tune
 from atoll.algorithms.ifca import ifca
+from atoll.algorithms.moon import moon
 from atoll.algorithms.partial import fedbabu, fedbn, fedper, fedrep, lg_fedavg
 from atoll.algorithms.per_fedavg import per_fedavg
 from atoll.algorithms.pfedme import pfedme
@@ -25,6 +27,7 @@ __all__ = [
     "ditto",
     "fedadagrad",
     "fedadam",
+    "fedala",
     "fedavg",
     "fedavgm",
     "fedbabu",
@@ -41,6 +44,7 @@ __all__ = [
     "ifca",
     "lg_fedavg",
     "local_only",
+    "moon",
     "per_fedavg",
     "pfedme",
     "pooled",

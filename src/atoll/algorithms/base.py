@@ -48,6 +48,7 @@ class Algorithm:
         additive: the summed part is only right when it is added up: rules that choose among clients are refused.
         plans: the local training it will do, for checks before any work.
         rooted: whether the step reads what training on the server's own data gave (`Aggregate.root`).
+        check: (Model) -> None, raising what the method cannot do with a model; None: it takes any.
     """
 
     spec: Spec
@@ -68,6 +69,7 @@ class Algorithm:
     additive: bool = False
     plans: tuple[Plan, ...] = ()
     rooted: bool = False
+    check: Callable[[Model], None] | None = None
 
     @property
     def name(self) -> str:

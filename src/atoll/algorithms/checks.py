@@ -19,7 +19,7 @@ def check_plain(method: str, plan: Plan, reason: str, remedy: str = "") -> None:
     if not plan.plain:
         raise InvalidArgument(
             f"{method} needs plain sgd steps, but plan has optimizer={plan.optimizer!r}, momentum={plan.momentum:g}, "
-            f"weight_decay={plan.weight_decay:g}: {reason}. Use local_sgd(lr=..., momentum=0, weight_decay=0)."
+            f"weight_decay={plan.weight_decay:g}, clip={plan.clip}: {reason}. Use local_sgd(lr=...) without these."
             f" {remedy}".rstrip()
         )
 

@@ -53,6 +53,12 @@ def fednova(plan: Plan, *, mu: float = 0.0, server: ServerOptimizer | None = Non
             "Steps of Adam are no fixed sum of gradients: use server=atoll.server.adam() for adaptive steps.",
         )  # fmt: skip
 
+    if plan.clip is not None and mu:
+        raise invalid(
+            "clip", plan.clip, "left out under fednova with a pull",
+            "A clipped step takes an unknown share of the pull: use mu=0, or fedprox.",
+        )  # fmt: skip
+
     def init(vector: Tensor) -> State:
         return State(vector, optimizer.init(vector))
 

@@ -62,8 +62,8 @@ def scaffold(plan: Plan, *, option: Literal[1, 2] = 2, server: ServerOptimizer |
         raise invalid("option", option, "1 or 2")
     if not plan.plain:
         raise InvalidArgument(
-            "scaffold corrects plain sgd steps; with momentum, weight_decay or adam its variates are wrong: "
-            "use local_sgd(lr=..., momentum=0, weight_decay=0), and server=atoll.server.sgd(momentum=...) for momentum."
+            "scaffold corrects plain sgd steps; with momentum, weight_decay, clip or adam its variates are wrong: "
+            "use local_sgd(lr=...) without these, and server=atoll.server.sgd(momentum=...) for momentum."
         )
 
     def init(vector: Tensor) -> State:

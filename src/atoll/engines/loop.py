@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from atoll import random
-from atoll.cohort import Cohort, Minibatch
+from atoll.cohort import Cohort, Minibatch, Term
 from atoll.engines.base import Chosen, Engine, Remembering, Tile, orders
 from atoll.engines.dropout import Draw, KeyedDropout, SeededDraws
-from atoll.local import Plan
+from atoll.local import CLIP_EPS, Plan
 from atoll.messages import Task
 from atoll.model import Batch
 from atoll.vectors import Trained
@@ -81,6 +81,7 @@ class _Client(Cohort):
         shift: Tensor | None = None,
         train: Tensor | None = None,
         buffers: Tensor | None = None,
+        term: Term | None = None,
         purpose: str = "train",
     ) -> Trained:
         y = rows[0].detach().clone()
@@ -96,13 +97,19 @@ class _Client(Cohort):
             for begin in range(0, n, size):
                 if step == total:
                     break
-                batch = {name: t[order[begin : begin + size]] for name, t in self._train.items()}
-                gradient, loss = self._gradient(y, held, counters, batch, purpose, step)
+                chosen = order[begin : begin + size]
+                batch = {name: t[chosen] for name, t in self._train.items()}
+                own = None if term is None else Term(term.loss, tuple([t[0][chosen]] for t in term.given))
+                gradient, loss = self._gradient(y, held, counters, batch, purpose, step, own)
                 if pull:
                     assert anchor is not None
                     gradient = gradient + pull * (y - (anchor if anchor.ndim == 1 else anchor[0]))
                 if shift is not None:
                     gradient = gradient + (shift if shift.ndim == 1 else shift[0])
+                if plan.clip is not None:
+                    # What is not trained has no gradient.
+                    gradient = gradient if train is None else torch.where(train, gradient, 0.0)
+                    gradient = gradient * min(1.0, plan.clip / (float(gradient.norm()) + CLIP_EPS))
                 rate = float(plan.rate(self.round, np.array([step]))[0])
                 if plan.optimizer == "sgd":
                     if plan.weight_decay:
@@ -189,19 +196,30 @@ class _Client(Cohort):
         with torch.no_grad():
             return self.model.call(self.model.layout.view(row), held, batch, train=False)
 
-    def features(self, rows: Tensor) -> list[Tensor]:
-        held = self.model.buffer_layout.view(self.buffers[0])
+    def features(self, rows: Tensor, *, buffers: Tensor | None = None) -> list[Tensor]:
+        held = self.model.buffer_layout.view((self.buffers if buffers is None else buffers)[0])
         with torch.no_grad():
             return [self.model.features(self.model.layout.view(rows[0]), held, self._train)]
 
     def _gradient(
-        self, y: Tensor, held: Tensor, counters: dict[str, Tensor], batch: Batch, purpose: str, step: int
+        self,
+        y: Tensor,
+        held: Tensor,
+        counters: dict[str, Tensor],
+        batch: Batch,
+        purpose: str,
+        step: int,
+        term: Term | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Gradient [P] and loss at y; buffers are updated in place."""
+        """Gradient [P] and loss at y; buffers are updated in place. The loss is told without the term."""
         with torch.enable_grad():
             leaf = y.clone().requires_grad_()
-            loss = self._training_loss(leaf, held, counters, batch, purpose, step)
-            (gradient,) = torch.autograd.grad(loss, leaf)
+            if term is None:
+                loss = whole = self._training_loss(leaf, held, counters, batch, purpose, step)
+            else:
+                loss, more = self._with_term(leaf, held, counters, batch, purpose, step, term)
+                whole = loss + more
+            (gradient,) = torch.autograd.grad(whole, leaf)
         return gradient, loss.detach()
 
     def _training_loss(
@@ -209,10 +227,24 @@ class _Client(Cohort):
     ) -> Tensor:
         """Mean loss at a leaf [P]; buffers are updated in place."""
         buffers = self.model.buffer_layout.view(held) | counters
-        with ExitStack() as keyed:
-            if self._traits.dropout or self._traits.draws:
-                draw = Draw(self._seed, purpose, self.round, self._key, np.array([step]))
-                keyed.enter_context(KeyedDropout(draw))
-                keyed.enter_context(SeededDraws(self._seed, purpose, self.round, int(self._key[0]), step))
+        with self._keyed(purpose, step):
             output = self.model.call(self.model.layout.view(leaf), buffers, batch, train=True)
         return self.model.loss.mean(output, batch["y"])
+
+    def _with_term(
+        self, leaf: Tensor, held: Tensor, counters: dict[str, Tensor], batch: Batch, purpose: str, step: int, term: Term
+    ) -> tuple[Tensor, Tensor]:
+        """The same, and the mean of a term through the features."""
+        buffers = self.model.buffer_layout.view(held) | counters
+        with self._keyed(purpose, step):
+            output, features = self.model.call_with_features(self.model.layout.view(leaf), buffers, batch, train=True)
+        return self.model.loss.mean(output, batch["y"]), term.loss(features, *(t[0] for t in term.given)).mean()
+
+    def _keyed(self, purpose: str, step: int) -> ExitStack:
+        """What makes the random numbers a forward draws those of this client and step."""
+        keyed = ExitStack()
+        if self._traits.dropout or self._traits.draws:
+            draw = Draw(self._seed, purpose, self.round, self._key, np.array([step]))
+            keyed.enter_context(KeyedDropout(draw))
+            keyed.enter_context(SeededDraws(self._seed, purpose, self.round, int(self._key[0]), step))
+        return keyed

@@ -5,13 +5,14 @@ client through the module itself. All hand the gradients to a sink and give the 
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import cast
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from atoll.cohort import Term
 from atoll.engines.blocks import Part
 from atoll.engines.dropout import Draw, KeyedDropout, SeededDraws
 from atoll.engines.objective import means, slopes
@@ -31,12 +32,52 @@ def written(
     draw: Draw | None,
     sink: Sink,
     trained: frozenset[int] | None,
+    term: Term | None = None,
 ) -> Tensor:
-    """Mean losses [C] of rows on their batches; gradients go to the sink."""
+    """Mean losses [C] of rows on their batches; gradients go to the sink. A term's `given` are [C, b, ...] each."""
     output, run = program.forward(parts, held, batch, draw=draw, trained=trained)
     found, slope = slopes(model.loss, output, batch["y"])
-    program.backward(run, slope, sink)
+    more = None
+    if term is not None:
+        assert program.features is not None
+        with torch.enable_grad():
+            features = cast(Tensor, run.values[program.features]).detach().requires_grad_()
+            given = (cast(Tensor, t).flatten(0, 1) for t in term.given)
+            total = term.loss(features.flatten(0, 1), *given).sum() / features.shape[1]
+            (more,) = torch.autograd.grad(total, features)
+    program.backward(run, slope, sink, more)
     return found
+
+
+def with_term(
+    model: Model,
+    parts: Sequence[Tensor],
+    held: Named,
+    batch: Batch,
+    draw: Draw | None,
+    sink: Sink,
+    term: Term,
+    *,
+    seeded: bool,
+) -> Tensor:
+    """The same through autograd, row by row: for models whose features no program knows."""
+    numbers = [i for i in range(len(parts)) if sink.wants(i)]
+    losses, found = list[Tensor](), list[tuple[Tensor, ...]]()
+    for i in range(len(batch["y"])):
+        row, own, inputs = slice(i, i + 1), {n: t[i] for n, t in held.items()}, {n: t[i] for n, t in batch.items()}
+        one = draw and Draw(draw.seed, draw.purpose, draw.round, draw.clients[row], draw.steps[row])
+        leaves = [t[i].detach().requires_grad_(sink.wants(k)) for k, t in enumerate(parts)]
+        with torch.enable_grad(), _keyed(one, seeded=seeded):
+            output, features = model.call_with_features(named(model, leaves), own, inputs, train=True)
+            loss = model.loss.mean(output, inputs["y"])
+            whole = loss + term.loss(features, *(t[i] for t in term.given)).mean()
+            losses.append(loss.detach())
+            if numbers and whole.requires_grad:
+                found.append(torch.autograd.grad(whole, [leaves[k] for k in numbers], materialize_grads=True))
+    if found:
+        for number, gradients in zip(numbers, zip(*found, strict=True), strict=True):
+            sink.add(number, torch.stack(gradients))
+    return torch.stack(losses)
 
 
 def by_autograd(
@@ -89,12 +130,20 @@ def forward(
         return _batched(model, leaves, held, batch, draw)
     parameters = {n: t[0] for n, t in leaves.items()}
     own, inputs = {n: t[0] for n, t in held.items()}, {n: t[0] for n, t in batch.items()}
-    keyed = nullcontext() if draw is None else KeyedDropout(draw)
-    draws = nullcontext()
-    if seeded and draw is not None:
-        draws = SeededDraws(draw.seed, draw.purpose, draw.round, int(draw.clients[0]), int(draw.steps[0]))
-    with keyed, draws:
+    with _keyed(draw, seeded=seeded):
         return model.call(parameters, own, inputs, train=True)[None]
+
+
+def _keyed(draw: Draw | None, *, seeded: bool) -> ExitStack:
+    """What makes the random numbers that one row's forward draws those of its client and step."""
+    keyed = ExitStack()
+    if draw is not None:
+        keyed.enter_context(KeyedDropout(draw))
+        if seeded:
+            keyed.enter_context(
+                SeededDraws(draw.seed, draw.purpose, draw.round, int(draw.clients[0]), int(draw.steps[0]))
+            )
+    return keyed
 
 
 def named(model: Model, parts: Sequence[Tensor]) -> dict[str, Tensor]:

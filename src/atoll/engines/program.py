@@ -31,6 +31,9 @@ from atoll.model import Batch, Model
 class Program:
     """The row form of a model's forward and backward.
 
+    Attributes:
+        features: number of the value that is the model's features; None: it names none, or they have no value here.
+
     Args:
         model: the model.
         train: the training forward, else the evaluating one.
@@ -41,8 +44,10 @@ class Program:
 
     def __init__(self, model: Model, *, train: bool = True) -> None:
         root = model.caller(train=train)
+        name = model.features_name
+        tracer = _Tracer(None if name is None else root.get_submodule(f"module.{name}"))
         try:
-            graph = _Tracer().trace(root)
+            graph = tracer.trace(root)
         except Exception as error:
             raise Unsupported(f"it cannot be traced ({type(error).__name__})") from error
         self.count = len(model.layout.names)
@@ -61,6 +66,8 @@ class Program:
         if not isinstance(builder.output, Slot):
             raise Unsupported("it does not return a tensor")
         self._output = builder.output.number
+        features = None if tracer.seen is None else builder.known(tracer.seen)
+        self.features = features.number if isinstance(features, Slot) else None
         self._operations = builder.operations
         self._slots = builder.slots
         self._start = builder.start
@@ -97,13 +104,16 @@ class Program:
                 op.forward(run)
         return run.values[self._output], run
 
-    def backward(self, run: Run, slope: Tensor, sink: Sink) -> None:
-        """Hand the gradients of sum(slope * output) to the sink."""
+    def backward(self, run: Run, slope: Tensor, sink: Sink, features: Tensor | None = None) -> None:
+        """Hand the gradients of sum(slope * output), and of sum(features * features' value), to the sink."""
         need = run.need
         assert need is not None
         pending = Gradients(run.parts) if self.repeated else None
         run.sink, run.pending, run.repeated = sink, pending, self.repeated
-        run.gradients[self._output] = slope
+        run.give(Slot(self._output), slope)
+        if features is not None:
+            assert self.features is not None
+            run.give(Slot(self.features), features)
         with torch.no_grad():
             for op in reversed(self._operations):
                 if need[op.out]:
@@ -141,6 +151,20 @@ class _Tracer(fx.Tracer):
 
     proxy_buffer_attributes = True
 
+    def __init__(self, watched: nn.Module | None = None) -> None:
+        super().__init__()
+        self._watched = watched
+        self.seen: fx.Node | None = None  # what the watched module gave when it was last called
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """As of every tracer; remembers what the watched module gives."""
+        given = super().call_module(m, forward, args, kwargs)
+        if m is self._watched:
+            self.seen = given.node if isinstance(given, fx.Proxy) else None
+        return given
+
 
 class _Builder:
     """Turns a traced graph into operations."""
@@ -159,6 +183,10 @@ class _Builder:
         self.slots = 0
         self.start = -1
         self.output: Any = None
+
+    def known(self, node: fx.Node) -> Any:
+        """What a node of the graph became."""
+        return self._known.get(node)
 
     def slot(self) -> Slot:
         """A new place for a value."""

@@ -21,7 +21,7 @@ from atoll.engines.blocks import Blocks, Part
 from atoll.engines.factors import Factors
 from atoll.engines.schedule import Members
 from atoll.errors import invalid
-from atoll.local import Plan
+from atoll.local import CLIP_EPS, Plan
 from atoll.vectors import Layout
 
 
@@ -143,7 +143,8 @@ class Rule:
             rates: learning rate of each row, [k].
             steps: local step of each row, from 0, [k].
         """
-        if self.plan.optimizer == "sgd" and self.mask is None and bool((rates == rates[0]).all()):
+        within = self.plan.optimizer == "sgd" and self.plan.clip is None and self.mask is None
+        if within and bool((rates == rates[0]).all()):
             return InProduct(self, parts, members, rates)
         return Whole(self, parts, members, rates, steps)
 
@@ -164,7 +165,9 @@ def by_factors(
     A pull towards that vector only scales what changed. Arguments are those of `Cohort.sgd`, with the round and the
     largest number of steps.
     """
-    if plan.optimizer != "sgd" or plan.momentum or plan.weight_decay or shift is not None or not _one(rows):
+    if plan.optimizer != "sgd" or plan.momentum or plan.weight_decay or plan.clip is not None:
+        return False
+    if shift is not None or not _one(rows):
         return False
     if pull and (anchor is None or anchor.data_ptr() != rows.data_ptr() or (anchor.ndim == 2 and not _one(anchor))):
         return False
@@ -294,7 +297,7 @@ class InProduct(Step):
 
 
 class Whole(Step):
-    """Adam, masks inside a parameter, a rate for each row: the step is taken when all gradients are there."""
+    """Adam, clipping, masks inside a parameter, a rate for each row: the step is taken when all gradients are there."""
 
     def __init__(
         self, rule: Rule, parts: list[Part], members: Members, rates: NDArray[np.float64], steps: NDArray[np.int64]
@@ -317,15 +320,13 @@ class Whole(Step):
         first = None if rule.first is None else rule.first.tensors(self._members)
         second = None if rule.second is None else rule.second.tensors(self._members)
         parts = cast("list[Tensor]", self._parts)
-        for i, (part, gradient) in enumerate(zip(parts, self._gradients.filled(), strict=True)):
-            if not self.wants(i):
-                continue
+        wanted = [i for i in range(len(parts)) if self.wants(i)]
+        gradients = self._corrected(parts, wanted)
+        for i in wanted:
+            part, gradient = parts[i], gradients[i]
             rate = torch.from_numpy(self._rates).to(part).view(-1, *(1,) * (part.ndim - 1))
-            decay = rule.pull + (0.0 if plan.optimizer == "adamw" else plan.weight_decay)
-            if decay:
-                gradient = gradient.add(part, alpha=decay)
-            if self._constant is not None:
-                gradient = gradient - self._constant[i]
+            if plan.optimizer != "adamw" and plan.weight_decay:
+                gradient = gradient.add(part, alpha=plan.weight_decay)
             if first is not None and second is not None:
                 change = self._adam(first[i], second[i], gradient)
             elif first is not None:
@@ -340,6 +341,24 @@ class Whole(Step):
             for held, copies in ((rule.first, first), (rule.second, second)):
                 if held is not None and copies is not None:
                     held.put(self._members, copies)
+
+    def _corrected(self, parts: list[Tensor], wanted: list[int]) -> dict[int, Tensor]:
+        """Gradients of the trained parameters with pull and shift in them, no longer than the plan allows."""
+        rule, clip = self._rule, self._rule.plan.clip
+        found = {i: g for i, g in enumerate(self._gradients.filled()) if i in set(wanted)}
+        for i, gradient in found.items():
+            if rule.pull:
+                gradient = gradient.add(parts[i], alpha=rule.pull)
+            if self._constant is not None:
+                gradient = gradient - self._constant[i]
+            if clip is not None and rule.mask is not None:
+                gradient = torch.where(rule.mask.tensors()[i], gradient, 0.0)
+            found[i] = gradient
+        if clip is None or not found:
+            return found
+        norm = torch.stack([g.flatten(1).square().sum(dim=1) for g in found.values()]).sum(dim=0).sqrt()
+        scale = (clip / (norm + CLIP_EPS)).clamp(max=1.0)
+        return {i: g * scale.view(-1, *(1,) * (g.ndim - 1)) for i, g in found.items()}
 
     def _adam(self, first: Tensor, second: Tensor, gradient: Tensor) -> Tensor:
         """The direction of Adam; moments are renewed in place."""

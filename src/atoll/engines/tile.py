@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from atoll import random
-from atoll.cohort import Cohort, Minibatch
+from atoll.cohort import Cohort, Minibatch, Term
 from atoll.engines import paths
 from atoll.engines.arena import Arena
 from atoll.engines.base import orders
@@ -89,6 +89,27 @@ class Buffers:
             tensor[members] = values[name]
 
 
+class Terms:
+    """A term of the loss over a tile's clients, whose given values stand one client after the other.
+
+    Args:
+        term: with one tensor per client for each argument.
+        begin: where each client's examples begin in the packed data, [C].
+    """
+
+    def __init__(self, term: Term, begin: NDArray[np.int64]) -> None:
+        self._loss = term.loss
+        self._given = [torch.cat(list(each)) for each in term.given]
+        sizes = [len(one) for one in term.given[0]] if term.given else [0] * len(begin)
+        self._offsets = torch.from_numpy(np.concatenate(([0], np.cumsum(sizes)[:-1])) - begin)
+
+    def take(self, rows: NDArray[np.int64], places: Tensor) -> Term:
+        """The term of some rows [k] on their batches, at places [k, b] of the packed data."""
+        at = places + self._offsets[torch.from_numpy(rows)][:, None]
+        flat = at.reshape(-1)
+        return Term(self._loss, tuple(g.index_select(0, flat).view(*at.shape, *g.shape[1:]) for g in self._given))
+
+
 class Rows(Cohort):
     """A tile of clients at work."""
 
@@ -123,6 +144,7 @@ class Rows(Cohort):
         shift: Tensor | None = None,
         train: Tensor | None = None,
         buffers: Tensor | None = None,
+        term: Term | None = None,
         purpose: str = "train",
     ) -> Trained:
         model, count = self.model, len(self.clients)
@@ -131,6 +153,9 @@ class Rows(Cohort):
         loss = torch.zeros(count, dtype=torch.float64, device=rows.device)
         seen, rates = np.zeros(count), np.zeros(count)
         by = self._factored(plan, totals, rows, anchor, pull, shift, train)
+        terms = None if term is None else Terms(term, self._begin)
+        if terms is not None and not self._writes:
+            by = {}
         strips = self._strips(by)
         trained: list[Blocks] = []
         kept: dict[int, Tensor] = {}
@@ -152,7 +177,7 @@ class Rows(Cohort):
             own = {n: t if t is None or t.ndim == 1 else t[strip] for n, t in (("anchor", anchor), ("shift", shift))}
             rule = Rule(plan, model.layout, y, **own, pull=pull, train=train, arena=self._arena)
             held = Buffers(model, floating[strip])
-            self._train_strip(strip, y, held, rule, totals, purpose, places, loss, seen, rates)
+            self._train_strip(strip, y, held, rule, totals, purpose, places, terms, loss, seen, rates)
             trained.append(y)
 
         def whole(start: Tensor | None = None) -> Tensor:
@@ -200,6 +225,11 @@ class Rows(Cohort):
             return {}
         return factored(uses, int(plan.total_examples(self._sizes).max()))
 
+    @property
+    def _writes(self) -> bool:
+        """Whether a program knows the features that a term goes through."""
+        return self._how.program is not None and self._how.program.features is not None
+
     def _strips(self, factored: Mapping[int, int]) -> list[slice]:
         """The tile in pieces whose parameters stay in the cache from a client's first step to its last."""
         count, layout = len(self.clients), self.model.layout
@@ -217,6 +247,7 @@ class Rows(Cohort):
         totals: NDArray[np.int64],
         purpose: str,
         places: Callable[[int, slice], Tensor],
+        terms: "Terms | None",
         loss: Tensor,
         seen: NDArray[np.float64],
         rates: NDArray[np.float64],
@@ -238,16 +269,19 @@ class Rows(Cohort):
             steps_at_once = max(1, GATHER_BYTES // (len(keys) * size * self._example_bytes))
             for first in range(0, group.count, steps_at_once):
                 steps = min(steps_at_once, group.count - first)
-                batches = self._gather(_chosen(index, members, group.begins + first * size, steps * size))
+                found = _chosen(index, members, group.begins + first * size, steps * size)
+                batches = self._gather(found)
                 for j in range(steps):
-                    batch = {n: t[:, j * size : (j + 1) * size] for n, t in batches.items()} if steps > 1 else batches
+                    now = slice(j * size, (j + 1) * size)
+                    batch = {n: t[:, now] for n, t in batches.items()} if steps > 1 else batches
+                    term = None if terms is None else terms.take(strip.start + group.rows, found[:, now])
                     numbers = group.steps
                     if first + j:
                         numbers = numbers + (first + j)
                         step_rates = step_rates if plan.schedule is None else plan.rate(self.round, numbers)
                         step = step.again(step_rates, numbers)
                     draw = Draw(self._seed, purpose, self.round, keys, numbers) if how.random else None
-                    losses = self._gradients(parts, own, batch, draw, step, rule.trained)
+                    losses = self._gradients(parts, own, batch, draw, step, rule.trained, term)
                     step.finish()
                     group_loss.add_(losses, alpha=size)
                     rates[group.rows] += step_rates
@@ -323,11 +357,15 @@ class Rows(Cohort):
         draw: Draw | None,
         sink: Sink,
         trained: frozenset[int] | None,
+        term: Term | None = None,
     ) -> Tensor:
         """Mean losses [k] of each row's batch; gradients go to the sink."""
         how = self._how
-        if how.program is not None:
-            return paths.written(self.model, how.program, parts, held, batch, draw, sink, trained)
+        if how.program is not None and (term is None or how.program.features is not None):
+            return paths.written(self.model, how.program, parts, held, batch, draw, sink, trained, term)
+        if term is not None:
+            tensors = cast("list[Tensor]", parts)
+            return paths.with_term(self.model, tensors, held, batch, draw, sink, term, seeded=how.draws)
         return paths.by_autograd(
             self.model, cast("list[Tensor]", parts), held, batch, draw, sink, batched=how.batched, seeded=how.draws
         )
@@ -388,10 +426,10 @@ class Rows(Cohort):
         nothing = rows.new_empty(0) if like is None else like[:0]
         return [nothing if f is None else f for f in found]
 
-    def features(self, rows: Tensor) -> list[Tensor]:
+    def features(self, rows: Tensor, *, buffers: Tensor | None = None) -> list[Tensor]:
         model, outputs = self.model, list[Tensor]()
         with torch.no_grad():
-            for row, held, place in zip(rows, self.buffers, self._places, strict=True):
+            for row, held, place in zip(rows, self.buffers if buffers is None else buffers, self._places, strict=True):
                 views, own = model.layout.view(row), model.buffer_layout.view(held)
                 outputs.append(model.features(views, own, self._train.client(int(place))))
         return outputs
