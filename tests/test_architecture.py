@@ -23,7 +23,7 @@ LAYERS = (
     ("rounds",),
     ("result", "net"),
     ("simulation",),
-    ("experiment",),
+    ("experiment", "transfer"),
     ("study", "bench"),
     ("cli",),
 )

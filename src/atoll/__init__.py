@@ -45,7 +45,9 @@ _NAMES = {
     "fedrep": "algorithms",
     "fedsgd": "algorithms",
     "fedyogi": "algorithms",
+    "features": "transfer",
     "fine_tune": "algorithms",
+    "freeze": "transfer",
     "ifca": "algorithms",
     "lg_fedavg": "algorithms",
     "local_only": "algorithms",
@@ -112,6 +114,7 @@ if TYPE_CHECKING:
     from atoll.result import Result
     from atoll.rounds import Process, process
     from atoll.simulation import simulate
+    from atoll.transfer import features, freeze
 
 __all__ = [
     "Experiment",
@@ -128,6 +131,7 @@ __all__ = [
     "ditto",
     "errors",
     "evaluate",
+    "features",
     "fedadagrad",
     "fedadam",
     "fedavg",
@@ -143,6 +147,7 @@ __all__ = [
     "fedsgd",
     "fedyogi",
     "fine_tune",
+    "freeze",
     "ifca",
     "lg_fedavg",
     "local_only",
