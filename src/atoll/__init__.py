@@ -55,6 +55,7 @@ _NAMES = {
     "per_fedavg": "algorithms",
     "pfedme": "algorithms",
     "pooled": "algorithms",
+    "pretrained": "transfer",
     "process": "rounds",
     "qfedavg": "algorithms",
     "scaffold": "algorithms",
@@ -114,7 +115,7 @@ if TYPE_CHECKING:
     from atoll.result import Result
     from atoll.rounds import Process, process
     from atoll.simulation import simulate
-    from atoll.transfer import features, freeze
+    from atoll.transfer import features, freeze, pretrained
 
 __all__ = [
     "Experiment",
@@ -158,6 +159,7 @@ __all__ = [
     "per_fedavg",
     "pfedme",
     "pooled",
+    "pretrained",
     "process",
     "qfedavg",
     "rate",

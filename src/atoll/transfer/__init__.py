@@ -2,5 +2,6 @@
 
 from atoll.transfer.caching import Features, features
 from atoll.transfer.freezing import freeze
+from atoll.transfer.networks import pretrained
 
-__all__ = ["Features", "features", "freeze"]
+__all__ = ["Features", "features", "freeze", "pretrained"]
