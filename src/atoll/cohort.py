@@ -183,5 +183,13 @@ class Cohort(ABC):
         """
 
     @abstractmethod
+    def inputs(self, rows: Tensor, layer: str) -> list[Tensor]:
+        """What flows into a named submodule, [n_i, ...] on its client's training examples, in eval mode."""
+
+    @abstractmethod
+    def targets(self) -> list[Tensor]:
+        """Targets [n_i, ...] of each client's training examples."""
+
+    @abstractmethod
     def features(self, rows: Tensor) -> list[Tensor]:
         """Features [n_i, ...] (output of the submodule the model names) on its client's training examples."""

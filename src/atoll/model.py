@@ -28,6 +28,10 @@ Forward = Callable[[nn.Module, Batch], Tensor]
 NORMALISATION = (_BatchNorm, _InstanceNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
+INPUT_BYTES = 32 * 2**20
+"""Activations of examples that go through a model at once when what flows into a layer is asked for."""
+
+
 def apply_to_x(module: nn.Module, batch: Batch) -> Tensor:
     """The default forward: the module called with the field `x`."""
     return module(batch["x"])
@@ -305,6 +309,24 @@ class Model:
         finally:
             handle.remove()
         return seen[-1]
+
+    def inputs(
+        self, layer: str, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Batch
+    ) -> Tensor:
+        """What flows into a named submodule, in eval mode: [n, ...]. A batch of any size; nothing is differentiated."""
+        seen: list[Tensor] = []
+        part = self._evaluating.module.get_submodule(layer)
+        count = len(next(iter(batch.values())))
+        step = max(1, INPUT_BYTES // self.activations(parameters, buffers, batch))
+        handle = part.register_forward_pre_hook(lambda _module, given: seen.append(cast(Tensor, given[0])))
+        try:
+            with torch.no_grad():
+                for begin in range(0, count, step):
+                    some = {n: t[begin : begin + step] for n, t in batch.items()}
+                    self.call(parameters, buffers, some, train=False)
+        finally:
+            handle.remove()
+        return torch.cat(seen)
 
     def activations(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Batch) -> int:
         """Bytes that the layers give for one example of a batch, in eval mode; asked once for each shape."""
