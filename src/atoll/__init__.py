@@ -54,6 +54,7 @@ _NAMES = {
     "lg_fedavg": "algorithms",
     "local_only": "algorithms",
     "local_sgd": "local",
+    "lora": "transfer",
     "per_fedavg": "algorithms",
     "pfedme": "algorithms",
     "pooled": "algorithms",
@@ -119,7 +120,7 @@ if TYPE_CHECKING:
     from atoll.result import Result
     from atoll.rounds import Process, process
     from atoll.simulation import simulate
-    from atoll.transfer import features, freeze, pretrained
+    from atoll.transfer import features, freeze, lora, pretrained
 
 __all__ = [
     "Experiment",
@@ -159,6 +160,7 @@ __all__ = [
     "lg_fedavg",
     "local_only",
     "local_sgd",
+    "lora",
     "losses",
     "metrics",
     "partition",

@@ -138,6 +138,7 @@ class Model:
         if features is not None and features not in dict(evaluating.named_modules()):
             names = [n for n, _ in evaluating.named_modules() if n]
             raise invalid("features", features, f"the name of a submodule: {', '.join(names)}")
+        self.needs: str | None = None  # the one algorithm that may train it, where its vector has parts of other kinds
         self._training = _Caller(training, self.forward_function)
         self._evaluating = _Caller(evaluating, self.forward_function)
         self._activations: dict[tuple[Any, ...], int] = {}
@@ -158,6 +159,11 @@ class Model:
     def names(self) -> tuple[str, ...]:
         """Names of the metrics."""
         return tuple(m if isinstance(m, str) else str(m.name) for m in self._metrics)
+
+    @property
+    def given_metrics(self) -> tuple[Any, ...]:
+        """The metrics as they were given: names or metric objects."""
+        return self._metrics
 
     def metrics(self, output: Tensor) -> tuple[Any, ...]:
         """The metric objects, sized for this kind of output [n, ...]."""

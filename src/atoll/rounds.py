@@ -123,6 +123,11 @@ class Process:
             raise invalid("model", model, "an atoll.Model", 'Wrap a module: atoll.Model(module, loss="cross_entropy").')
         if not isinstance(algorithm, Algorithm):
             raise invalid("algorithm", algorithm, "an algorithm such as atoll.fedavg(atoll.local_sgd(lr=0.1))")
+        if model.needs is not None and algorithm.name != model.needs:
+            raise CompositionError(
+                f"{algorithm.name} would train parts of the vector of this model that are no parameters to train: use "
+                f"model.algorithm(plan), which is {model.needs}."
+            )
         algorithm = algorithm if algorithm.bind is None else algorithm.bind(model)
         self.model = model
         self.algorithm = algorithm

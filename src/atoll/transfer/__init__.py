@@ -2,6 +2,7 @@
 
 from atoll.transfer.caching import Features, features
 from atoll.transfer.freezing import freeze
+from atoll.transfer.low_rank import LoraModel, lora
 from atoll.transfer.networks import pretrained
 
-__all__ = ["Features", "features", "freeze", "pretrained"]
+__all__ = ["Features", "LoraModel", "features", "freeze", "lora", "pretrained"]

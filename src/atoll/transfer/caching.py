@@ -49,8 +49,8 @@ def features(model: Model, data: FederatedDataset) -> Features:
         InvalidArgument: the model names no features; parameters or buffers before them are trained, dropout draws
             there; or the rest of the module reads more than the features.
     """
-    if not isinstance(model, Model):
-        raise invalid("model", model, "an atoll.Model")
+    if type(model) is not Model:
+        raise invalid("model", model, "a plain atoll.Model", "Compute features first, then adapt the head's model.")
     if not isinstance(data, FederatedDataset):
         raise invalid(
             "data", type(data).__name__, "a packed FederatedDataset", "Draw a lazy population's clients first: draw()."
