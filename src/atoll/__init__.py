@@ -27,6 +27,7 @@ _NAMES = {
     "Process": "rounds",
     "Record": "history",
     "Result": "result",
+    "align": "transfer",
     "apfl": "algorithms",
     "cyclic": "algorithms",
     "ditto": "algorithms",
@@ -120,7 +121,7 @@ if TYPE_CHECKING:
     from atoll.result import Result
     from atoll.rounds import Process, process
     from atoll.simulation import simulate
-    from atoll.transfer import features, freeze, lora, pretrained
+    from atoll.transfer import align, features, freeze, lora, pretrained
 
 __all__ = [
     "Experiment",
@@ -130,6 +131,7 @@ __all__ = [
     "Record",
     "Result",
     "aggregators",
+    "align",
     "apfl",
     "attacks",
     "cyclic",
