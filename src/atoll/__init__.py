@@ -30,6 +30,7 @@ _NAMES = {
     "align": "transfer",
     "apfl": "algorithms",
     "cyclic": "algorithms",
+    "distill": "transfer",
     "ditto": "algorithms",
     "evaluate": "evaluation",
     "fed3r": "algorithms",
@@ -121,7 +122,7 @@ if TYPE_CHECKING:
     from atoll.result import Result
     from atoll.rounds import Process, process
     from atoll.simulation import simulate
-    from atoll.transfer import align, features, freeze, lora, pretrained
+    from atoll.transfer import align, distill, features, freeze, lora, pretrained
 
 __all__ = [
     "Experiment",
@@ -136,6 +137,7 @@ __all__ = [
     "attacks",
     "cyclic",
     "datasets",
+    "distill",
     "ditto",
     "errors",
     "evaluate",

@@ -30,7 +30,7 @@ Method = Literal["coral", "variances", "means"]
 class Sums(NamedTuple):
     """What leaves a client."""
 
-    count: Tensor  # [] examples
+    examples: Tensor  # [] how many
     first: Tensor  # [d] sum of features, float64
     second: Tensor  # upper triangle [d(d + 1)/2], squares [d], or nothing [0], float64
 
@@ -77,15 +77,15 @@ def moments(method: Method) -> Statistic[Tensor, Sums, Moments]:
         return Sums(*(a + b for a, b in zip(one, other, strict=True)))
 
     def finish(sums: Sums) -> Moments:
-        mean = sums.first / sums.count
+        mean = sums.first / sums.examples
         if method == "means":
             return Moments(mean, sums.second)
         if method == "variances":
-            return Moments(mean, (sums.second / sums.count - mean.square()).clamp(min=0.0))
+            return Moments(mean, (sums.second / sums.examples - mean.square()).clamp(min=0.0))
         width = len(mean)
         upper = torch.triu_indices(width, width)
         second = mean.new_zeros(width, width)
-        second[upper[0], upper[1]] = sums.second / sums.count
+        second[upper[0], upper[1]] = sums.second / sums.examples
         return Moments(mean, second + second.triu(1).T - torch.outer(mean, mean))
 
     return Statistic(local, merge, finish)
