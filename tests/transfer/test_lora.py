@@ -163,6 +163,17 @@ def test_flora_begins_every_round_with_new_factors() -> None:
     assert torch.equal(after(model, EVERYBODY, rounds=2), second), "drawn by seed and round"
 
 
+def test_flora_begins_from_factors_that_are_given() -> None:
+    model = adapted("flora")
+    start = after(adapted("fedex"), EVERYBODY)
+    assert bool(model.layout.view(start)["body.up.weight"].any())
+    process = Process(model, model.algorithm(PLAN))
+    vector = process.vector(process.init(initial=start))
+    assert not bool(model.layout.view(vector)["body.up.weight"].any())
+    for name, weight in model.weights(vector).items():
+        torch.testing.assert_close(weight, model.weights(start)[name], rtol=0, atol=1e-14)
+
+
 def test_only_what_is_trained_travels() -> None:
     sizes = {"body": (6, 5), "middle": (5, 6)}
     factors = sum(2 * (o + i) for o, i in sizes.values())

@@ -11,8 +11,7 @@ Symbols: f(x) what flows into the head, m_c mean of class c over all clients. By
 class whose mean has the smallest angle to it; by the second, to the nearest mean, as |f - m_c|^2 is -(2 f.m_c -
 |m_c|^2) but for a number all classes share. The paper takes the first for what is trained further. A class nobody has
 gets the weight 0 and, where there is a bias, one of -10,000.
-One round, exactly the pooled solution. Cost in floats: D + 2 K (d + 1) up (sums are sent in double precision), D down,
-1 kept.
+One round, exactly the pooled solution. Cost in floats: D + K (d + 1) up, in double precision, D down, 1 kept.
 """
 
 from typing import Literal

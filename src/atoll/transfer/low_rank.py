@@ -232,6 +232,17 @@ def _exact(model: LoraModel, plan: Plan) -> Algorithm:
     weights = frozenset(one.weight for one in adapted)
     moving = ~layout.mask(weights)
 
+    def init(vector: Tensor) -> State:
+        if not stacking:
+            return State(vector)
+        vector = vector.clone()  # what the factors of a given start say goes to the weights: rounds begin with B = 0
+        views = layout.view(vector)
+        for one in adapted:
+            weight = views[one.weight]
+            weight += scale * one.product(views).view(weight.shape)
+            views[one.b].zero_()
+        return State(vector)
+
     def begun(message: Message, cohort: Cohort) -> Tensor:
         """Rows [C, P] clients begin with: of lower ranks the last places of both factors are zero, and stay so."""
         start = cohort.rows(message.vector)
@@ -284,7 +295,7 @@ def _exact(model: LoraModel, plan: Plan) -> Algorithm:
 
     algorithm = Algorithm(
         record(f"lora, {model.aggregation}", plan=plan, scale=scale, ranks=model.ranks and dict(model.ranks)),
-        init=State,
+        init=init,
         broadcast=lambda state: Message(state.vector),
         local=local,
         step=step,
