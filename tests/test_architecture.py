@@ -23,7 +23,7 @@ LAYERS = (
     ("rounds",),
     ("asynchronous", "result", "net"),
     ("simulation",),
-    ("experiment",),
+    ("experiment", "transfer"),
     ("study", "tuning", "bench", "conformance"),
     ("cli",),
 )

@@ -200,6 +200,14 @@ class Cohort(ABC):
         """
 
     @abstractmethod
+    def inputs(self, rows: Tensor, layer: str) -> list[Tensor]:
+        """What flows into a named submodule, [n_i, ...] on its client's training examples, in eval mode."""
+
+    @abstractmethod
+    def targets(self) -> list[Tensor]:
+        """Targets [n_i, ...] of each client's training examples."""
+
+    @abstractmethod
     def features(self, rows: Tensor, *, buffers: Tensor | None = None) -> list[Tensor]:
         """Features [n_i, ...] of each row on its client's training examples, in eval mode.
 

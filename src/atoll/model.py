@@ -1,6 +1,7 @@
 """A torch module as pure functions of one flat vector of its trainable parameters."""
 
 import copy
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, cast
 
@@ -27,6 +28,10 @@ Forward = Callable[[nn.Module, Batch], Tensor]
 NORMALISATION = (_BatchNorm, _InstanceNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
+INPUT_BYTES = 32 * 2**20
+"""Activations of examples that go through a model at once when what flows into a layer is asked for."""
+
+
 def apply_to_x(module: nn.Module, batch: Batch) -> Tensor:
     """The default forward: the module called with the field `x`."""
     return module(batch["x"])
@@ -49,7 +54,8 @@ class Model:
 
     Args:
         module: any module whose parameters are floating point. Parameters with `requires_grad=False` are constants.
-            The module is copied; submodules that are in eval mode while the module is in train mode stay in eval mode.
+            The module is copied; submodules that are in eval mode while the module is in train mode stay in eval mode,
+            and their floating buffers are constants too (`atoll.freeze` makes such submodules).
         loss: a name (`atoll.losses.names()`), or callable(output, target) -> per-example losses [n] or their mean.
         metrics: names (`atoll.metrics.names()`) or metric objects.
         buffers: what happens to floating buffers such as BatchNorm statistics: "mean" averages them like parameters,
@@ -65,7 +71,7 @@ class Model:
     def __init__(
         self,
         module: nn.Module,
-        loss: str | Callable[[Tensor, Tensor], Tensor],
+        loss: str | losses.Loss | Callable[[Tensor, Tensor], Tensor],
         metrics: Sequence[str | Any] = (),
         *,
         buffers: Literal["mean", "local", "frozen"] = "mean",
@@ -85,7 +91,7 @@ class Model:
             raise invalid("metrics", metrics, "a sequence of names", f"Write metrics=({metrics!r},).")
         self.loss = losses.get(loss)
         self._metrics = tuple(metrics)
-        self.buffer_rule = buffers
+        self.buffer_rule: Literal["mean", "local", "frozen"] = buffers
         self.forward_function = forward or apply_to_x
         self.features_name = features
 
@@ -103,10 +109,12 @@ class Model:
         self.dtype = dtypes.pop()
         self.layout = Layout.of(trainable)
 
-        constants = {n: p.detach() for n, p in module.named_parameters() if not p.requires_grad}
         persistent = frozenset(module.state_dict(keep_vars=True))
+        still = _still(module)
         floating = {
-            n: b for n, b in module.named_buffers() if b.is_floating_point() and n in persistent and buffers != "frozen"
+            n: b
+            for n, b in module.named_buffers()
+            if b.is_floating_point() and n in persistent and n not in still and buffers != "frozen"
         }
         self.buffer_layout = Layout.of(floating)
         self._counters = {
@@ -114,7 +122,6 @@ class Model:
         }
         self._vector = self.layout.flatten(trainable).clone()
         self._buffers = self.buffer_layout.flatten(floating).to(self.dtype).clone()
-        self._frozen_hash = digest(*constants.values()) if constants else None
 
         # The training and the evaluating copy share every tensor; only their mode flags differ. What is trained is the
         # vector's alone: a model of a hundred million parameters is not kept twice.
@@ -131,9 +138,15 @@ class Model:
         if features is not None and features not in dict(evaluating.named_modules()):
             names = [n for n, _ in evaluating.named_modules() if n]
             raise invalid("features", features, f"the name of a submodule: {', '.join(names)}")
+        self.needs: str | None = None  # the one algorithm that may train it, where its vector has parts of other kinds
         self._training = _Caller(training, self.forward_function)
         self._evaluating = _Caller(evaluating, self.forward_function)
         self._activations: dict[tuple[Any, ...], int] = {}
+        self._frozen_hash = _content(self.constants())
+
+    def over(self, module: nn.Module) -> "Model":
+        """Another module under this model's loss, metrics, rule for buffers and forward function."""
+        return Model(module, self.loss, self._metrics, buffers=self.buffer_rule, forward=self.forward_function)
 
     # --- values -------------------------------------------------------------------------------------------------------
 
@@ -146,6 +159,11 @@ class Model:
     def names(self) -> tuple[str, ...]:
         """Names of the metrics."""
         return tuple(m if isinstance(m, str) else str(m.name) for m in self._metrics)
+
+    @property
+    def given_metrics(self) -> tuple[Any, ...]:
+        """The metrics as they were given: names or metric objects."""
+        return self._metrics
 
     def metrics(self, output: Tensor) -> tuple[Any, ...]:
         """The metric objects, sized for this kind of output [n, ...]."""
@@ -218,6 +236,47 @@ class Model:
         own = {*self.layout.names, *self.buffer_layout.names, *self._counters}
         return {n: t for n, t in named if n not in own}
 
+    @property
+    def frozen_hash(self) -> str | None:
+        """BLAKE2b of the constants' names and contents: part of what the model is. None: there are none."""
+        return self._frozen_hash
+
+    @property
+    def frozen_bytes(self) -> int:
+        """Bytes of the constants, which a client needs once and which no round carries."""
+        return sum(t.nbytes for t in self.constants().values())
+
+    def adopt(self, constants: Mapping[str, Tensor], *, expected: str) -> None:
+        """Take constants that came from elsewhere, before the model is used: a backbone that is sent once.
+
+        Args:
+            constants: all of them, by name, as `constants` gives them.
+            expected: the `frozen_hash` they must have.
+
+        Raises:
+            InvalidArgument: names, shapes, dtypes or contents are not those expected; nothing is changed then.
+        """
+        own = self.constants()
+        if constants.keys() != own.keys():
+            odd = ", ".join(sorted(constants.keys() ^ own.keys())[:5])
+            raise InvalidArgument(f"constants are not those of this model: {odd} are on one side only.")
+        for name, tensor in own.items():
+            given = constants[name]
+            if given.shape != tensor.shape or given.dtype != tensor.dtype:
+                raise invalid(
+                    name, f"{tuple(given.shape)} {given.dtype}", f"of shape {tuple(tensor.shape)} and {tensor.dtype}"
+                )
+        found = _content(constants)
+        if found != expected:
+            raise InvalidArgument(
+                f"the constants have the hash {found}, but {expected} was expected: they were damaged, or belong to "
+                "another model. Fetch them again."
+            )
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(constants[name])
+        self._frozen_hash = found
+
     def counters(self) -> dict[str, Tensor]:
         """Fresh copies of the integer buffers."""
         return {n: b.clone() for n, b in self._counters.items()}
@@ -276,6 +335,24 @@ class Model:
             )
         return output, found
 
+    def inputs(
+        self, layer: str, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Batch
+    ) -> Tensor:
+        """What flows into a named submodule, in eval mode: [n, ...]. A batch of any size; nothing is differentiated."""
+        seen: list[Tensor] = []
+        part = self._evaluating.module.get_submodule(layer)
+        count = len(next(iter(batch.values())))
+        step = max(1, INPUT_BYTES // self.activations(parameters, buffers, batch))
+        handle = part.register_forward_pre_hook(lambda _module, given: seen.append(cast(Tensor, given[0])))
+        try:
+            with torch.no_grad():
+                for begin in range(0, count, step):
+                    some = {n: t[begin : begin + step] for n, t in batch.items()}
+                    self.call(parameters, buffers, some, train=False)
+        finally:
+            handle.remove()
+        return torch.cat(seen)
+
     def activations(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Batch) -> int:
         """Bytes that the layers give for one example of a batch, in eval mode; asked once for each shape."""
         few = {n: t[:4] for n, t in batch.items()}  # statistics of a batch need more than one
@@ -331,3 +408,23 @@ class Model:
     def __repr__(self) -> str:
         kind = type(self._evaluating.module).__name__
         return f"Model({kind}, {self.size:,} parameters, loss={self.loss.name})"
+
+
+def _still(module: nn.Module) -> frozenset[str]:
+    """Names of buffers of submodules that stay in eval mode while the module is trained: nothing changes them."""
+    if not module.training:
+        return frozenset()
+    return frozenset(
+        f"{name}.{buffer}"
+        for name, part in module.named_modules()
+        if not part.training
+        for buffer, _ in part.named_buffers(recurse=False)
+    )
+
+
+def _content(constants: Mapping[str, Tensor]) -> str | None:
+    """A hash of named tensors, whatever their order."""
+    if not constants:
+        return None
+    told = {n: digest(t) for n, t in sorted(constants.items())}
+    return hashlib.blake2b(repr(told).encode(), digest_size=16).hexdigest()

@@ -142,6 +142,12 @@ class Process:
             raise invalid("model", model, "an atoll.Model", 'Wrap a module: atoll.Model(module, loss="cross_entropy").')
         if not isinstance(algorithm, Algorithm):
             raise invalid("algorithm", algorithm, "an algorithm such as atoll.fedavg(atoll.local_sgd(lr=0.1))")
+        if model.needs is not None and algorithm.name != model.needs:
+            raise CompositionError(
+                f"{algorithm.name} would train parts of the vector of this model that are no parameters to train: use "
+                f"model.algorithm(plan), which is {model.needs}."
+            )
+        algorithm = algorithm if algorithm.bind is None else algorithm.bind(model)
         self.model = model
         self.algorithm = algorithm
         self.aggregator = aggregator if aggregator is not None else mean()
@@ -165,6 +171,12 @@ class Process:
             raise CompositionError(
                 f"the channel {self.chain.channel.name} cuts every number at one clip, but {algorithm.name} sends "
                 'numbers of other units with its update, which would be cut too: use channel="plain", or fedavg.'
+            )
+        if algorithm.statistics and self.chain.stages:
+            stage = self.chain.stages[0].name
+            raise CompositionError(
+                f"{stage} would change the sums that {algorithm.name} solves for its model, which is then no solution "
+                f"at all: leave {stage} out."
             )
         if algorithm.additive and not self.aggregator.averages:
             raise CompositionError(
@@ -476,13 +488,13 @@ class Process:
         finite &= _finite(memory)
         finite &= torch.isfinite(update.weight[:, 0]) & (update.weight[:, 0] >= 0)
         lengths = (width, split - width, update.sums.shape[1])
-        size = sum(lengths) * self.model.dtype.itemsize * count if isinstance(wire, Clear) else sent(wire)
+        size = sum(lengths) * self.row_dtype.itemsize * count if isinstance(wire, Clear) else sent(wire)
         size += count * ((8 if channel.seal is None else 0) + 16)
         return Report(cohort.clients, wire, lengths, weight, update.metrics, finite, memory, size)
 
     def blank(self, task: Task) -> Report:
         """A single client's report with nothing in it: the shapes and types that a site may send."""
-        row, weight = torch.zeros(1, self.length, dtype=self.model.dtype), torch.ones(1, 1, dtype=torch.float64)
+        row, weight = torch.zeros(1, self.length, dtype=self.row_dtype), torch.ones(1, 1, dtype=torch.float64)
         keys, channel = random.client_keys(("",)), self.chain.channel
         memory = {n: t[None].to(row.dtype) for n, t in self.chain.memory(self.length, self.split).items()}
         wire, _ = self.chain.encode(row, memory, task.shared, keys_of(task.seed, task.round, keys, self.split))
@@ -494,6 +506,11 @@ class Process:
             weight = weight.new_empty(1, 0)
         sums, finite = torch.zeros(1, 2, dtype=torch.float64), torch.ones(1, dtype=torch.bool)
         return Report(("",), wire, self.parts, weight, sums, finite, row.new_empty(1, 0), 0)
+
+    @property
+    def row_dtype(self) -> torch.dtype:
+        """Type of the numbers of a client's row."""
+        return torch.float64 if self.algorithm.statistics else self.model.dtype
 
     @property
     def parts(self) -> tuple[int, int, int]:
@@ -570,7 +587,7 @@ class Process:
         A tile's few rows are added up in single precision at least, tiles in double: thousands of clients do not drown
         each other, and no wide copy of the rows is made.
         """
-        exact = torch.promote_types(self.model.dtype, torch.float32)
+        exact = torch.promote_types(self.row_dtype, torch.float32)
         alone = len(weight) == 1
         total = clear.total(weight.to(exact), split, last=alone)
         if bool(torch.isfinite(total.sum())):
@@ -590,6 +607,12 @@ class Process:
         """The state after the round. Without any update the model stays as it is; the round counts."""
         if not collected.count:
             return self._announce(replace(state, round=state.round + 1), task)
+        if self.algorithm.statistics and collected.saturated:
+            raise CompositionError(
+                f"round {task.round + 1}: {collected.saturated} of the numbers that {self.algorithm.name} adds up were "
+                f"cut to the range of the channel {self.chain.channel.name}, and their sum is wrong: raise its clip, "
+                "or scale the features down. The model of the round before is kept."
+            )
         width = self.selection.size
         mean, sums, transforms = collected.mean, collected.sums, state.transforms
         if any(stage.settle is not None for stage in self.chain.stages):
@@ -646,7 +669,10 @@ class Process:
 
         Raises:
             CompositionError: a client weighs more than the channel can carry.
+            InvalidArgument, DataError: the algorithm is not made for this model or these data.
         """
+        if self.algorithm.accepts is not None:
+            self.algorithm.accepts(self.model, data)
         cap, own = self.chain.channel.weight_cap, self.aggregator.cap
         # Weights by a callable are made one by one, and checked as they come.
         if self.aggregator.weights == "examples" and float(data.train.sizes.max()) > own:
@@ -1027,7 +1053,7 @@ class Collector:
         loss, examples = self._metrics.tolist()
         return Collected(
             average.to(dtype),
-            sums.to(dtype),
+            sums if process.algorithm.statistics else sums.to(dtype),
             weight,
             self._count,
             loss,

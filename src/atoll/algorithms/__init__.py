@@ -4,10 +4,12 @@ from atoll.algorithms.apfl import apfl
 from atoll.algorithms.base import Algorithm
 from atoll.algorithms.baselines import cyclic, local_only, pooled
 from atoll.algorithms.ditto import ditto
+from atoll.algorithms.fed3r import fed3r
 from atoll.algorithms.fedala import fedala
 from atoll.algorithms.fedavg import fedavg, fedsgd
 from atoll.algorithms.feddyn import feddyn
 from atoll.algorithms.fedexp import fedexp
+from atoll.algorithms.fedncm import fedncm
 from atoll.algorithms.fednova import fednova
 from atoll.algorithms.fedopt import fedadagrad, fedadam, fedavgm, fedyogi
 from atoll.algorithms.fedprox import fedprox
@@ -25,6 +27,7 @@ __all__ = [
     "apfl",
     "cyclic",
     "ditto",
+    "fed3r",
     "fedadagrad",
     "fedadam",
     "fedala",
@@ -34,6 +37,7 @@ __all__ = [
     "fedbn",
     "feddyn",
     "fedexp",
+    "fedncm",
     "fednova",
     "fedper",
     "fedprox",

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -12,6 +12,9 @@ from atoll.model import Model
 from atoll.sampling import Sampler
 from atoll.spec import Spec
 from atoll.vectors import Aggregate, Personal, Update
+
+if TYPE_CHECKING:
+    from atoll.data import FederatedDataset
 
 Memory = dict[str, Tensor]
 """A client's own named tensors; rows [C, ...] when they belong to a tile."""
@@ -46,9 +49,15 @@ class Algorithm:
         scalars: the summed part holds numbers of other units than the update (losses, lengths, counts), so that stages
             which clip or quantise a row as one vector are refused, and channels that cut every number alike.
         additive: the summed part is only right when it is added up: rules that choose among clients are refused.
+        statistics: the summed part holds statistics of the clients' examples that are only right when they are exact:
+            it is float64 whatever the model is, stages that would change it are refused, and so is a round in which a
+            channel had to cut a number.
         plans: the local training it will do, for checks before any work.
         rooted: whether the step reads what training on the server's own data gave (`Aggregate.root`).
         check: (Model) -> None, raising what the method cannot do with a model; None: it takes any.
+        bind: (Model) -> the algorithm for this model, of methods that depend on its layers; the other functions are
+            those of the bound one. Refuses models it is not made for.
+        accepts: (Model, data) -> None; refuses data or a model that the method is not made for, before any work.
     """
 
     spec: Spec
@@ -67,9 +76,12 @@ class Algorithm:
     sums: Callable[[int], int] = lambda size: 0
     scalars: bool = False
     additive: bool = False
+    statistics: bool = False
     plans: tuple[Plan, ...] = ()
     rooted: bool = False
     check: Callable[[Model], None] | None = None
+    bind: "Callable[[Model], Algorithm] | None" = None
+    accepts: "Callable[[Model, FederatedDataset], None] | None" = None
 
     @property
     def name(self) -> str:

@@ -196,6 +196,13 @@ class _Client(Cohort):
         with torch.no_grad():
             return self.model.call(self.model.layout.view(row), held, batch, train=False)
 
+    def inputs(self, rows: Tensor, layer: str) -> list[Tensor]:
+        held = self.model.buffer_layout.view(self.buffers[0])
+        return [self.model.inputs(layer, self.model.layout.view(rows[0]), held, self._train)]
+
+    def targets(self) -> list[Tensor]:
+        return [self._train["y"]]
+
     def features(self, rows: Tensor, *, buffers: Tensor | None = None) -> list[Tensor]:
         held = self.model.buffer_layout.view((self.buffers if buffers is None else buffers)[0])
         with torch.no_grad():

@@ -426,6 +426,16 @@ class Rows(Cohort):
         nothing = rows.new_empty(0) if like is None else like[:0]
         return [nothing if f is None else f for f in found]
 
+    def inputs(self, rows: Tensor, layer: str) -> list[Tensor]:
+        model, outputs = self.model, list[Tensor]()
+        for row, held, place in zip(rows, self.buffers, self._places, strict=True):
+            views, own = model.layout.view(row), model.buffer_layout.view(held)
+            outputs.append(model.inputs(layer, views, own, self._train.client(int(place))))
+        return outputs
+
+    def targets(self) -> list[Tensor]:
+        return [self._train.client(int(place))["y"] for place in self._places]
+
     def features(self, rows: Tensor, *, buffers: Tensor | None = None) -> list[Tensor]:
         model, outputs = self.model, list[Tensor]()
         with torch.no_grad():

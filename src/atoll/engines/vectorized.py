@@ -183,6 +183,8 @@ class Vectorized(Engine):
         self._paths = Paths(program, uses, evaluating, batched, traits.dropout, traits.draws)
         self._rows = program is not None or batched
         self._row, self._activations = model.size * model.dtype.itemsize, activations
+        if process.algorithm.statistics:  # which may be much longer than the model
+            self._row = process.length * process.row_dtype.itemsize
         self._plans = process.algorithm.plans
         self._layout, self._item = model.layout, model.dtype.itemsize
         self._width = self._fits(int(data.train.sizes.max()))

@@ -159,7 +159,7 @@ def reduce(
     if process.aggregator.rule is None and _in_columns(process):
         width = sum(process.parts[:2])
         mean = torch.empty(width, dtype=process.model.dtype)
-        sums = torch.empty(process.parts[2], dtype=process.model.dtype)
+        sums = torch.empty(process.parts[2], dtype=process.row_dtype)
         found: Collected | None = None
         for a in range(0, max(1, process.length), block):
             b = min(a + block, process.length)
