@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "src" / "atoll"
 # From the bottom up; a module may import what stands in a lower row or in its own package.
 LAYERS = (
     ("errors",),
-    ("spec", "random", "tree", "mapped"),
+    ("spec", "random", "secret", "tree", "mapped"),
     ("vectors", "losses", "rate", "analytics", "history"),
     ("local", "server", "sampling", "memory", "journal", "metrics", "messages"),
     ("model", "data", "report"),
