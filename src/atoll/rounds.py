@@ -7,7 +7,7 @@
 `next` composes them on an engine; a coordinator composes the same three over sites.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,6 +27,10 @@ from atoll.evaluation import Evaluation, check_split, joined, output_sums, split
 from atoll.memory import ClientMemory, Window
 from atoll.messages import Clear, Partial, Report, Task
 from atoll.model import Model
+from atoll.privacy.accounting import Event, check_delta, usual_delta
+from atoll.privacy.ledger import Ledger
+from atoll.privacy.noise import releasing
+from atoll.secret import Source
 from atoll.spec import Spec, record
 from atoll.transforms.base import Codes, Keys, Transform
 from atoll.transforms.chain import Chain, compose, keys_of
@@ -73,9 +77,27 @@ class State:
     memory_version: int
 
 
+Release = Callable[[Tensor, float], Tensor]
+"""(sum of the clients' rows [L'] float64, L2 norm that one client adds to it at most) -> the sum with noise."""
+
+
 @dataclass(frozen=True, slots=True)
 class Collected:
-    """A round's updates, combined."""
+    """A round's updates, combined.
+
+    Attributes:
+        mean: averaged part and averaged buffers.
+        sums: summed part.
+        weight: total weight.
+        count: clients in it.
+        loss, examples: sums over the clients' training.
+        bytes_up: bytes all clients sent.
+        saturated: values that were cut to the range of a channel.
+        divisor: what the weighted sum was divided by.
+        aggregator: what the rule keeps.
+        refused: clients without a part in it, and why.
+        seen: what stages that learn from the sum saw, by their number.
+    """
 
     mean: Tensor
     sums: Tensor
@@ -88,6 +110,7 @@ class Collected:
     divisor: float = 0.0
     aggregator: Any = None
     refused: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
+    seen: Mapping[int, Tensor] = field(default_factory=dict[int, Tensor])
 
 
 class Process:
@@ -179,11 +202,53 @@ class Process:
                     f"{stage.name} cannot carry the summed part of {algorithm.name}: its server keeps a mean over all "
                     "clients, not this cohort's sum. Use error_feedback instead."
                 )
+        if self.chain.noise is not None:
+            self._check_noise()
         self.private_names = algorithm.private(model) if algorithm.private is not None else frozenset[str]()
         self.selection: Selection = model.layout.without(self.private_names)
         self.kept = Selection(model.layout, tuple(n for n in model.layout.names if n in self.private_names))
         self.buffer_rule = algorithm.buffers or model.buffer_rule
+        if self.chain.noise is not None and self.averaged_buffers:
+            raise CompositionError(
+                "the model's floating buffers (running statistics of BatchNorm) are averaged, but noise may make a "
+                "variance negative, and a batch's statistics mix its examples: replace BatchNorm by GroupNorm or "
+                'LayerNorm, or keep the statistics where they are by atoll.Model(..., buffers="local") or "frozen".'
+            )
         self.engine: Engine = resolve_engine(engine, workers)
+
+    def _check_noise(self) -> None:
+        """Refuse what the noise on the sum does not protect."""
+        noisy = next(stage.name for stage in self.chain.stages if stage.noise is not None)
+        aggregator, algorithm = self.aggregator, self.algorithm
+        remedy = 'Use aggregators.mean(weights="uniform", denominator="expected").'
+        if self.chain.channel.sums_only:
+            raise CompositionError(
+                f"{noisy} cannot stand before the channel {self.chain.channel.name}: rounding to the channel's ring "
+                "adds to what one client sends, which the noise is not sized for. "
+                'Use channel="plain" with noise at the server.'
+            )
+        if aggregator.rule is not None:
+            raise CompositionError(
+                f"{noisy} cannot stand before the aggregator {aggregator.name}: noise protects a sum of clipped rows, "
+                f"which one client may move further under {aggregator.name}. {remedy} Clipping bounds what a malicious "
+                "client can do as well."
+            )
+        if aggregator.weights != "uniform" and aggregator.cap is None:
+            raise CompositionError(
+                f"{noisy} cannot stand before the aggregator {aggregator.name} with weights that have no cap: a client "
+                f"with a large weight would move the sum further than the noise hides. {remedy} Or cap the weights: "
+                'aggregators.mean(weights="examples", cap=100, denominator="expected").'
+            )
+        if aggregator.denominator != "expected":
+            raise CompositionError(
+                f"{noisy} cannot stand before the aggregator {aggregator.name} that divides by what came: that number "
+                f"moves with the data too, and no noise hides it. {remedy}"
+            )
+        if algorithm.pooled:
+            raise CompositionError(
+                f"{noisy} cannot protect clients under {algorithm.name}, which puts all their examples in one place: "
+                "there is one client then. Use example-level privacy: atoll.local_sgd(..., privacy=...)."
+            )
 
     # --- pure parts ---------------------------------------------------------------------------------------------------
 
@@ -336,6 +401,8 @@ class Process:
         if not self.adds_rows:
             rows = clear.rows
             finite = _finite(rows)
+            if self.chain.noise is not None:  # a client cannot stop a private round, nor be told of: it adds nothing
+                rows = torch.where(finite[:, None], rows, 0.0)
             wire, stages = self.chain.encode(rows, mine, task.shared, keys_of(task.seed, task.round, keys, split))
         kept = {f"algorithm/{n}": t for n, t in renewed.items()} | {f"transforms/{n}": t for n, t in stages.items()}
         if update.trained is not None:
@@ -404,6 +471,9 @@ class Process:
         length, split = sum(report.parts), report.parts[0] + report.parts[1]
         # Where nobody is weighed, no claim is heard.
         weight = torch.ones_like(report.weight) if self.aggregator.weights == "uniform" else report.weight
+        private = self.chain.noise is not None
+        if private:
+            weight = torch.nan_to_num(weight, nan=0.0, posinf=0.0).clamp(0.0, 1.0)  # whatever an algorithm says
         if self.chain.channel.sums_only:
             assert isinstance(report.wire, Mapping)
             codes = add(report.wire)
@@ -412,6 +482,8 @@ class Process:
         else:
             keys = keys_of(task.seed, task.round, random.client_keys(report.clients), split)
             rows = self.chain.decode_each(report.wire, task.shared, length, keys, self.model.dtype)
+            if private:
+                rows = torch.where(good[:, None], rows, 0.0)
             if self.aggregator.rule is not None:
                 good &= _finite(rows)
                 rows = rows.clone()  # a tile's own memory is used again by the next
@@ -440,6 +512,8 @@ class Process:
         each other, and no wide copy of the rows is made.
         """
         exact = torch.promote_types(self.model.dtype, torch.float32)
+        if self.chain.noise is not None:  # what rounding adds must not tell of who is in the sum
+            return clear.total(weight.double(), split)
         alone = len(weight) == 1
         total = clear.total(weight.to(exact), split, last=alone)
         if bool(torch.isfinite(total.sum())):
@@ -454,6 +528,29 @@ class Process:
     def collector(self, state: State, task: Task) -> "Collector":
         """What takes in a task's partials, in order."""
         return Collector(self, task, state.aggregator)
+
+    def released(self, task: Task, total: Tensor, expected: float, release: Release | None) -> Collected:
+        """The aggregate of a sum of clipped rows to which noise is added.
+
+        It tells nothing of who took part: losses are left out, and weight and count are those of the expected cohort.
+
+        Args:
+            task: of the round.
+            total: sum of the clients' rows [L'], float64, as far as the server undoes them one by one.
+            expected: expected cohort size, by which the sum is divided.
+            release: adds the noise.
+        """
+        bound = self.chain.facts.bound
+        assert bound is not None
+        seen: dict[int, Tensor] = {}
+        keys = keys_of(task.seed, task.round, random.client_keys(()), self.split)
+        add = None if release is None else lambda summed: release(summed, bound)
+        total = self.chain.decode_sum(total, task.shared, self.length, keys, release=add, seen=seen)
+        average, sums = total[: self.split] / expected, total[self.split :]
+        dtype, nan = self.model.dtype, float("nan")
+        return Collected(
+            average.to(dtype), sums.to(dtype), expected, max(1, round(expected)), nan, nan, 0, 0, expected, seen=seen
+        )
 
     def close(self, state: State, task: Task, collected: Collected, expected: float | None = None) -> State:
         """The state after the round. Without any update the model stays as it is; the round counts."""
@@ -483,7 +580,7 @@ class Process:
             round=state.round + 1,
             algorithm=self.algorithm.step(state.algorithm, aggregate),
             buffers=buffers,
-            transforms=self.chain.update(transforms, aggregate),
+            transforms=self.chain.update(transforms, aggregate, collected.seen, collected.divisor),
             aggregator=collected.aggregator,
         )
 
@@ -512,6 +609,7 @@ class Process:
         cohort: Sequence[str] | None = None,
         *,
         expected: float | None = None,
+        release: Release | None = None,
     ) -> tuple[State, dict[str, Any]]:
         """One round: the state after it, its sums (loss, examples, clients, bytes up and down), who was "refused"
         (at most 100 of them are named), and how many that are ("refusals"). Refused clients keep the memory they had.
@@ -520,7 +618,12 @@ class Process:
             state: from `init` or an earlier `next`.
             data: clients and their examples.
             cohort: names of the clients that take part; default everyone.
-            expected: expected cohort size, for `mean(denominator="expected")`; default the cohort's own size.
+            expected: expected cohort size, for `mean(denominator="expected")`; default the cohort's own size. With
+                noise it must be given unless everyone takes part: it may not depend on who was drawn.
+            release: adds the noise in the place of the stage that asks for it, for whoever keeps a ledger.
+
+        With noise nothing is told that it does not protect: losses, and how many clients there were, are those of the
+        expected cohort. Nobody knows here how cohorts were drawn: "epsilon" counts every round for everybody.
 
         Raises:
             InvalidArgument: a stranger in the cohort; a state whose client memory has moved on.
@@ -532,6 +635,11 @@ class Process:
         self._check_cohort(clients, data)
         self._check_fresh(state)
         self.aggregator.check(len(clients), state.round)
+        told: dict[str, float] = {}
+        if self.chain.noise is not None:
+            expected = float(len(data)) if expected is None and cohort is None else expected
+            if release is None:
+                release, told = self._unkept(state, len(data))
         self.engine.prepare(self, data)
         drawn = data.draw(clients)
         if drawn is not data:
@@ -543,7 +651,7 @@ class Process:
                 for partial in self.engine.run(self, task, drawn, state.memory):
                     collector.add(partial)
                     del partial  # large models: nothing is held that the next step does not need
-            collected = collector.finish(expected)
+            collected = collector.finish(expected, release)
             refusals = len(collector.left_out)
             closed = self.close(state, task, collected)
             if collected.count and not bool(_finite(self.algorithm.model(closed.algorithm)[None])):
@@ -557,6 +665,8 @@ class Process:
         state.memory.withdraw(collector.left_out)
         state.memory.commit()
         closed = replace(closed, memory_version=state.memory.version)
+        if self.chain.noise is not None:
+            return closed, self._told(task, expected or 0.0) | told
         metrics = {
             "loss": collected.loss / collected.examples if collected.examples else float("nan"),
             "examples": collected.examples,
@@ -568,6 +678,55 @@ class Process:
             "refusals": float(refusals),
         }
         return closed, metrics
+
+    def replay(self, state: State, population: int, released: Tensor, expected: float) -> tuple[State, dict[str, Any]]:
+        """The state after a round whose noised sum was kept, and what `next` would tell of it.
+
+        Args:
+            state: before the round.
+            population: clients there are.
+            released: the noised sum as `release` gave it.
+            expected: expected cohort size.
+        """
+        task = self.open(state, (), population)
+        total = torch.zeros_like(released)
+        collected = self.released(task, total, expected, lambda summed, bound: released)
+        closed = self.close(state, task, replace(collected, aggregator=state.aggregator))
+        return closed, self._told(task, expected)
+
+    def _told(self, task: Task, expected: float) -> dict[str, Any]:
+        """What may be told of a round with noise."""
+        row = self.chain.bytes(self.length, self.split, self.model.dtype.itemsize) + 8 + 16
+        return {
+            "loss": float("nan"),
+            "examples": float("nan"),
+            "clients": float(round(expected)),
+            "bytes_up": float(round(expected * row)),
+            "bytes_down": float(round(expected * self.bytes_down(task))),
+            "saturated": 0.0,
+            "refused": {},
+            "refusals": 0.0,
+        }
+
+    def _unkept(self, state: State, population: int) -> tuple[Release, dict[str, float]]:
+        """Noise for a caller who keeps no ledger, and epsilon after this round if everybody takes part in every one."""
+        noise = self.chain.noise
+        assert noise is not None
+        if noise.noise_multiplier is None:
+            raise CompositionError(
+                f"gaussian_noise(epsilon={noise.epsilon:g}) cannot calibrate itself here, where nobody knows how many "
+                "rounds there will be: give noise_multiplier=atoll.privacy.calibrate(epsilon=..., steps=..., "
+                "delta=..., "
+                'sampling="none"), or use atoll.simulate.'
+            )
+        delta = check_delta(usual_delta(population) if noise.delta is None else noise.delta, population)
+        ledger = Ledger("client", delta, budget=noise.budget)
+        event = Event(noise.noise_multiplier, "none", count=state.round)
+        ledger.events = [event] if state.round else []
+        ledger.spend(replace(event, count=1))
+        source = Source(seed=noise.seed) if noise.seed is not None else Source()
+        release = releasing(noise.noise_multiplier, source.derive("noise", state.round))
+        return release, {"epsilon": ledger.epsilon, "delta": delta}
 
     def bytes_down(self, task: Task) -> int:
         """Bytes one client receives for a training task."""
@@ -738,7 +897,9 @@ class Collector:
             NonFiniteError: a client's update, loss or weight is not finite, and there is no rule to leave it out.
         """
         if partial.broken and partial.rows is None:
-            self._refuse(partial.broken)
+            if self._process.chain.noise is None:
+                self._refuse(partial.broken)
+            self.left_out += partial.broken  # they add nothing, and nobody is told
         self._parts = partial.parts
         self._count += len(partial.clients)
         self._metrics += partial.metrics.cpu()
@@ -766,8 +927,12 @@ class Collector:
                 own += other
         self._weight += float(partial.weight.double().sum())
 
-    def finish(self, expected: float | None = None) -> Collected:
+    def finish(self, expected: float | None = None, release: Release | None = None) -> Collected:
         """The round's aggregate.
+
+        Args:
+            expected: expected cohort size, for `mean(denominator="expected")`; default the cohort's own.
+            release: adds the noise, where a stage asks for it.
 
         Raises:
             CompositionError: too few clients for the rule.
@@ -778,6 +943,8 @@ class Collector:
         saturated, kept, refused = 0, self._state, dict[str, Mapping[str, Any]]()
         length, task = sum(self._parts), self._task
         keys = keys_of(task.seed, task.round, random.client_keys(()), width)
+        if process.chain.noise is not None:
+            return self._finish_private(expected, release)
         if not self._count:
             empty = torch.empty(0, dtype=dtype)
             return Collected(empty, empty, 0.0, 0, 0.0, 0.0, 0, 0, 0.0, kept)
@@ -839,6 +1006,20 @@ class Collector:
             kept,
             refused,
         )
+
+    def _finish_private(self, expected: float | None, release: Release | None) -> Collected:
+        """The aggregate of a round with noise; of an empty cohort it is noise alone."""
+        process, task = self._process, self._task
+        if expected is None or not expected > 0:
+            raise invalid(
+                "expected", expected, "the expected cohort size in a run with noise",
+                "Dividing by who came would tell of the data.",
+            )  # fmt: skip
+        total, self._total = self._total, None
+        if total is None:
+            total = torch.zeros(process.chain.summed_size(process.length, process.split), dtype=torch.float64)
+        collected = process.released(task, total, expected, release)
+        return replace(collected, aggregator=self._state, bytes_up=self._bytes)
 
     def _refused(self, rows: Tensor, ruling: Ruling) -> dict[str, Mapping[str, Any]]:
         """Clients that had no part in the ruling, the farthest first: why, and how long and how far off a row is."""

@@ -34,6 +34,8 @@ from atoll.journal import (
 )
 from atoll.memory import ClientMemory
 from atoll.model import Model
+from atoll.privacy.terms import Terms
+from atoll.releases import Releases, check_splits, terms_of, veiled
 from atoll.report.live import progress_for
 from atoll.result import Result
 from atoll.rounds import Process, State
@@ -129,9 +131,18 @@ def simulate(
     sampler = algorithm.sampler or sampling.resolve(cohort)
     training = data.pooled() if algorithm.pooled else data
     sampler.check(training.clients)
-    evaluated = _splits(data, splits)
+    private = process.chain.noise is not None
+    if private:
+        check_splits(splits)
+    evaluated = () if private else _splits(data, splits)
     state = process.init(seed, initial)
     process.engine.prepare(process, training)
+    folder = None if directory is None else Path(directory)
+    if resume and folder is not None and not folder.exists():
+        raise RunError(f"{folder} does not exist: there is no run to resume. Leave out resume=True to start one.")
+    # A run that cannot begin leaves no directory; one that is resumed has terms.
+    terms = terms_of(process, sampler, len(training), rounds) if private and not resume else None
+    told = data.name if folder is None else veiled(data.fingerprint(), folder) if private else data.fingerprint()
     spec: Spec = {
         "title": title,
         "experiment": {
@@ -139,16 +150,14 @@ def simulate(
             "cohort": sampler.spec,
             "seed": seed,
             "initial": digest(process.vector(state)),
-            "data": data.fingerprint() if directory is not None else data.name,
+            "data": told,
         },
     }
-    folder = None if directory is None else Path(directory)
-    if resume and folder is not None and not folder.exists():
-        raise RunError(f"{folder} does not exist: there is no run to resume. Leave out resume=True to start one.")
     with locked(folder) if folder is not None else nullcontext():
         run = _Run(process, data, training, sampler, spec, folder, evaluated, evaluate_every, checkpoint_every)
         try:
             run.start(state, rounds, resume)
+            run.guard(rounds, terms)
             with process.engine.threads():
                 return run.rounds(rounds, callbacks, progress)
         finally:
@@ -178,6 +187,7 @@ class _Run:
         self.history: list[Record] = []
         self.notes: list[str] = []
         self.state: State
+        self.releases: Releases | None = None
         self._saved_round = -1
         self._saved_at = time.monotonic()
         self._save_cost = 0.0
@@ -224,10 +234,26 @@ class _Run:
         self.journal.append("resumed", {"round": checkpoint.round, "rounds": total, "notes": damaged})
         self.history = self.journal.history()
 
+    def guard(self, total: int, terms: Terms | None) -> None:
+        """Take up the terms on which noise is added: those of the journal, else these, else new ones."""
+        if self.process.chain.noise is None:
+            return
+        if terms is None and next(iter(self.journal.events("privacy")), None) is None:
+            terms = terms_of(self.process, self.sampler, len(self.training), total)
+        self.releases = Releases(self.process, self.sampler, terms, self.directory, self.journal)
+
     def rounds(
         self, total: int, callbacks: Sequence[Callable[[Record], Any]], progress: bool | Literal["auto"]
     ) -> Result:
-        """Run up to round `total`."""
+        """Run up to round `total`, or as far as a privacy budget allows."""
+        planned = total
+        if self.releases is not None:
+            total = self.releases.last(self.state.round, total)
+            if total < planned:
+                self.notes.append(
+                    f"The run stops after round {total} of {planned}: the next release would exceed the privacy budget "
+                    f"of epsilon {self.releases.terms.budget:g}."
+                )
         with (
             progress_for(progress, total, self.state.round, self.spec["title"]) as show,
             _deferred_interrupt() as asked,
@@ -263,9 +289,12 @@ class _Run:
 
     def _round(self, *, last: bool) -> Record:
         process, began = self.process, time.perf_counter()
-        cohort = self.sampler.cohort(self.state.seed, self.state.round, self.training.clients)
         expected = self.sampler.expected(len(self.training.clients))
-        self.state, metrics = process.next(self.state, self.training, cohort, expected=expected)
+        if self.releases is not None:
+            metrics = self._private_round(self.releases, expected)
+        else:
+            cohort = self.sampler.cohort(self.state.seed, self.state.round, self.training.clients)
+            self.state, metrics = process.next(self.state, self.training, cohort, expected=expected)
         trained = time.perf_counter()
         number = self.state.round
         found: dict[str, Any] = {}
@@ -286,7 +315,20 @@ class _Run:
             notes=notes,
             refused={name: dict(told) for name, told in metrics["refused"].items()},
             refusals=int(metrics["refusals"]),
+            epsilon=None if self.releases is None else self.releases.epsilon,
         )
+
+    def _private_round(self, releases: Releases, expected: float) -> dict[str, Any]:
+        """A round with noise: taken from disk where it was made before the run was stopped."""
+        state, clients = self.state, self.training.clients
+        kept = releases.kept(state.round)
+        if kept is not None:
+            self.state, metrics = self.process.replay(state, len(clients), kept, expected)
+            return metrics
+        release = releases.release(state.round)
+        cohort = releases.cohort(state.seed, state.round, clients)
+        self.state, metrics = self.process.next(state, self.training, cohort, expected=expected, release=release)
+        return metrics
 
     def _evaluate(self) -> dict[str, Any]:
         process, state, found = self.process, self.state, dict[str, Any]()
@@ -325,6 +367,7 @@ class _Run:
             history=list(self.history),
             spec=self.spec,
             engine=process.engine.describe(),
+            privacy=[] if self.releases is None else [self.releases.statement()],
             clients=clients,
             notes=list(self.notes),
             directory=self.directory,
@@ -352,7 +395,9 @@ class _Run:
         return identity(self.spec["experiment"])
 
     def _save_if_due(self) -> None:
-        if self.checkpoint_every is not None:
+        if self.releases is not None and self.state.memory.layout.size:
+            due = True  # what clients keep cannot be had again from a noised sum
+        elif self.checkpoint_every is not None:
             due = self.state.round % self.checkpoint_every == 0
         else:
             due = time.monotonic() - self._saved_at > max(CHECKPOINT_SECONDS, 10 * self._save_cost)
@@ -373,6 +418,8 @@ class _Run:
         checkpoint = Checkpoint(state.round, tensors, {"values": values, "memory": state.memory.index})
         write_checkpoint(self.directory, self.journal, checkpoint)
         state.memory.pin()
+        if self.releases is not None:
+            self.releases.settled(self._saved_round)  # until this checkpoint, too, is the older one
         self._saved_round, self._saved_at = state.round, time.monotonic()
         self._save_cost = self._saved_at - began
 

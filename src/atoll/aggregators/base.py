@@ -55,6 +55,7 @@ class Aggregator:
         spared: (clients n, malicious ones of them already found) -> the rule that still bears the others; None: this.
         init: (nought row [L]) -> what the server keeps between rounds; it is checkpointed.
         behind: the aggregator that an attack stands in front of.
+        cap: weights above this count as this, and all are divided by it: the largest is 1; None: as they are.
     """
 
     spec: Spec
@@ -67,6 +68,7 @@ class Aggregator:
     spared: "Callable[[int, int], Aggregator] | None" = None
     init: Callable[[Tensor], Any] = _stateless
     behind: "Aggregator | None" = None
+    cap: float | None = None
 
     @property
     def averages(self) -> bool:
@@ -80,6 +82,10 @@ class Aggregator:
 
     def weigh(self, examples: Tensor, clients: Sequence[str]) -> Tensor:
         """Weights [C, 1] float64 of clients with these numbers of examples [C, 1]."""
+        weights = self._weigh(examples, clients)
+        return weights if self.cap is None else weights.clamp(max=self.cap) / self.cap
+
+    def _weigh(self, examples: Tensor, clients: Sequence[str]) -> Tensor:
         if self.weights == "examples":
             return examples.double()
         if self.weights == "uniform":

@@ -6,6 +6,7 @@ from atoll.transforms.clip_norm import clip_norm
 from atoll.transforms.eden import eden
 from atoll.transforms.ef21 import ef21
 from atoll.transforms.error_feedback import error_feedback
+from atoll.transforms.gaussian_noise import gaussian_noise
 from atoll.transforms.half import half
 from atoll.transforms.quantize import quantize
 from atoll.transforms.rand_k import rand_k
@@ -20,6 +21,7 @@ __all__ = [
     "eden",
     "ef21",
     "error_feedback",
+    "gaussian_noise",
     "half",
     "plain",
     "quantize",

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from atoll import random
+from atoll.privacy.noise import Noise
 from atoll.spec import Spec
 
 Codes = Mapping[str, Tensor]
@@ -110,6 +111,9 @@ class Transform:
         bound: (L2 bound on what enters or None) -> L2 bound on what the server decodes or None.
         fixed_size: whether the bytes do not depend on the values.
         randomness: "none"; "shared" when the server draws the same to decode; "private" when it need not.
+        noise: what is added to the sum of the rows that leave the stage, before the server decodes it any further.
+        learn: (server state, sum of the rows that left the stage, expected cohort) -> state after the round, for stages
+            whose rows carry more than the row that entered.
     """
 
     spec: Spec
@@ -133,6 +137,8 @@ class Transform:
     bound: Callable[[float | None], float | None] = lambda bound: bound
     fixed_size: bool = True
     randomness: Literal["none", "shared", "private"] = "none"
+    noise: Noise | None = None
+    learn: Callable[[Any, Tensor, float], Any] | None = None
 
     @property
     def name(self) -> str:
