@@ -97,6 +97,7 @@ class Collected:
         aggregator: what the rule keeps.
         refused: clients without a part in it, and why.
         seen: what stages that learn from the sum saw, by their number.
+        cohort: clients it is the sum of, or the expected number under noise.
     """
 
     mean: Tensor
@@ -111,6 +112,7 @@ class Collected:
     aggregator: Any = None
     refused: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
     seen: Mapping[int, Tensor] = field(default_factory=dict[int, Tensor])
+    cohort: float = 0.0
 
 
 class Process:
@@ -180,6 +182,11 @@ class Process:
                 "use aggregators.mean(), or fedavg."
             )
         for stage in self.chain.stages:
+            if stage.learn is not None and not self.aggregator.averages:
+                raise CompositionError(
+                    f"{stage.name} cannot stand before the aggregator {self.aggregator.name}: it learns from a sum "
+                    "over all clients, which such a rule does not make. Use aggregators.mean(), or clip_norm instead."
+                )
             if stage.settle is not None and not self.aggregator.averages:
                 raise CompositionError(
                     f"{stage.name} cannot stand before the aggregator {self.aggregator.name}: what its server keeps is "
@@ -549,7 +556,17 @@ class Process:
         average, sums = total[: self.split] / expected, total[self.split :]
         dtype, nan = self.model.dtype, float("nan")
         return Collected(
-            average.to(dtype), sums.to(dtype), expected, max(1, round(expected)), nan, nan, 0, 0, expected, seen=seen
+            average.to(dtype),
+            sums.to(dtype),
+            expected,
+            max(1, round(expected)),
+            nan,
+            nan,
+            0,
+            0,
+            expected,
+            seen=seen,
+            cohort=expected,
         )
 
     def close(self, state: State, task: Task, collected: Collected, expected: float | None = None) -> State:
@@ -580,7 +597,7 @@ class Process:
             round=state.round + 1,
             algorithm=self.algorithm.step(state.algorithm, aggregate),
             buffers=buffers,
-            transforms=self.chain.update(transforms, aggregate, collected.seen, collected.divisor),
+            transforms=self.chain.update(transforms, aggregate, collected.seen, collected.cohort),
             aggregator=collected.aggregator,
         )
 
@@ -949,6 +966,7 @@ class Collector:
             empty = torch.empty(0, dtype=dtype)
             return Collected(empty, empty, 0.0, 0, 0.0, 0.0, 0, 0, 0.0, kept)
         ruled: Ruling | None = None
+        seen: dict[int, Tensor] = {}
         if self._rows is not None:
             process.aggregator.check(self._count, self._task.round)
             if len(self.broken) == self._count:
@@ -982,7 +1000,7 @@ class Collector:
             else:
                 assert self._total is not None
                 total, weight, self._total = self._total, self._weight, None
-            total = process.chain.decode_sum(total, task.shared, length, keys)
+            total = process.chain.decode_sum(total, task.shared, length, keys, seen=seen)
             divisor = weight
             if process.aggregator.denominator == "expected":
                 divisor = float(len(self._task.clients)) if expected is None else expected
@@ -1005,6 +1023,8 @@ class Collector:
             divisor,
             kept,
             refused,
+            seen,
+            float(self._count),
         )
 
     def _finish_private(self, expected: float | None, release: Release | None) -> Collected:

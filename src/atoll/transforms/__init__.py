@@ -1,5 +1,6 @@
 """Stages of the update pipeline and the channels that end it."""
 
+from atoll.transforms.adaptive_clip import adaptive_clip
 from atoll.transforms.base import Transform
 from atoll.transforms.channel import Channel, plain, ring_sum
 from atoll.transforms.clip_norm import clip_norm
@@ -17,6 +18,7 @@ from atoll.transforms.top_k import top_k
 __all__ = [
     "Channel",
     "Transform",
+    "adaptive_clip",
     "clip_norm",
     "eden",
     "ef21",
