@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atoll.errors import invalid
+from atoll.privacy.example_level import ExampleLevel
 from atoll.spec import Spec, record
 
 Schedule = Callable[[int, int], float]
@@ -36,6 +37,7 @@ class Plan:
         eps: of adam and adamw.
         schedule: (round, step) -> multiplier of lr.
         work: (client, round) -> share of the steps; None: all of them.
+        privacy: clipping and noise for every example; None: none.
     """
 
     lr: float
@@ -50,6 +52,7 @@ class Plan:
     eps: float
     schedule: Schedule | None
     work: Work | None = None
+    privacy: ExampleLevel | None = None
 
     @property
     def plain(self) -> bool:
@@ -111,6 +114,7 @@ class Plan:
             eps=self.eps,
             schedule=self.schedule,
             work=self.work,
+            privacy=self.privacy,
         )
 
 
@@ -128,6 +132,7 @@ def local_sgd(
     eps: float = 1e-8,
     schedule: Schedule | None = None,
     work: Work | None = None,
+    privacy: ExampleLevel | None = None,
 ) -> Plan:
     """Minibatch training on a client's own examples.
 
@@ -146,6 +151,9 @@ def local_sgd(
             copies of whatever it looks at.
         work: (client, round) -> share of the steps a slow client does, in [0, 1]; a pure function too. What methods
             make of unequal work differs: see fedprox and fednova.
+        privacy: clipping and noise that protect every single example, from `atoll.privacy.example_level`. Minibatches
+            are then Poisson samples: each example is in a batch with probability batch_size / examples, and `shuffle`
+            says nothing.
 
     Returns:
         The plan, for any algorithm.
@@ -178,11 +186,13 @@ def local_sgd(
         raise invalid("schedule", schedule, "callable(round, step) -> multiplier")
     if work is not None and not _takes(work, "", 0):
         raise invalid("work", work, "callable(client, round) -> share of the steps")
+    if privacy is not None and not isinstance(privacy, ExampleLevel):
+        raise invalid("privacy", privacy, "made by atoll.privacy.example_level(clip=..., noise_multiplier=...)")
     epochs, steps, batch_size = (None if n is None else int(n) for n in (epochs, steps, batch_size))
     beta1, beta2 = (float(b) for b in betas)
     return Plan(
         float(lr), epochs, steps, batch_size, shuffle, optimizer, float(momentum), float(weight_decay),
-        (beta1, beta2), float(eps), schedule, work,
+        (beta1, beta2), float(eps), schedule, work, privacy,
     )  # fmt: skip
 
 

@@ -221,6 +221,9 @@ class Process:
                 "variance negative, and a batch's statistics mix its examples: replace BatchNorm by GroupNorm or "
                 'LayerNorm, or keep the statistics where they are by atoll.Model(..., buffers="local") or "frozen".'
             )
+        self.example_multiplier: float | None = None  # of example-level privacy, where a driver has calibrated it
+        if self.protects_examples:
+            self._check_examples()
         self.engine: Engine = resolve_engine(engine, workers)
 
     def _check_noise(self) -> None:
@@ -256,6 +259,27 @@ class Process:
                 f"{noisy} cannot protect clients under {algorithm.name}, which puts all their examples in one place: "
                 "there is one client then. Use example-level privacy: atoll.local_sgd(..., privacy=...)."
             )
+
+    @property
+    def protects_examples(self) -> bool:
+        """Whether local training protects every single example."""
+        return any(plan.privacy is not None for plan in self.algorithm.plans)
+
+    def _check_examples(self) -> None:
+        """Refuse what noise on single examples' gradients does not protect."""
+        plans = {p.privacy for p in self.algorithm.plans}
+        if len(plans) > 1:
+            raise CompositionError(
+                f"some of the plans of {self.algorithm.name} have privacy= and others another or none: what the others "
+                "learn would leave the client unprotected. Give all of them the same privacy=."
+            )
+        for name, part in self.model.modules():
+            kind = type(part).__name__
+            if "BatchNorm" in kind or ("InstanceNorm" in kind and getattr(part, "track_running_stats", False)):
+                raise CompositionError(
+                    f"the layer {name or kind!r} ({kind}) mixes the examples of a batch or keeps statistics of them, "
+                    "which no clipping of single gradients bounds: replace it by nn.GroupNorm or nn.LayerNorm."
+                )
 
     # --- pure parts ---------------------------------------------------------------------------------------------------
 
@@ -380,6 +404,7 @@ class Process:
     def work(self, task: Task, cohort: Cohort, remembered: Mapping[str, Tensor]) -> Report:
         """A tile's answer: local work, what leaves and what stays."""
         own = {n.removeprefix("algorithm/"): t for n, t in remembered.items() if n.startswith("algorithm/")}
+        cohort.protected = self.protects_examples
         update, renewed = self.algorithm.local(task.message, own, cohort)
         count, width = len(cohort.clients), self.selection.size
         if update.change.shape != (count, width) or not self.private_names.isdisjoint(update.layout.names):

@@ -16,6 +16,7 @@ from atoll import random
 from atoll.cohort import Cohort, Minibatch
 from atoll.engines.base import Chosen, Engine, Remembering, Tile, orders
 from atoll.engines.dropout import Draw, KeyedDropout, SeededDraws
+from atoll.engines.private import Sum, example_keys, train_privately
 from atoll.local import Plan
 from atoll.messages import Task
 from atoll.model import Batch
@@ -57,6 +58,7 @@ class Loop(Engine):
             own=own,
         )
         cohort.attach(train, task.seed, self)
+        cohort.noise_multiplier = process.example_multiplier
         return cohort, remembered
 
     def describe(self) -> dict[str, Any]:
@@ -83,6 +85,12 @@ class _Client(Cohort):
         buffers: Tensor | None = None,
         purpose: str = "train",
     ) -> Trained:
+        if plan.privacy is not None:
+            return train_privately(
+                self, self._clipped_sum(purpose, train), rows, plan, anchor=anchor, pull=pull, shift=shift, train=train,
+                buffers=buffers, purpose=purpose,
+            )  # fmt: skip
+        self.expose("training without privacy=")
         y = rows[0].detach().clone()
         held = (self.buffers if buffers is None else buffers)[0].detach().clone()
         counters = self.model.counters()
@@ -133,7 +141,25 @@ class _Client(Cohort):
         wide = torch.ones(1, 1, dtype=torch.float64)
         return Trained(y[None], held[None], one * total, one * rates, wide * loss_sum, wide * seen)
 
+    def _clipped_sum(self, purpose: str, train: Tensor | None) -> Sum:
+        """One example after the other."""
+
+        def summed(client: int, y: Tensor, held: Tensor, places: Tensor, step: int, clip: float) -> Tensor:
+            total = torch.zeros(len(y), dtype=torch.float64)
+            for place, key in zip(places.tolist(), example_keys(self._key[client], places), strict=True):
+                batch = {n: t[place : place + 1] for n, t in self._train.items()}
+                own, counters = held.clone(), self.model.counters()
+                gradient, _ = self._gradient(y, own, counters, batch, purpose, step, np.array([key]))
+                gradient = gradient if train is None else torch.where(train, gradient, 0.0)
+                norm = float(torch.linalg.vector_norm(gradient.double()))
+                if np.isfinite(norm):
+                    total += gradient.double() * min(1.0, clip * (1 - 1e-5) / norm if norm else 1.0)
+            return total
+
+        return summed
+
     def gradient(self, rows: Tensor, batch: Batch | None = None) -> Tensor:
+        self.expose("gradient")
         given = self._train if batch is None else {n: t[0] for n, t in batch.items()}
         held, counters = self.buffers[0].detach().clone(), self.model.counters()
         return self._gradient(rows[0].detach(), held, counters, given, "gradient", 0)[0][None]
@@ -141,6 +167,7 @@ class _Client(Cohort):
     def minibatch(
         self, rows: Tensor, plan: Plan, step: int, *, buffers: Tensor | None = None, purpose: str = "train"
     ) -> Minibatch:
+        self.expose("minibatch")
         held = (self.buffers if buffers is None else buffers)[0].detach().clone()
         wide = torch.ones(1, 1, dtype=torch.float64)
         batch = self._batch(plan, step, purpose)
@@ -150,6 +177,7 @@ class _Client(Cohort):
         return Minibatch(gradient[None], held[None], float(loss) * wide, len(batch["y"]) * wide)
 
     def curvature(self, rows: Tensor, along: Tensor, plan: Plan, step: int, *, purpose: str = "train") -> Tensor:
+        self.expose("curvature")
         batch = self._batch(plan, step, purpose)
         if batch is None:
             return torch.zeros_like(rows)
@@ -176,9 +204,11 @@ class _Client(Cohort):
         return {name: t[order[place * size : place * size + size]] for name, t in self._train.items()}
 
     def loss(self, rows: Tensor) -> Tensor:
+        self.expose("loss")
         return self.model.loss.mean(self.predict(rows)[0], self._train["y"]).reshape(1, 1)
 
     def predict(self, rows: Tensor) -> list[Tensor]:
+        self.expose("predict")
         return [self._output(rows[0], self.buffers[0], self._train)]
 
     def forward(self, rows: Tensor, buffers: Tensor, split: "Split", places: NDArray[np.int64]) -> list[Tensor]:
@@ -190,29 +220,45 @@ class _Client(Cohort):
             return self.model.call(self.model.layout.view(row), held, batch, train=False)
 
     def features(self, rows: Tensor) -> list[Tensor]:
+        self.expose("features")
         held = self.model.buffer_layout.view(self.buffers[0])
         with torch.no_grad():
             return [self.model.features(self.model.layout.view(rows[0]), held, self._train)]
 
     def _gradient(
-        self, y: Tensor, held: Tensor, counters: dict[str, Tensor], batch: Batch, purpose: str, step: int
+        self,
+        y: Tensor,
+        held: Tensor,
+        counters: dict[str, Tensor],
+        batch: Batch,
+        purpose: str,
+        step: int,
+        key: NDArray[np.uint64] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Gradient [P] and loss at y; buffers are updated in place."""
         with torch.enable_grad():
             leaf = y.clone().requires_grad_()
-            loss = self._training_loss(leaf, held, counters, batch, purpose, step)
+            loss = self._training_loss(leaf, held, counters, batch, purpose, step, key)
             (gradient,) = torch.autograd.grad(loss, leaf)
         return gradient, loss.detach()
 
     def _training_loss(
-        self, leaf: Tensor, held: Tensor, counters: dict[str, Tensor], batch: Batch, purpose: str, step: int
+        self,
+        leaf: Tensor,
+        held: Tensor,
+        counters: dict[str, Tensor],
+        batch: Batch,
+        purpose: str,
+        step: int,
+        key: NDArray[np.uint64] | None = None,
     ) -> Tensor:
         """Mean loss at a leaf [P]; buffers are updated in place."""
         buffers = self.model.buffer_layout.view(held) | counters
         with ExitStack() as keyed:
             if self._traits.dropout or self._traits.draws:
-                draw = Draw(self._seed, purpose, self.round, self._key, np.array([step]))
+                own = self._key if key is None else key
+                draw = Draw(self._seed, purpose, self.round, own, np.array([step]))
                 keyed.enter_context(KeyedDropout(draw))
-                keyed.enter_context(SeededDraws(self._seed, purpose, self.round, int(self._key[0]), step))
+                keyed.enter_context(SeededDraws(self._seed, purpose, self.round, int(own[0]), step))
             output = self.model.call(self.model.layout.view(leaf), buffers, batch, train=True)
         return self.model.loss.mean(output, batch["y"])
