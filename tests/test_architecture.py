@@ -21,7 +21,7 @@ LAYERS = (
     ("algorithms", "transforms", "aggregators", "evaluation"),
     ("engines", "attacks"),
     ("rounds",),
-    ("result", "net", "releases"),
+    ("result", "net", "releases", "example_releases"),
     ("simulation",),
     ("experiment",),
     ("study", "bench"),

@@ -370,3 +370,62 @@ def test_training_under_noise_still_learns() -> None:
     )  # fmt: skip
     found = result.predict(x).argmax(dim=1)
     assert float((found == y).float().mean()) > 0.9
+
+
+# --- example-level privacy --------------------------------------------------------------------------------------------
+
+
+def protected(noise: Any = None, **options: Any) -> Any:
+    told = noise or privacy.example_level(clip=1.0, noise_multiplier=1.0, delta=1e-3, accountant="rdp")
+    return atoll.local_sgd(0.1, **{"epochs": 1, "batch_size": 4} | options, privacy=told)
+
+
+def example_run(noise: Any = None, **options: Any) -> atoll.Result:
+    given = {"algorithm": atoll.fedavg(protected(noise)), "cohort": None, "transforms": (), "aggregator": None}
+    return run(**given | {"rounds": 3} | options)
+
+
+def of_client(n: int, visits: int) -> float:
+    return privacy.epsilon(
+        noise_multiplier=1.0, sampling_rate=4 / n, steps=visits * -(-n // 4), delta=1e-3, accountant="rdp"
+    )
+
+
+def test_every_client_s_examples_are_counted_by_its_own_visits_and_size() -> None:
+    result = example_run(cohort=sampling.sequence([["c0", "c5"], ["c5"], ["c11"]]))
+    (said,) = result.privacy
+    assert said["unit"] == "example" and said["private"]
+    expected = {f"c{i}": 0.0 for i in range(CLIENTS)} | {
+        "c0": of_client(6, 1), "c5": of_client(11, 2), "c11": of_client(17, 1)
+    }  # fmt: skip
+    assert said["clients"] == pytest.approx(expected)
+    assert said["epsilon"] == pytest.approx(max(expected.values())) == result.history[-1].epsilon
+    assert math.isnan(result.history[-1].loss) and result.history[-1].test, "test examples are other examples"
+    assert "each single example of any client" in privacy.explain(result)
+    with pytest.raises(InvalidArgument, match="splits="):
+        example_run(splits=("train",))
+
+
+def test_example_level_noise_is_calibrated_for_the_client_that_is_hardest_to_protect() -> None:
+    told = privacy.example_level(clip=1.0, epsilon=6.0, delta=1e-3, accountant="rdp")
+    result = example_run(told)
+    (said,) = result.privacy
+    assert 5.9 <= said["epsilon"] <= 6.0 and max(said["clients"].values()) == said["epsilon"]
+
+
+def test_visits_are_counted_again_when_rounds_are_run_again(tmp_path: Path) -> None:
+    def stop(record: atoll.Record) -> None:
+        if record.round == 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        example_run(directory=tmp_path, checkpoint_every=100, callbacks=(stop,))
+    result = example_run(directory=tmp_path, resume=True)
+    assert result.privacy[0]["clients"]["c0"] == pytest.approx(of_client(6, 2 + 3))
+
+
+def test_clients_and_examples_are_two_statements() -> None:
+    result = run(algorithm=atoll.fedavg(protected()), rounds=2)
+    assert [s["unit"] for s in result.privacy] == ["client", "example"]
+    assert result.privacy[1]["clients"]["c0"] == pytest.approx(of_client(6, 2)), "who took part stays a secret"
+    assert len(privacy.explain(result).splitlines()) == 2

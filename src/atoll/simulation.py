@@ -21,6 +21,7 @@ from atoll.algorithms import Algorithm
 from atoll.engines import Engine
 from atoll.errors import DataError, Interrupted, InvalidArgument, NonFiniteError, RunError, invalid
 from atoll.evaluation import Evaluation, evaluate_holdout
+from atoll.example_releases import ExampleReleases
 from atoll.history import Record
 from atoll.journal import (
     Checkpoint,
@@ -134,6 +135,8 @@ def simulate(
     private = process.chain.noise is not None
     if private:
         check_splits(splits)
+    if process.protects_examples:
+        check_splits([name for name in splits or () if name == "train"])
     evaluated = () if private else _splits(data, splits)
     state = process.init(seed, initial)
     process.engine.prepare(process, training)
@@ -142,7 +145,8 @@ def simulate(
         raise RunError(f"{folder} does not exist: there is no run to resume. Leave out resume=True to start one.")
     # A run that cannot begin leaves no directory; one that is resumed has terms.
     terms = terms_of(process, sampler, len(training), rounds) if private and not resume else None
-    told = data.name if folder is None else veiled(data.fingerprint(), folder) if private else data.fingerprint()
+    veil = private or process.protects_examples
+    told = data.name if folder is None else veiled(data.fingerprint(), folder) if veil else data.fingerprint()
     spec: Spec = {
         "title": title,
         "experiment": {
@@ -188,6 +192,7 @@ class _Run:
         self.notes: list[str] = []
         self.state: State
         self.releases: Releases | None = None
+        self.examples: ExampleReleases | None = None
         self._saved_round = -1
         self._saved_at = time.monotonic()
         self._save_cost = 0.0
@@ -236,6 +241,16 @@ class _Run:
 
     def guard(self, total: int, terms: Terms | None) -> None:
         """Take up the terms on which noise is added: those of the journal, else these, else new ones."""
+        if self.process.protects_examples:
+            sizes = getattr(self.training.train, "sizes", None)
+            if sizes is None:
+                raise InvalidArgument(
+                    "example-level privacy needs to know how many examples every client has, which data that is drawn "
+                    "when it is needed does not tell: use a FederatedDataset."
+                )
+            known = dict(zip(self.training.clients, sizes.tolist(), strict=True))
+            self.examples = ExampleReleases(self.process, known, total, self.journal)
+            self.process.example_multiplier = self.examples.multiplier
         if self.process.chain.noise is None:
             return
         if terms is None and next(iter(self.journal.events("privacy")), None) is None:
@@ -294,6 +309,8 @@ class _Run:
             metrics = self._private_round(self.releases, expected)
         else:
             cohort = self.sampler.cohort(self.state.seed, self.state.round, self.training.clients)
+            if self.examples is not None:
+                self.examples.enter(self.state.round, cohort)
             self.state, metrics = process.next(self.state, self.training, cohort, expected=expected)
         trained = time.perf_counter()
         number = self.state.round
@@ -303,6 +320,7 @@ class _Run:
         notes: tuple[str, ...] = tuple(found.pop("notes", ()))
         if metrics["saturated"]:
             notes += (f"{int(metrics['saturated'])} values were cut to the range of the channel.",)
+        guard = self.releases or self.examples
         train = {"loss": metrics["loss"]} | {n: v for n, v in found.pop("train", {}).items() if n != "loss"}
         return Record(
             round=number,
@@ -315,7 +333,7 @@ class _Run:
             notes=notes,
             refused={name: dict(told) for name, told in metrics["refused"].items()},
             refusals=int(metrics["refusals"]),
-            epsilon=None if self.releases is None else self.releases.epsilon,
+            epsilon=None if guard is None else guard.epsilon,
         )
 
     def _private_round(self, releases: Releases, expected: float) -> dict[str, Any]:
@@ -327,6 +345,8 @@ class _Run:
             return metrics
         release = releases.release(state.round)
         cohort = releases.cohort(state.seed, state.round, clients)
+        if self.examples is not None:  # who is in the cohort is a secret: the round counts for everybody
+            self.examples.enter(state.round, clients)
         self.state, metrics = self.process.next(state, self.training, cohort, expected=expected, release=release)
         return metrics
 
@@ -339,7 +359,7 @@ class _Run:
             if split == "test":
                 found["spread"] = evaluation.spread
                 notes += evaluation.notes
-        if self._has_test and process.personalised:
+        if self._has_test and process.personalised and self.examples is None:  # tuned models would be new releases
             personal = self._personal()
             found |= {"personal": personal.metrics, "personal_spread": personal.spread}
         if self.data.holdout is not None:
@@ -358,7 +378,7 @@ class _Run:
         clients: dict[str, dict[str, dict[str, float]]] = {}
         if final and self._has_test and self.evaluate_every and len(self.data.clients) <= CLIENTS_LISTED:
             evaluations = {"global": process.evaluate_global(state, self.data, "test")}
-            if process.personalised:
+            if process.personalised and self.examples is None:
                 evaluations["personal"] = self._personal()
             clients = {k: {c: e.client(c) for c in e.clients} for k, e in evaluations.items()}
         return Result(
@@ -367,7 +387,7 @@ class _Run:
             history=list(self.history),
             spec=self.spec,
             engine=process.engine.describe(),
-            privacy=[] if self.releases is None else [self.releases.statement()],
+            privacy=[g.statement() for g in (self.releases, self.examples) if g is not None],
             clients=clients,
             notes=list(self.notes),
             directory=self.directory,

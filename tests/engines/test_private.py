@@ -188,6 +188,6 @@ def test_layers_that_mix_examples_are_refused_with_a_replacement(name: str) -> N
 def test_arguments_outside_their_range(wrong: dict[str, Any], said: str) -> None:
     with pytest.raises(InvalidArgument, match=said):
         example_level(**{"clip": 1.0, "noise_multiplier": 1.0} | wrong)
-    with pytest.raises(InvalidArgument, match="privacy=1.0"):
+    with pytest.raises(InvalidArgument, match=r"privacy=1\.0"):
         atoll.local_sgd(0.1, privacy=1.0)  # type: ignore[arg-type]
     assert privacy.example_level is example_level

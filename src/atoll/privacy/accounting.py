@@ -157,7 +157,7 @@ def calibrate(
     def spent(multiplier: float) -> float:
         return composed_epsilon([Event(multiplier, sampling, rate, steps)], delta, accountant, fine=False)
 
-    found = _smallest(spent, wanted)
+    found = smallest(spent, wanted)
     if found is None:
         named = accountant or default_accountant([Event(1.0, sampling, rate)])
         raise InvalidArgument(
@@ -168,7 +168,7 @@ def calibrate(
     return found
 
 
-def _smallest(spent: Callable[[float], float], wanted: float) -> float | None:
+def smallest(spent: Callable[[float], float], wanted: float) -> float | None:
     """About the smallest noise multiplier that spends no more than wanted; None where there is none.
 
     By false position on logarithms, of which what is spent is nearly a straight line.

@@ -123,10 +123,8 @@ class Ledger:
         """Epsilon to show while a run of `planned` releases goes on: exact now and then, else rounded up."""
         if len(self.events) != 1 or self.events[0].count >= planned:
             return self.epsilon
-        event, at = self.events[0], 1
-        while at < event.count:
-            at += 1 if at < EXACT else max(1, at // EXACT)
-        return _epsilon((replace(event, count=min(at, planned)),), self.delta, self.accountant, at >= planned)
+        at = ahead(self.events[0].count, planned)
+        return _epsilon((replace(self.events[0], count=at),), self.delta, self.accountant, at == planned)
 
     def _allows(self, event: Event) -> bool:
         if self.budget is None:
@@ -171,6 +169,14 @@ class Ledger:
                 "sampling", event.sampling, f"one whose neighbours are {self.neighbours}, as this ledger's are",
                 "Keep a ledger of its own for it.",
             )  # fmt: skip
+
+
+def ahead(count: int, planned: int) -> int:
+    """The next of the numbers of releases at which epsilon is worked out: all up to 16, then a sixteenth apart."""
+    at = 1
+    while at < count:
+        at += 1 if at < EXACT else max(1, at // EXACT)
+    return max(count, min(at, planned))
 
 
 @lru_cache(maxsize=4096)
