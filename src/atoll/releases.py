@@ -26,6 +26,7 @@ from torch import Tensor
 from atoll.errors import InvalidArgument, RunError, invalid
 from atoll.journal import Journal, write_atomically
 from atoll.privacy.accounting import Event, calibrate, check_delta, check_known, default_accountant, usual_delta
+from atoll.privacy.ledger import Unit
 from atoll.privacy.noise import releasing
 from atoll.privacy.terms import Terms, ledger_of, statement
 from atoll.rounds import Process, Release
@@ -195,14 +196,16 @@ def veiled(fingerprint: str, directory: Path) -> str:
     return hashlib.blake2b(fingerprint.encode(), key=key, digest_size=16).hexdigest()
 
 
-def check_splits(asked: "Sequence[str] | None") -> None:
-    """Refuse metrics on clients' own examples in a run that protects clients."""
-    if asked:
-        raise InvalidArgument(
-            f"splits={tuple(asked)!r} asks for metrics on the clients' own examples in every round, which noise on the "
-            "updates does not protect: leave splits out. Examples that are no client's (data with a holdout) are "
-            "evaluated as ever; whoever may see the examples can call result.evaluate(data) after the run."
-        )
+def check_splits(asked: "Sequence[str] | None", *, unit: Unit) -> None:
+    """Refuse metrics on examples that a run protects: all of a client's, or those it trains on."""
+    named = [name for name in asked or () if unit == "client" or name == "train"]
+    if not named:
+        return
+    raise InvalidArgument(
+        f"splits names {', '.join(named)}: metrics on these examples in every round are protected by no noise. Leave "
+        "them out. Examples that are no client's (data with a holdout) are evaluated as ever; whoever may see the "
+        "examples can call result.evaluate(data) after the run."
+    )
 
 
 def _write(path: Path, noised: Tensor, body: dict[str, Any]) -> None:

@@ -758,8 +758,7 @@ class Process:
             raise CompositionError(
                 f"gaussian_noise(epsilon={noise.epsilon:g}) cannot calibrate itself here, where nobody knows how many "
                 "rounds there will be: give noise_multiplier=atoll.privacy.calibrate(epsilon=..., steps=..., "
-                "delta=..., "
-                'sampling="none"), or use atoll.simulate.'
+                'delta=..., sampling="none"), or use atoll.simulate.'
             )
         delta = check_delta(usual_delta(population) if noise.delta is None else noise.delta, population)
         ledger = Ledger("client", delta, budget=noise.budget)

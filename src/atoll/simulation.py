@@ -134,9 +134,9 @@ def simulate(
     sampler.check(training.clients)
     private = process.chain.noise is not None
     if private:
-        check_splits(splits)
+        check_splits(splits, unit="client")
     if process.protects_examples:
-        check_splits([name for name in splits or () if name == "train"])
+        check_splits(splits, unit="example")
     evaluated = () if private else _splits(data, splits)
     state = process.init(seed, initial)
     process.engine.prepare(process, training)
