@@ -64,7 +64,8 @@ class ExampleReleases:
         self.multiplier, self.delta = float(terms["noise_multiplier"]), float(terms["delta"])
         self._visits: Counter[str] = Counter()
         for event in journal.events("visits"):
-            self._visits.update(self._uses if event.body["clients"] is None else event.body["clients"])
+            named = event.body["clients"]
+            self._visits.update(list(self._uses) if named is None else named)
 
     def enter(self, round: int, clients: Sequence[str]) -> None:
         """Enter that these clients are about to train in a round (from 0)."""

@@ -23,7 +23,7 @@ KINDS = [n for n, k in MODELS.items() if "batch norm" not in n and "instance nor
 
 def plan(**options: Any) -> Any:
     given: dict[str, Any] = {"steps": 3, "batch_size": 4} | options
-    told = given.pop("privacy", None) or example_level(clip=0.5, noise_multiplier=1e-5, seed=1)
+    told = given.pop("privacy", None) or example_level(clip=0.5, noise_multiplier=1e-4, seed=1)
     return atoll.local_sgd(0.1, privacy=told, **given)
 
 
@@ -74,7 +74,7 @@ def test_corrections_are_kept(algorithm: Any) -> None:
 
 def test_without_clipping_and_noise_a_full_batch_is_plain_training() -> None:
     kind = MODELS["perceptron"]
-    free = example_level(clip=1e3, noise_multiplier=1e-9, seed=1)
+    free = example_level(clip=1e3, noise_multiplier=1e-6, seed=1)
     private, _ = trained(kind, Vectorized(), plan(batch_size=None, privacy=free))
     run = Process(kind.model(), atoll.fedavg(atoll.local_sgd(0.1, steps=3, batch_size=None)))
     state, _ = run.next(run.init(), kind.data((5, 9, 2)))

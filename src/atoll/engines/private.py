@@ -19,7 +19,7 @@ from atoll.engines.blocks import Part
 from atoll.engines.steps import Sink
 from atoll.errors import CompositionError
 from atoll.local import Plan
-from atoll.privacy.noise import deviation
+from atoll.privacy.noise import releasing
 from atoll.secret import Source
 from atoll.vectors import Trained
 
@@ -58,7 +58,6 @@ def train_privately(
     totals = plan.steps_of(sizes, cohort.clients, cohort.round)
     root = Source() if told.seed is None else Source(seed=told.seed)
     ended, rates = rows.detach().clone(), np.zeros(len(sizes))
-    std = deviation(multiplier, told.clip, rows.shape[1])
     for i, (n, total) in enumerate(zip(sizes.tolist(), totals.tolist(), strict=True)):
         source = root.derive("examples", purpose, cohort.round, cohort.clients[i])
         share = sampling_rate(plan, n)
@@ -66,7 +65,7 @@ def train_privately(
         for step in range(total):
             places = torch.nonzero(source.bernoulli(share, n))[:, 0]
             found = clipped_sum(i, y, held[i], places, step, told.clip)
-            gradient = (source.add_normal(found, std) / (share * n)).to(y)
+            gradient = (releasing(multiplier, source)(found, told.clip) / (share * n)).to(y)
             if pull:
                 assert anchor is not None
                 gradient = gradient + pull * (y - (anchor if anchor.ndim == 1 else anchor[i]))
