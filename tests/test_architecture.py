@@ -13,15 +13,15 @@ PACKAGE = Path(__file__).parent.parent / "src" / "atoll"
 # From the bottom up; a module may import what stands in a lower row or in its own package.
 LAYERS = (
     ("errors",),
-    ("spec", "random", "tree", "mapped", "space"),
-    ("vectors", "losses", "rate", "analytics", "history"),
+    ("spec", "random", "secret", "tree", "mapped", "space"),
+    ("vectors", "losses", "rate", "analytics", "history", "privacy"),
     ("local", "server", "sampling", "stopping", "memory", "journal", "metrics", "messages"),
     ("schedule", "model", "data", "report"),
     ("partition", "datasets", "cohort", "keras"),
     ("algorithms", "transforms", "aggregators", "evaluation"),
     ("engines", "attacks"),
     ("rounds",),
-    ("asynchronous", "result", "net"),
+    ("asynchronous", "result", "net", "releases", "example_releases"),
     ("simulation",),
     ("experiment", "transfer"),
     ("study", "tuning", "bench", "conformance"),

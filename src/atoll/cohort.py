@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from atoll.errors import CompositionError
 from atoll.local import Plan
 from atoll.model import Batch, Model
 from atoll.vectors import Layout, Selection, Trained, Update
@@ -54,6 +55,9 @@ class Cohort(ABC):
         selection: which parameters are shared with the server.
         buffers: floating buffers each client starts from, [C, B].
         own: rows [C, P] that hold each client's private parameters, or None when nothing is private.
+        noise_multiplier: of example-level privacy, where it was calibrated for the run.
+        protected: whether what is worked out here leaves the clients under example-level privacy, so that only
+            training under noise may look at their examples.
     """
 
     def __init__(
@@ -78,6 +82,21 @@ class Cohort(ABC):
         self.weights = weights
         self.buffers = buffers
         self.own = own
+        self.noise_multiplier: float | None = None
+        self.protected = False
+
+    def expose(self, what: str) -> None:
+        """Refuse a look at the examples that no noise protects.
+
+        Raises:
+            CompositionError: the examples are protected.
+        """
+        if self.protected:
+            raise CompositionError(
+                f"{what} looks at examples without noise, and the local training asks for example-level privacy: use a "
+                "method that learns from training alone, such as fedavg, fedprox, scaffold(option=2) or ditto, with "
+                "privacy= in all of its plans."
+            )
 
     def steps(self, plan: Plan) -> Tensor:
         """Local steps each client does under a plan in this round, int64 [C, 1]."""

@@ -29,6 +29,10 @@ class NonFiniteError(AtollError, ArithmeticError):
     result: Any = None
 
 
+class BudgetSpent(AtollError, RuntimeError):
+    """The next release would exceed a privacy budget; it was not made."""
+
+
 class Interrupted(KeyboardInterrupt):
     """A run was stopped by Ctrl-C after a whole round; `result` holds it so far."""
 

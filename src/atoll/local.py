@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atoll.errors import invalid
+from atoll.privacy.example_level import ExampleLevel
 from atoll.spec import Spec, record
 
 Schedule = Callable[[int, int], float]
@@ -41,6 +42,7 @@ class Plan:
         schedule: (round, step) -> multiplier of lr.
         work: (client, round) -> share of the steps; None: all of them.
         clip: largest norm of a step's gradient; None: any.
+        privacy: clipping and noise for every example; None: none.
     """
 
     lr: float
@@ -56,6 +58,7 @@ class Plan:
     schedule: Schedule | None
     work: Work | None = None
     clip: float | None = None
+    privacy: ExampleLevel | None = None
 
     @property
     def plain(self) -> bool:
@@ -118,6 +121,7 @@ class Plan:
             schedule=self.schedule,
             work=self.work,
             clip=self.clip,
+            privacy=self.privacy,
         )
 
 
@@ -136,6 +140,7 @@ def local_sgd(
     schedule: Schedule | None = None,
     work: Work | None = None,
     clip: float | None = None,
+    privacy: ExampleLevel | None = None,
 ) -> Plan:
     """Minibatch training on a client's own examples.
 
@@ -157,6 +162,9 @@ def local_sgd(
         clip: largest L2 norm of a step's gradient over all parameters that are trained, above 0; a longer one is
             shortened to it, as by `torch.nn.utils.clip_grad_norm_` (which divides by the norm plus 1e-6). What is
             clipped is the gradient with a method's pull and shift in it, before weight decay, momentum and Adam.
+        privacy: clipping and noise that protect every single example, from `atoll.privacy.example_level`. Minibatches
+            are then Poisson samples: each example is in a batch with probability batch_size / examples, and `shuffle`
+            says nothing.
 
     Returns:
         The plan, for any algorithm.
@@ -191,11 +199,13 @@ def local_sgd(
         raise invalid("schedule", schedule, "callable(round, step) -> multiplier")
     if work is not None and not _takes(work, "", 0):
         raise invalid("work", work, "callable(client, round) -> share of the steps")
+    if privacy is not None and not isinstance(privacy, ExampleLevel):
+        raise invalid("privacy", privacy, "made by atoll.privacy.example_level(clip=..., noise_multiplier=...)")
     epochs, steps, batch_size = (None if n is None else int(n) for n in (epochs, steps, batch_size))
     beta1, beta2 = (float(b) for b in betas)
     return Plan(
         float(lr), epochs, steps, batch_size, shuffle, optimizer, float(momentum), float(weight_decay),
-        (beta1, beta2), float(eps), schedule, work, None if clip is None else float(clip),
+        (beta1, beta2), float(eps), schedule, work, None if clip is None else float(clip), privacy,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,6 +29,10 @@ from atoll.evaluation import Evaluation, check_split, joined, output_sums, split
 from atoll.memory import ClientMemory, Window
 from atoll.messages import Clear, Partial, Report, Task
 from atoll.model import Model
+from atoll.privacy.accounting import Event, check_delta, usual_delta
+from atoll.privacy.ledger import Ledger
+from atoll.privacy.noise import releasing
+from atoll.secret import Source
 from atoll.spec import Spec, record
 from atoll.transforms.base import Codes, Keys, Transform
 from atoll.transforms.chain import Chain, compose, keys_of, sent
@@ -84,9 +88,28 @@ class State:
     served: Mapping[str, int] = field(default_factory=dict[str, int])
 
 
+Release = Callable[[Tensor, float], Tensor]
+"""(sum of the clients' rows [L'] float64, L2 norm that one client adds to it at most) -> the sum with noise."""
+
+
 @dataclass(frozen=True, slots=True)
 class Collected:
-    """A round's updates, combined."""
+    """A round's updates, combined.
+
+    Attributes:
+        mean: averaged part and averaged buffers.
+        sums: summed part.
+        weight: total weight.
+        count: clients in it.
+        loss, examples: sums over the clients' training.
+        bytes_up: bytes all clients sent.
+        saturated: values that were cut to the range of a channel.
+        divisor: what the weighted sum was divided by.
+        aggregator: what the rule keeps.
+        refused: clients without a part in it, and why.
+        seen: what stages that learn from the sum saw, by their number.
+        cohort: clients it is the sum of, or the expected number under noise.
+    """
 
     mean: Tensor
     sums: Tensor
@@ -100,6 +123,8 @@ class Collected:
     aggregator: Any = None
     refused: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
     root: Tensor | None = None  # the row [L] of the server's own data, where the rule judged by it
+    seen: Mapping[int, Tensor] = field(default_factory=dict[int, Tensor])
+    cohort: float = 0.0
 
 
 class Process:
@@ -196,6 +221,11 @@ class Process:
                     "clients sent before the attack wrote over it. Put a rule behind the attack that judges, such as "
                     "aggregators.norm_bound(); what is not finite every rule leaves out."
                 )
+            if stage.learn is not None and not self.aggregator.averages:
+                raise CompositionError(
+                    f"{stage.name} cannot stand before the aggregator {self.aggregator.name}: it learns from a sum "
+                    "over all clients, which such a rule does not make. Use aggregators.mean(), or clip_norm instead."
+                )
             if stage.settle is not None and not self.aggregator.averages:
                 raise CompositionError(
                     f"{stage.name} cannot stand before the aggregator {self.aggregator.name}: what its server keeps is "
@@ -220,11 +250,22 @@ class Process:
                 )
         if algorithm.check is not None:
             algorithm.check(model)
+        if self.chain.noise is not None:
+            self._check_noise()
         self.private_names = algorithm.private(model) if algorithm.private is not None else frozenset[str]()
         self.selection: Selection = model.layout.without(self.private_names)
         self.chain = self.chain.bind(self.selection.layout)
         self.kept = Selection(model.layout, tuple(n for n in model.layout.names if n in self.private_names))
         self.buffer_rule = algorithm.buffers or model.buffer_rule
+        if self.chain.noise is not None and self.averaged_buffers:
+            raise CompositionError(
+                "the model's floating buffers (running statistics of BatchNorm) are averaged, but noise may make a "
+                "variance negative, and a batch's statistics mix its examples: replace BatchNorm by GroupNorm or "
+                'LayerNorm, or keep the statistics where they are by atoll.Model(..., buffers="local") or "frozen".'
+            )
+        self.example_multiplier: float | None = None  # of example-level privacy, where a driver has calibrated it
+        if self.protects_examples:
+            self._check_examples()
         self.engine: Engine = resolve_engine(engine, workers)
         self._home: tuple[Engine, FederatedDataset] | None = None
         if server_data is not None:
@@ -239,6 +280,66 @@ class Process:
                     'does. Use aggregators.fltrust(root="server"), or leave server_data out.'
                 )
             self._home = own_engine(self.engine), _server_data(server_data)
+
+    def _check_noise(self) -> None:
+        """Refuse what the noise on the sum does not protect."""
+        noisy = next(stage.name for stage in self.chain.stages if stage.noise is not None)
+        aggregator, algorithm = self.aggregator, self.algorithm
+        remedy = 'Use aggregators.mean(weights="uniform", denominator="expected").'
+        if self.chain.channel.sums_only:
+            raise CompositionError(
+                f"{noisy} cannot stand before the channel {self.chain.channel.name}: rounding to the channel's ring "
+                "adds to what one client sends, which the noise is not sized for. "
+                'Use channel="plain" with noise at the server.'
+            )
+        if aggregator.rule is not None:
+            raise CompositionError(
+                f"{noisy} cannot stand before the aggregator {aggregator.name}: noise protects a sum of clipped rows, "
+                f"which one client may move further under {aggregator.name}. {remedy} Clipping bounds what a malicious "
+                "client can do as well."
+            )
+        if aggregator.weights != "uniform" and aggregator.clip is None:
+            raise CompositionError(
+                f"{noisy} cannot stand before the aggregator {aggregator.name} with weights that are not clipped: one "
+                f"client with a large weight would move the sum further than the noise hides. {remedy} Or clip them: "
+                'aggregators.mean(weights="examples", clip=100, denominator="expected").'
+            )
+        if self.downlink is not None:
+            raise CompositionError(
+                f"{noisy} cannot stand beside a compressed downlink, which keeps who was sent what: who is in a cohort "
+                "is a secret here. Leave downlink out."
+            )
+        if aggregator.denominator != "expected":
+            raise CompositionError(
+                f"{noisy} cannot stand before the aggregator {aggregator.name} that divides by what came: that number "
+                f"moves with the data too, and no noise hides it. {remedy}"
+            )
+        if algorithm.pooled:
+            raise CompositionError(
+                f"{noisy} cannot protect clients under {algorithm.name}, which puts all their examples in one place: "
+                "there is one client then. Use example-level privacy: atoll.local_sgd(..., privacy=...)."
+            )
+
+    @property
+    def protects_examples(self) -> bool:
+        """Whether local training protects every single example."""
+        return any(plan.privacy is not None for plan in self.algorithm.plans)
+
+    def _check_examples(self) -> None:
+        """Refuse what noise on single examples' gradients does not protect."""
+        plans = {p.privacy for p in self.algorithm.plans}
+        if len(plans) > 1:
+            raise CompositionError(
+                f"some of the plans of {self.algorithm.name} have privacy= and others another or none: what the others "
+                "learn would leave the client unprotected. Give all of them the same privacy=."
+            )
+        for name, part in self.model.modules():
+            kind = type(part).__name__
+            if "BatchNorm" in kind or ("InstanceNorm" in kind and getattr(part, "track_running_stats", False)):
+                raise CompositionError(
+                    f"the layer {name or kind!r} ({kind}) mixes the examples of a batch or keeps statistics of them, "
+                    "which no clipping of single gradients bounds: replace it by nn.GroupNorm or nn.LayerNorm."
+                )
 
     # --- pure parts ---------------------------------------------------------------------------------------------------
 
@@ -428,6 +529,7 @@ class Process:
     def work(self, task: Task, cohort: Cohort, remembered: Mapping[str, Tensor]) -> Report:
         """A tile's answer: local work, what leaves and what stays."""
         own = {n.removeprefix("algorithm/"): t for n, t in remembered.items() if n.startswith("algorithm/")}
+        cohort.protected = self.protects_examples
         update, renewed = self.algorithm.local(task.message, own, cohort)
         count, width = len(cohort.clients), self.selection.size
         if update.change.shape != (count, width) or not self.private_names.isdisjoint(update.layout.names):
@@ -456,6 +558,8 @@ class Process:
         if not self.adds_rows:
             rows = clear.rows
             finite = _finite(rows)
+            if self.chain.noise is not None:  # a client cannot stop a private round, nor be told of: it adds nothing
+                rows = torch.where(finite[:, None], rows, 0.0)
             wire, stages = self.chain.encode(rows, mine, task.shared, keys_of(task.seed, task.round, keys, split))
         kept = {f"algorithm/{n}": t for n, t in renewed.items()} | {f"transforms/{n}": t for n, t in stages.items()}
         if update.trained is not None:
@@ -530,7 +634,10 @@ class Process:
         length, split = sum(report.parts), report.parts[0] + report.parts[1]
         # Where nobody is weighed, no claim is heard.
         weight = torch.ones_like(report.weight) if self.aggregator.weights == "uniform" else report.weight
-        if weight.numel() and bool((weight > self.aggregator.cap).any()):
+        private = self.chain.noise is not None
+        if private:
+            weight = torch.nan_to_num(weight, nan=0.0, posinf=0.0).clamp(0.0, 1.0)  # whatever an algorithm says
+        elif weight.numel() and bool((weight > self.aggregator.cap).any()):
             i = int(weight[:, 0].argmax())
             raise CompositionError(self._too_heavy(report.clients[i], float(weight[i])))
         if self.chain.channel.sums_only:
@@ -543,6 +650,8 @@ class Process:
             rows = self.chain.decode_each(report.wire, task.shared, length, keys, self.model.dtype)
             if self.chain.judges:
                 good, refused, rows, weight = self._judged(report, rows, weight, good)
+            if private:
+                rows = torch.where(good[:, None], rows, 0.0)
             if self.aggregator.rule is not None:
                 good &= _finite(rows)
                 rows = rows.clone()  # a tile's own memory is used again by the next
@@ -588,6 +697,8 @@ class Process:
         each other, and no wide copy of the rows is made.
         """
         exact = torch.promote_types(self.row_dtype, torch.float32)
+        if self.chain.noise is not None:  # what rounding adds must not tell of who is in the sum
+            return clear.total(weight.double(), split)
         alone = len(weight) == 1
         total = clear.total(weight.to(exact), split, last=alone)
         if bool(torch.isfinite(total.sum())):
@@ -602,6 +713,39 @@ class Process:
     def collector(self, state: State, task: Task) -> "Collector":
         """What takes in a task's partials, in order."""
         return Collector(self, task, state)
+
+    def released(self, task: Task, total: Tensor, expected: float, release: Release | None) -> Collected:
+        """The aggregate of a sum of clipped rows to which noise is added.
+
+        It tells nothing of who took part: losses are left out, and weight and count are those of the expected cohort.
+
+        Args:
+            task: of the round.
+            total: sum of the clients' rows [L'], float64, as far as the server undoes them one by one.
+            expected: expected cohort size, by which the sum is divided.
+            release: adds the noise.
+        """
+        bound = self.chain.facts.bound
+        assert bound is not None
+        seen: dict[int, Tensor] = {}
+        keys = keys_of(task.seed, task.round, random.client_keys(()), self.split)
+        add = None if release is None else lambda summed: release(summed, bound)
+        total = self.chain.decode_sum(total, task.shared, self.length, keys, release=add, seen=seen)
+        average, sums = total[: self.split] / expected, total[self.split :]
+        dtype, nan = self.model.dtype, float("nan")
+        return Collected(
+            average.to(dtype),
+            sums.to(dtype),
+            expected,
+            max(1, round(expected)),
+            nan,
+            nan,
+            0,
+            0,
+            expected,
+            seen=seen,
+            cohort=expected,
+        )
 
     def close(self, state: State, task: Task, collected: Collected, expected: float | None = None) -> State:
         """The state after the round. Without any update the model stays as it is; the round counts."""
@@ -641,7 +785,7 @@ class Process:
             round=state.round + 1,
             algorithm=self.algorithm.step(state.algorithm, aggregate),
             buffers=buffers,
-            transforms=self.chain.update(transforms, aggregate),
+            transforms=self.chain.update(transforms, aggregate, collected.seen, collected.cohort),
             aggregator=collected.aggregator,
         )
         return self._announce(after, task)
@@ -675,7 +819,11 @@ class Process:
             self.algorithm.accepts(self.model, data)
         cap, own = self.chain.channel.weight_cap, self.aggregator.cap
         # Weights by a callable are made one by one, and checked as they come.
-        if self.aggregator.weights == "examples" and float(data.train.sizes.max()) > own:
+        if (
+            self.aggregator.weights == "examples"
+            and self.aggregator.clip is None
+            and float(data.train.sizes.max()) > own
+        ):
             place = int(data.train.sizes.argmax())
             raise CompositionError(self._too_heavy(data.clients[place], float(data.train.sizes[place])))
         if cap is None:
@@ -703,6 +851,7 @@ class Process:
         cohort: Sequence[str] | None = None,
         *,
         expected: float | None = None,
+        release: Release | None = None,
     ) -> tuple[State, dict[str, Any]]:
         """One round: the state after it, its sums (loss, examples, clients, bytes up and down), who was "refused"
         (at most 100 of them are named), and how many that are ("refusals"). Refused clients keep the memory they had.
@@ -711,7 +860,12 @@ class Process:
             state: from `init` or an earlier `next`.
             data: clients and their examples.
             cohort: names of the clients that take part; default everyone.
-            expected: expected cohort size, for `mean(denominator="expected")`; default the cohort's own size.
+            expected: expected cohort size, for `mean(denominator="expected")`; default the cohort's own size. With
+                noise it must be given unless everyone takes part: it may not depend on who was drawn.
+            release: adds the noise in the place of the stage that asks for it, for whoever keeps a ledger.
+
+        With noise nothing is told that it does not protect: losses, and how many clients there were, are those of the
+        expected cohort. Nobody knows here how cohorts were drawn: "epsilon" counts every round for everybody.
 
         Raises:
             InvalidArgument: a stranger in the cohort; a state whose client memory has moved on.
@@ -724,6 +878,11 @@ class Process:
         self._check_fresh(state)
         self.check_server(data.clients)
         self.aggregator.check(len(clients), state.round)
+        told: dict[str, float] = {}
+        if self.chain.noise is not None:
+            expected = float(len(data)) if expected is None and cohort is None else expected
+            if release is None:
+                release, told = self._unkept(state, len(data))
         self.engine.prepare(self, data)
         drawn = data.draw(clients)
         if drawn is not data:
@@ -735,20 +894,34 @@ class Process:
                 for partial in self.engine.run(self, task, drawn, state.memory):
                     collector.add(partial)
                     del partial  # large models: nothing is held that the next step does not need
-            return self.finish(state, task, collector, expected)
+            return self.finish(state, task, collector, expected, release, told)
         except BaseException:
             state.memory.discard()
             raise
 
     def finish(
-        self, state: State, task: Task, collector: "Collector", expected: float | None = None
+        self,
+        state: State,
+        task: Task,
+        collector: "Collector",
+        expected: float | None = None,
+        release: Release | None = None,
+        told: Mapping[str, float] | None = None,
     ) -> tuple[State, dict[str, Any]]:
         """The end of a round whose updates are in: the state after it and its sums, as of `next`.
+
+        Args:
+            state: before the round.
+            task: of the round.
+            collector: has taken in its partials.
+            expected: expected cohort size.
+            release: adds the noise.
+            told: what more is told of a round with noise.
 
         Raises:
             NonFiniteError: the server's step left the finite numbers; nothing was committed.
         """
-        collected = collector.finish(expected)
+        collected = collector.finish(expected, release)
         refusals = len(collector.left_out)
         closed = self.close(state, task, collected)
         if collected.count and not bool(_finite(self.algorithm.model(closed.algorithm)[None])):
@@ -759,6 +932,8 @@ class Process:
         state.memory.withdraw(collector.left_out)
         state.memory.commit()
         closed = replace(closed, memory_version=state.memory.version)
+        if self.chain.noise is not None:
+            return closed, self._told(task, expected or 0.0) | dict(told or {})
         metrics = {
             "loss": collected.loss / collected.examples if collected.examples else float("nan"),
             "examples": collected.examples,
@@ -771,15 +946,67 @@ class Process:
         }
         return closed, metrics
 
+    def replay(self, state: State, population: int, released: Tensor, expected: float) -> tuple[State, dict[str, Any]]:
+        """The state after a round whose noised sum was kept, and what `next` would tell of it.
+
+        Args:
+            state: before the round.
+            population: clients there are.
+            released: the noised sum as `release` gave it.
+            expected: expected cohort size.
+        """
+        task = self.open(state, (), population)
+        total = torch.zeros_like(released)
+        collected = self.released(task, total, expected, lambda summed, bound: released)
+        closed = self.close(state, task, replace(collected, aggregator=state.aggregator))
+        return closed, self._told(task, expected)
+
+    def _told(self, task: Task, expected: float) -> dict[str, Any]:
+        """What may be told of a round with noise."""
+        row = self.chain.bytes(self.length, self.split, self.model.dtype) + 8 + 16
+        return {
+            "loss": float("nan"),
+            "examples": float("nan"),
+            "clients": float(round(expected)),
+            "bytes_up": float(round(expected * row)),
+            "bytes_down": float(round(expected * self._whole_down(task))),
+            "saturated": 0.0,
+            "refused": {},
+            "refusals": 0.0,
+        }
+
+    def _unkept(self, state: State, population: int) -> tuple[Release, dict[str, float]]:
+        """Noise for a caller who keeps no ledger, and epsilon after this round if everybody takes part in every one."""
+        noise = self.chain.noise
+        assert noise is not None
+        if noise.noise_multiplier is None:
+            raise CompositionError(
+                f"gaussian_noise(epsilon={noise.epsilon:g}) cannot calibrate itself here, where nobody knows how many "
+                "rounds there will be: give noise_multiplier=atoll.privacy.calibrate(epsilon=..., steps=..., "
+                'delta=..., sampling="none"), or use atoll.simulate.'
+            )
+        delta = check_delta(usual_delta(population) if noise.delta is None else noise.delta, population)
+        ledger = Ledger("client", delta, budget=noise.budget)
+        event = Event(noise.noise_multiplier, "none", count=state.round)
+        ledger.events = [event] if state.round else []
+        ledger.spend(replace(event, count=1))
+        source = Source(seed=noise.seed) if noise.seed is not None else Source()
+        release = releasing(noise.noise_multiplier, source.derive("noise", state.round))
+        return release, {"epsilon": ledger.epsilon, "delta": delta}
+
     def bytes_down(self, state: State, task: Task) -> int:
         """Bytes all clients of a training task receive."""
-        buffers = nbytes(task.buffers) if self.buffer_rule == "mean" else 0
-        each = nbytes(task.message) + buffers + nbytes(task.shared)
+        each = self._whole_down(task)
         if self.downlink is None:
             return len(task.clients) * each
         each -= nbytes(task.message.vector)
         last = [state.served.get(client) for client in task.clients]
         return sum(each + self.downlink.bytes(state.downlink, task.round, known) for known in last)
+
+    def _whole_down(self, task: Task) -> int:
+        """Bytes one client receives that is sent the whole model."""
+        buffers = nbytes(task.buffers) if self.buffer_rule == "mean" else 0
+        return nbytes(task.message) + buffers + nbytes(task.shared)
 
     def evaluate(
         self, state: State, data: "FederatedDataset | LazyDataset", *, split: str = "test", personal: bool = False
@@ -947,7 +1174,9 @@ class Collector:
             NonFiniteError: a client's update, loss or weight is not finite, and there is no rule to leave it out.
         """
         if partial.broken and partial.rows is None:
-            self._refuse(partial.broken)
+            if self._process.chain.noise is None:
+                self._refuse(partial.broken)
+            self.left_out += partial.broken  # they add nothing, and nobody is told
         self._parts = partial.parts
         self._count += len(partial.clients)
         self._told |= partial.refused
@@ -976,8 +1205,12 @@ class Collector:
                 own += other
         self._weight += float(partial.weight.double().sum())
 
-    def finish(self, expected: float | None = None) -> Collected:
+    def finish(self, expected: float | None = None, release: Release | None = None) -> Collected:
         """The round's aggregate.
+
+        Args:
+            expected: expected cohort size, for `mean(denominator="expected")`; default the cohort's own.
+            release: adds the noise, where a stage asks for it.
 
         Raises:
             CompositionError: too few clients for the rule.
@@ -988,6 +1221,8 @@ class Collector:
         saturated, kept, refused = 0, self._state, dict[str, Mapping[str, Any]]()
         length, task = sum(self._parts), self._task
         keys = keys_of(task.seed, task.round, random.client_keys(()), width)
+        if process.chain.noise is not None:
+            return self._finish_private(expected, release)
         root: Tensor | None = None
         if self._count and len(self._told) == self._count:
             name, told = next(iter(self._told.items()))
@@ -1000,6 +1235,7 @@ class Collector:
             empty = torch.empty(0, dtype=dtype)
             return Collected(empty, empty, 0.0, 0, 0.0, 0.0, 0, 0, 0.0, kept)
         ruled: Ruling | None = None
+        seen: dict[int, Tensor] = {}
         if self._rows is None:
             self._count -= len(self._told)
             refused, self.left_out = dict(list(self._told.items())[:REFUSED]), list(self._told)
@@ -1040,7 +1276,7 @@ class Collector:
             else:
                 assert self._total is not None
                 total, weight, self._total = self._total, self._weight, None
-            total = process.chain.decode_sum(total, task.shared, length, keys)
+            total = process.chain.decode_sum(total, task.shared, length, keys, seen=seen)
             divisor = weight
             if process.aggregator.denominator == "expected":
                 divisor = float(len(self._task.clients)) if expected is None else expected
@@ -1064,7 +1300,23 @@ class Collector:
             kept,
             refused,
             root,
+            seen,
+            float(self._count),
         )
+
+    def _finish_private(self, expected: float | None, release: Release | None) -> Collected:
+        """The aggregate of a round with noise; of an empty cohort it is noise alone."""
+        process, task = self._process, self._task
+        if expected is None or not expected > 0:
+            raise invalid(
+                "expected", expected, "the expected cohort size in a run with noise",
+                "Dividing by who came would tell of the data.",
+            )  # fmt: skip
+        total, self._total = self._total, None
+        if total is None:
+            total = torch.zeros(process.chain.summed_size(process.length, process.split), dtype=torch.float64)
+        collected = process.released(task, total, expected, release)
+        return replace(collected, aggregator=self._state, bytes_up=self._bytes)
 
     def _refused(self, rows: Tensor, ruling: Ruling) -> dict[str, Mapping[str, Any]]:
         """Clients that had no part in the ruling, the farthest first: why, and how long and how far off a row is."""

@@ -1,5 +1,8 @@
 """Who takes part in a round: samplers, keyed by seed and round, never by history.
 
+Under differential privacy it must be a secret who was drawn, or sampling hides nobody. A run with noise draws its
+cohorts by `secret_cohort`, from the cryptographic source, and `chance` tells the accountant how.
+
 A cohort costs what the cohort costs. Only `poisson` asks every client, in one array operation; `cyclic(shuffle=True)`
 shuffles the population once for each pass over it.
 """
@@ -12,7 +15,9 @@ from typing import cast
 import numpy as np
 
 from atoll.errors import InvalidArgument, invalid
+from atoll.privacy.accounting import Sampling
 from atoll.random import numpy_generator
+from atoll.secret import Source
 from atoll.spec import Spec, record
 
 
@@ -26,16 +31,30 @@ class Sampler:
             or names, for a prescribed sequence.
         expected: (population size) -> expected cohort size.
         check: (client names) -> None, raising what is impossible for this population.
+        chance: (population size) -> how an accountant counts it ("poisson", "fixed" or "none") and the share of the
+            population that is drawn; None: no accountant knows this rule.
+        secret: (source, population size) -> indices of a cohort, ascending; None: who takes part is no secret.
     """
 
     spec: Spec
     draw: Callable[[int, int, int], "np.ndarray | Sequence[str]"]
     expected: Callable[[int], float]
     check: Callable[[Sequence[str]], None]
+    chance: Callable[[int], tuple[Sampling, float]] | None = None
+    secret: Callable[[Source, int], "np.ndarray"] | None = None
 
     def cohort(self, seed: int, round: int, clients: Sequence[str]) -> tuple[str, ...]:
         """Names of the clients that take part in a round."""
-        drawn = self.draw(seed, round, len(clients))
+        return self._names(self.draw(seed, round, len(clients)), clients)
+
+    def secret_cohort(self, source: Source, seed: int, round: int, clients: Sequence[str]) -> tuple[str, ...]:
+        """The same, drawn from a secret source where the rule draws at all."""
+        if self.secret is None:
+            return self.cohort(seed, round, clients)
+        return self._names(self.secret(source, len(clients)), clients)
+
+    @staticmethod
+    def _names(drawn: "np.ndarray | Sequence[str]", clients: Sequence[str]) -> tuple[str, ...]:
         if not isinstance(drawn, np.ndarray):
             return tuple(drawn)
         # Populations that make their names when asked make many at once.
@@ -57,7 +76,11 @@ def fixed(size: int) -> Sampler:
                 "cohort", size, f"at most the population of {len(clients)} clients", "Use atoll.sampling.everyone()."
             )
 
-    return Sampler(record("fixed", size=size), draw, lambda population: float(size), check)
+    return Sampler(
+        record("fixed", size=size), draw, lambda population: float(size), check,
+        lambda population: ("fixed", size / population),
+        lambda source, population: np.sort(source.sample(population, size).numpy()),
+    )  # fmt: skip
 
 
 def fraction(share: float) -> Sampler:
@@ -71,7 +94,10 @@ def fraction(share: float) -> Sampler:
     def draw(seed: int, round: int, population: int) -> "np.ndarray | Sequence[str]":
         return fixed(size(population)).draw(seed, round, population)
 
-    return Sampler(record("fraction", share=share), draw, lambda p: float(size(p)), _anyone)
+    return Sampler(
+        record("fraction", share=share), draw, lambda p: float(size(p)), _anyone, lambda p: ("fixed", size(p) / p),
+        lambda source, population: np.sort(source.sample(population, size(population)).numpy()),
+    )  # fmt: skip
 
 
 def poisson(rate: float) -> Sampler:
@@ -82,12 +108,18 @@ def poisson(rate: float) -> Sampler:
     def draw(seed: int, round: int, population: int) -> np.ndarray:
         return np.flatnonzero(numpy_generator(seed, "cohort", round).random(population) < rate)
 
-    return Sampler(record("poisson", rate=rate), draw, lambda population: rate * population, _anyone)
+    return Sampler(
+        record("poisson", rate=rate), draw, lambda population: rate * population, _anyone,
+        lambda population: ("poisson", rate),
+        lambda source, population: source.bernoulli(rate, population).numpy().nonzero()[0],
+    )  # fmt: skip
 
 
 def everyone() -> Sampler:
     """All clients in every round."""
-    return Sampler(record("everyone"), lambda seed, round, population: np.arange(population), float, _anyone)
+    return Sampler(
+        record("everyone"), lambda seed, round, population: np.arange(population), float, _anyone, _known
+    )  # fmt: skip
 
 
 def sequence(cohorts: Sequence[Sequence[str]]) -> Sampler:
@@ -106,8 +138,9 @@ def sequence(cohorts: Sequence[Sequence[str]]) -> Sampler:
 
     mean = sum(len(c) for c in given) / len(given)
     return Sampler(
-        record("sequence", cohorts=given), lambda seed, round, _: given[round % len(given)], lambda _: mean, check
-    )
+        record("sequence", cohorts=given), lambda seed, round, _: given[round % len(given)], lambda _: mean, check,
+        _known,
+    )  # fmt: skip
 
 
 def cyclic(shuffle: bool = False) -> Sampler:
@@ -117,7 +150,7 @@ def cyclic(shuffle: bool = False) -> Sampler:
         turn, place = divmod(round, population)
         return _shuffled(seed, turn, population)[place : place + 1] if shuffle else np.array([place])
 
-    return Sampler(record("cyclic", shuffle=shuffle), draw, lambda population: 1.0, _anyone)
+    return Sampler(record("cyclic", shuffle=shuffle), draw, lambda population: 1.0, _anyone, _known)
 
 
 def resolve(cohort: "int | float | Sampler | None") -> Sampler:
@@ -139,3 +172,8 @@ def _shuffled(seed: int, turn: int, population: int) -> "np.ndarray":
 
 def _anyone(clients: Sequence[str]) -> None:
     """Every population will do."""
+
+
+def _known(population: int) -> tuple[Sampling, float]:
+    """Who takes part is known beforehand: sampling hides nobody."""
+    return "none", 1.0

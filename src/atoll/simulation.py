@@ -11,7 +11,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from torch import Tensor
 
@@ -20,8 +20,18 @@ from atoll.aggregators import Aggregator
 from atoll.algorithms import Algorithm
 from atoll.asynchronous import Asynchronous
 from atoll.engines import Engine
-from atoll.errors import DataError, Interrupted, InvalidArgument, NonFiniteError, RunError, invalid, unknown
+from atoll.errors import (
+    CompositionError,
+    DataError,
+    Interrupted,
+    InvalidArgument,
+    NonFiniteError,
+    RunError,
+    invalid,
+    unknown,
+)
 from atoll.evaluation import Evaluation, evaluate_holdout
+from atoll.example_releases import ExampleReleases
 from atoll.history import Record
 from atoll.journal import (
     Checkpoint,
@@ -35,6 +45,8 @@ from atoll.journal import (
 )
 from atoll.memory import ClientMemory
 from atoll.model import Model
+from atoll.privacy.terms import Terms
+from atoll.releases import Releases, check_splits, terms_of, veiled
 from atoll.report.live import progress_for
 from atoll.result import Result
 from atoll.rounds import Process, State
@@ -144,17 +156,31 @@ def simulate(
         raise invalid("cohort", cohort, f"left out with {algorithm.name}", "The method prescribes its own order.")
     training = data.pooled() if algorithm.pooled else data
     schedule = _checked(schedule, cohort, resume)
+    private = process.chain.noise is not None
+    if private or process.protects_examples:
+        _check_private(schedule, stop)
     if isinstance(schedule, Buffered):
         driver = Asynchronous(process, training, schedule, sampler := sampling.fixed(schedule.concurrency))
     else:
         driver, sampler = None, algorithm.sampler or sampling.resolve(cohort)
         sampler.check(training.clients)
         schedule.asked(sampler, len(training)).check(training.clients)
-    evaluated = _splits(data, splits)
+    if private:
+        check_splits(splits, unit="client")
+    if process.protects_examples:
+        check_splits(splits, unit="example")
+    evaluated = () if private else _splits(data, splits)
     if stop is not None:
         evaluated = _stopped_by(stop, data, evaluated, evaluate_every, process)
     state = process.init(seed, initial)
     process.engine.prepare(process, training)
+    folder = None if directory is None else Path(directory)
+    if resume and folder is not None and not folder.exists():
+        raise RunError(f"{folder} does not exist: there is no run to resume. Leave out resume=True to start one.")
+    # A run that cannot begin leaves no directory; one that is resumed has terms.
+    terms = terms_of(process, sampler, len(training), rounds) if private and not resume else None
+    veil = private or process.protects_examples
+    told = data.name if folder is None else veiled(data.fingerprint(), folder) if veil else data.fingerprint()
     spec: Spec = {
         "title": title,
         "experiment": {
@@ -162,23 +188,21 @@ def simulate(
             "cohort": sampler.spec,
             "seed": seed,
             "initial": digest(process.vector(state)),
-            "data": data.fingerprint() if directory is not None else data.name,
+            "data": told,
             **({} if stop is None else {"stop": stop.spec}),
             **({} if schedule == synchronous() else {"schedule": schedule.spec}),
         },
     }
     if process.server_data is not None:
         spec["experiment"]["server_data"] = process.server_data.fingerprint()
-    folder = None if directory is None else Path(directory)
-    if resume and folder is not None and not folder.exists():
-        raise RunError(f"{folder} does not exist: there is no run to resume. Leave out resume=True to start one.")
     with locked(folder) if folder is not None else nullcontext():
         run = _Run(
             process, data, training, sampler, spec, folder, evaluated, evaluate_every, checkpoint_every, stop,
-            driver or schedule,
+            driver or cast(Rounds, schedule),
         )  # fmt: skip
         try:
             run.start(state, rounds, resume)
+            run.guard(rounds, terms)
             with process.engine.threads():
                 return run.rounds(rounds, callbacks, progress)
         finally:
@@ -212,6 +236,8 @@ class _Run:
         self.history: list[Record] = []
         self.notes: list[str] = []
         self.state: State
+        self.releases: Releases | None = None
+        self.examples: ExampleReleases | None = None
         self._saved_round = -1
         self._saved_at = time.monotonic()
         self._save_cost = 0.0
@@ -258,10 +284,36 @@ class _Run:
         self.journal.append("resumed", {"round": checkpoint.round, "rounds": total, "notes": damaged})
         self.history = self.journal.history()
 
+    def guard(self, total: int, terms: Terms | None) -> None:
+        """Take up the terms on which noise is added: those of the journal, else these, else new ones."""
+        if self.process.protects_examples:
+            sizes = getattr(getattr(self.training, "train", None), "sizes", None)
+            if sizes is None:
+                raise InvalidArgument(
+                    "example-level privacy needs to know how many examples every client has, which data that is drawn "
+                    "when it is needed does not tell: use a FederatedDataset."
+                )
+            known = dict(zip(self.training.clients, sizes.tolist(), strict=True))
+            self.examples = ExampleReleases(self.process, known, total, self.journal)
+            self.process.example_multiplier = self.examples.multiplier
+        if self.process.chain.noise is None:
+            return
+        if terms is None and next(iter(self.journal.events("privacy")), None) is None:
+            terms = terms_of(self.process, self.sampler, len(self.training), total)
+        self.releases = Releases(self.process, self.sampler, terms, self.directory, self.journal)
+
     def rounds(
         self, total: int, callbacks: Sequence[Callable[[Record], Any]], progress: bool | Literal["auto"]
     ) -> Result:
-        """Run up to round `total`."""
+        """Run up to round `total`, or as far as a privacy budget allows."""
+        planned = total
+        if self.releases is not None:
+            total = self.releases.last(self.state.round, total)
+            if total < planned:
+                self.notes.append(
+                    f"The run stops after round {total} of {planned}: the next release would exceed the privacy budget "
+                    f"of epsilon {self.releases.terms.budget:g}."
+                )
         with (
             progress_for(progress, total, self.state.round, self.spec["title"]) as show,
             _deferred_interrupt() as asked,
@@ -302,13 +354,18 @@ class _Run:
     def _round(self, *, last: bool) -> Record:
         process, began = self.process, time.perf_counter()
         notes: tuple[str, ...] = ()
+        length: float | None = None
+        expected = self.sampler.expected(len(self.training.clients))
         if isinstance(self.schedule, Asynchronous):
             self.state, metrics = self.schedule.next(self.state)
-            length: float | None = metrics["clock"]
+            length = metrics["clock"]
             notes = (f"updates were {metrics['staleness']:g} steps old on average.",)
+        elif self.releases is not None:
+            metrics = self._private_round(self.releases, expected)
         else:
             cohort, length, notes = self._cohort(self.schedule)
-            expected = self.sampler.expected(len(self.training.clients))
+            if self.examples is not None:
+                self.examples.enter(self.state.round, cohort)
             self.state, metrics = process.next(self.state, self.training, cohort, expected=expected)
         trained = time.perf_counter()
         number = self.state.round
@@ -318,6 +375,7 @@ class _Run:
         notes += tuple(found.pop("notes", ()))
         if metrics["saturated"]:
             notes += (f"{int(metrics['saturated'])} values were cut to the range of the channel.",)
+        guard = self.releases or self.examples
         train = {"loss": metrics["loss"]} | {n: v for n, v in found.pop("train", {}).items() if n != "loss"}
         return Record(
             round=number,
@@ -331,6 +389,7 @@ class _Run:
             notes=notes,
             refused={name: dict(told) for name, told in metrics["refused"].items()},
             refusals=int(metrics["refusals"]),
+            epsilon=None if guard is None else guard.epsilon,
         )
 
     def _cohort(self, schedule: Rounds) -> tuple[tuple[str, ...], float | None, tuple[str, ...]]:
@@ -376,6 +435,20 @@ class _Run:
         self._better = evaluation.better[evaluation.names.index(stop.metric)]
         return evaluation
 
+    def _private_round(self, releases: Releases, expected: float) -> dict[str, Any]:
+        """A round with noise: taken from disk where it was made before the run was stopped."""
+        state, clients = self.state, self.training.clients
+        kept = releases.kept(state.round)
+        if kept is not None:
+            self.state, metrics = self.process.replay(state, len(clients), kept, expected)
+            return metrics
+        release = releases.release(state.round)
+        cohort = releases.cohort(state.seed, state.round, clients)
+        if self.examples is not None:  # who is in the cohort is a secret: the round counts for everybody
+            self.examples.enter(state.round, clients)
+        self.state, metrics = self.process.next(state, self.training, cohort, expected=expected, release=release)
+        return metrics
+
     def _evaluate(self) -> dict[str, Any]:
         process, state, found = self.process, self.state, dict[str, Any]()
         vector, notes = process.vector(state), list[str]()
@@ -385,7 +458,7 @@ class _Run:
             if split == "test":
                 found["spread"] = evaluation.spread
                 notes += evaluation.notes
-        if self._has_test and process.personalised:
+        if self._has_test and process.personalised and self.examples is None:  # tuned models would be new releases
             personal = self._personal()
             found |= {"personal": personal.metrics, "personal_spread": personal.spread}
         if self.data.holdout is not None:
@@ -404,7 +477,7 @@ class _Run:
         clients: dict[str, dict[str, dict[str, float]]] = {}
         if final and self._has_test and self.evaluate_every and len(self.data.clients) <= CLIENTS_LISTED:
             evaluations = {"global": process.evaluate_global(state, self.data, "test")}
-            if process.personalised:
+            if process.personalised and self.examples is None:
                 evaluations["personal"] = self._personal()
             clients = {k: {c: e.client(c) for c in e.clients} for k, e in evaluations.items()}
         return Result(
@@ -413,6 +486,7 @@ class _Run:
             history=list(self.history),
             spec=self.spec,
             engine=process.engine.describe(),
+            privacy=[g.statement() for g in (self.releases, self.examples) if g is not None],
             clients=clients,
             notes=list(self.notes),
             directory=self.directory,
@@ -440,7 +514,9 @@ class _Run:
         return identity(self.spec["experiment"])
 
     def _save_if_due(self) -> None:
-        if self.checkpoint_every is not None:
+        if self.releases is not None and self.state.memory.layout.size:
+            due = True  # what clients keep cannot be had again from a noised sum
+        elif self.checkpoint_every is not None:
             due = self.state.round % self.checkpoint_every == 0
         else:
             due = time.monotonic() - self._saved_at > max(CHECKPOINT_SECONDS, 10 * self._save_cost)
@@ -460,6 +536,8 @@ class _Run:
         )
         write_checkpoint(self.directory, self.journal, checkpoint)
         state.memory.pin()
+        if self.releases is not None:
+            self.releases.settled(self._saved_round)  # until this checkpoint, too, is the older one
         self._saved_round, self._saved_at = state.round, time.monotonic()
         self._save_cost = self._saved_at - began
 
@@ -527,6 +605,24 @@ def _splits(data: "FederatedDataset | LazyDataset", asked: Sequence[str] | None)
     given = ("validation", "test") if asked is None else tuple(asked)
     # What a lazy population would have to draw for it is evaluated only when it is asked for.
     return tuple(n for n in given if data.has(n) and (asked is not None or getattr(data, n) is not None))
+
+
+def _check_private(schedule: Schedule, stop: EarlyStopping | None) -> None:
+    """Refuse what would tell of data, or draw clients, in a way that nobody counts.
+
+    Raises:
+        CompositionError: naming what, and the way out.
+    """
+    if schedule != synchronous():
+        raise CompositionError(
+            "a schedule decides whose updates come into a round, and the ledger of a private run knows of cohorts that "
+            "a sampler draws and waits for: leave schedule out."
+        )
+    if stop is not None:
+        raise CompositionError(
+            "early stopping looks at validation examples, which no noise of this run protects: leave stop out and fix "
+            "the number of rounds."
+        )
 
 
 def _checked(schedule: Schedule | None, cohort: object, resume: bool) -> Schedule:

@@ -64,6 +64,7 @@ class Aggregator:
         behind: the aggregator that an attack stands in front of.
         rooted: whether it judges by the row of the server's own data.
         cap: largest weight a client may claim.
+        clip: weights above this count as this, and all are divided by it: the largest is 1; None: as they are.
     """
 
     spec: Spec
@@ -78,6 +79,7 @@ class Aggregator:
     behind: "Aggregator | None" = None
     rooted: bool = False
     cap: float = math.inf
+    clip: float | None = None
 
     @property
     def averages(self) -> bool:
@@ -91,6 +93,10 @@ class Aggregator:
 
     def weigh(self, examples: Tensor, clients: Sequence[str]) -> Tensor:
         """Weights [C, 1] float64 of clients with these numbers of examples [C, 1]."""
+        weights = self._weigh(examples, clients)
+        return weights if self.clip is None else weights.clamp(max=self.clip) / self.clip
+
+    def _weigh(self, examples: Tensor, clients: Sequence[str]) -> Tensor:
         if self.weights == "examples":
             return examples.double()
         if self.weights == "uniform":

@@ -9,7 +9,7 @@ local rate, x the server's model, and q_i = (1 - eta a_i)^K_i what K_i steps lea
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 Vector = tuple[float, ...]
 
@@ -138,7 +138,7 @@ def change(x: float, members: Sequence[int], k: Sequence[int], p: Sequence[float
 
 def _fedavg() -> list[Problem]:
     one, five, unequal = steps(1, ALL), steps(5, ALL), steps(2, 2)
-    base = {"clients": quadratics(), "start": (START,), "lr": LR}
+    base: dict[str, Any] = {"clients": quadratics(), "start": (START,), "lr": LR}
     members = [[NAMES.index(n) for n in names] for names in PARTIAL]
     local = (
         "K local steps take y_i to b_i + q_i (x - b_i). The mean is affine in x, so that x_t = x* + (sum p_i q_i)^t "
@@ -175,7 +175,7 @@ def _fedavg() -> list[Problem]:
 
 
 def _corrected() -> list[Problem]:
-    base = {"clients": quadratics(), "start": (START,), "lr": LR}
+    base: dict[str, Any] = {"clients": quadratics(), "start": (START,), "lr": LR}
     five, unequal = steps(5, ALL), steps(2, 2)
 
     def proximal(k: Sequence[int], mu: float, rounds: int) -> tuple[Vector, ...]:
@@ -275,7 +275,14 @@ def _corrected() -> list[Problem]:
 
 
 def _servers() -> list[Problem]:
-    base = {"clients": quadratics(), "start": (START,), "lr": LR, "batch": ALL, "epochs": 2, "rounds": 8}
+    base: dict[str, Any] = {
+        "clients": quadratics(),
+        "start": (START,),
+        "lr": LR,
+        "batch": ALL,
+        "epochs": 2,
+        "rounds": 8,
+    }
     k, everyone = steps(2, ALL), [0, 1, 2]
     beta1, beta2, tau, lr = 0.9, 0.99, 1e-2, 0.1
 

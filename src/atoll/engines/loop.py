@@ -16,6 +16,7 @@ from atoll import random
 from atoll.cohort import Cohort, Minibatch, Term
 from atoll.engines.base import Chosen, Engine, Remembering, Tile, orders
 from atoll.engines.dropout import Draw, KeyedDropout, SeededDraws
+from atoll.engines.private import Sum, example_keys, train_privately
 from atoll.local import CLIP_EPS, Plan
 from atoll.messages import Task
 from atoll.model import Batch
@@ -57,6 +58,7 @@ class Loop(Engine):
             own=own,
         )
         cohort.attach(train, task.seed, self)
+        cohort.noise_multiplier = process.example_multiplier
         return cohort, remembered
 
     def describe(self) -> dict[str, Any]:
@@ -84,6 +86,14 @@ class _Client(Cohort):
         term: Term | None = None,
         purpose: str = "train",
     ) -> Trained:
+        if plan.privacy is not None:
+            if term is not None:
+                self.expose("the features of a term of the loss")
+            return train_privately(
+                self, self._clipped_sum(purpose, train), rows, plan, anchor=anchor, pull=pull, shift=shift, train=train,
+                buffers=buffers, purpose=purpose,
+            )  # fmt: skip
+        self.expose("training without privacy=")
         y = rows[0].detach().clone()
         held = (self.buffers if buffers is None else buffers)[0].detach().clone()
         counters = self.model.counters()
@@ -140,7 +150,25 @@ class _Client(Cohort):
         wide = torch.ones(1, 1, dtype=torch.float64)
         return Trained(y[None], held[None], one * total, one * rates, wide * loss_sum, wide * seen)
 
+    def _clipped_sum(self, purpose: str, train: Tensor | None) -> Sum:
+        """One example after the other."""
+
+        def summed(client: int, y: Tensor, held: Tensor, places: Tensor, step: int, clip: float) -> Tensor:
+            total = torch.zeros(len(y), dtype=torch.float64)
+            for place, key in zip(places.tolist(), example_keys(self._key[client], places), strict=True):
+                batch = {n: t[place : place + 1] for n, t in self._train.items()}
+                own, counters = held.clone(), self.model.counters()
+                gradient, _ = self._gradient(y, own, counters, batch, purpose, step, key=np.array([key]))
+                gradient = gradient if train is None else torch.where(train, gradient, 0.0)
+                norm = float(torch.linalg.vector_norm(gradient.double()))
+                if np.isfinite(norm):
+                    total += gradient.double() * min(1.0, clip * (1 - 1e-5) / norm if norm else 1.0)
+            return total
+
+        return summed
+
     def gradient(self, rows: Tensor, batch: Batch | None = None) -> Tensor:
+        self.expose("gradient")
         given = self._train if batch is None else {n: t[0] for n, t in batch.items()}
         held, counters = self.buffers[0].detach().clone(), self.model.counters()
         return self._gradient(rows[0].detach(), held, counters, given, "gradient", 0)[0][None]
@@ -148,6 +176,7 @@ class _Client(Cohort):
     def minibatch(
         self, rows: Tensor, plan: Plan, step: int, *, buffers: Tensor | None = None, purpose: str = "train"
     ) -> Minibatch:
+        self.expose("minibatch")
         held = (self.buffers if buffers is None else buffers)[0].detach().clone()
         wide = torch.ones(1, 1, dtype=torch.float64)
         batch = self._batch(plan, step, purpose)
@@ -157,6 +186,7 @@ class _Client(Cohort):
         return Minibatch(gradient[None], held[None], float(loss) * wide, len(batch["y"]) * wide)
 
     def curvature(self, rows: Tensor, along: Tensor, plan: Plan, step: int, *, purpose: str = "train") -> Tensor:
+        self.expose("curvature")
         batch = self._batch(plan, step, purpose)
         if batch is None:
             return torch.zeros_like(rows)
@@ -183,9 +213,11 @@ class _Client(Cohort):
         return {name: t[order[place * size : place * size + size]] for name, t in self._train.items()}
 
     def loss(self, rows: Tensor) -> Tensor:
+        self.expose("loss")
         return self.model.loss.mean(self.predict(rows)[0], self._train["y"]).reshape(1, 1)
 
     def predict(self, rows: Tensor) -> list[Tensor]:
+        self.expose("predict")
         return [self._output(rows[0], self.buffers[0], self._train)]
 
     def forward(self, rows: Tensor, buffers: Tensor, split: "Split", places: NDArray[np.int64]) -> list[Tensor]:
@@ -197,13 +229,16 @@ class _Client(Cohort):
             return self.model.call(self.model.layout.view(row), held, batch, train=False)
 
     def inputs(self, rows: Tensor, layer: str) -> list[Tensor]:
+        self.expose("what flows into a layer")
         held = self.model.buffer_layout.view(self.buffers[0])
         return [self.model.inputs(layer, self.model.layout.view(rows[0]), held, self._train)]
 
     def targets(self) -> list[Tensor]:
+        self.expose("targets")
         return [self._train["y"]]
 
     def features(self, rows: Tensor, *, buffers: Tensor | None = None) -> list[Tensor]:
+        self.expose("features")
         held = self.model.buffer_layout.view((self.buffers if buffers is None else buffers)[0])
         with torch.no_grad():
             return [self.model.features(self.model.layout.view(rows[0]), held, self._train)]
@@ -217,12 +252,13 @@ class _Client(Cohort):
         purpose: str,
         step: int,
         term: Term | None = None,
+        key: NDArray[np.uint64] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Gradient [P] and loss at y; buffers are updated in place. The loss is told without the term."""
         with torch.enable_grad():
             leaf = y.clone().requires_grad_()
             if term is None:
-                loss = whole = self._training_loss(leaf, held, counters, batch, purpose, step)
+                loss = whole = self._training_loss(leaf, held, counters, batch, purpose, step, key)
             else:
                 loss, more = self._with_term(leaf, held, counters, batch, purpose, step, term)
                 whole = loss + more
@@ -230,11 +266,18 @@ class _Client(Cohort):
         return gradient, loss.detach()
 
     def _training_loss(
-        self, leaf: Tensor, held: Tensor, counters: dict[str, Tensor], batch: Batch, purpose: str, step: int
+        self,
+        leaf: Tensor,
+        held: Tensor,
+        counters: dict[str, Tensor],
+        batch: Batch,
+        purpose: str,
+        step: int,
+        key: NDArray[np.uint64] | None = None,
     ) -> Tensor:
         """Mean loss at a leaf [P]; buffers are updated in place."""
         buffers = self.model.buffer_layout.view(held) | counters
-        with self._keyed(purpose, step):
+        with self._keyed(purpose, step, key):
             output = self.model.call(self.model.layout.view(leaf), buffers, batch, train=True)
         return self.model.loss.mean(output, batch["y"])
 
@@ -247,11 +290,11 @@ class _Client(Cohort):
             output, features = self.model.call_with_features(self.model.layout.view(leaf), buffers, batch, train=True)
         return self.model.loss.mean(output, batch["y"]), term.loss(features, *(t[0] for t in term.given)).mean()
 
-    def _keyed(self, purpose: str, step: int) -> ExitStack:
-        """What makes the random numbers a forward draws those of this client and step."""
+    def _keyed(self, purpose: str, step: int, key: NDArray[np.uint64] | None = None) -> ExitStack:
+        """What makes the random numbers a forward draws those of this client, or key, and step."""
         keyed = ExitStack()
         if self._traits.dropout or self._traits.draws:
-            draw = Draw(self._seed, purpose, self.round, self._key, np.array([step]))
-            keyed.enter_context(KeyedDropout(draw))
-            keyed.enter_context(SeededDraws(self._seed, purpose, self.round, int(self._key[0]), step))
+            own = self._key if key is None else key
+            keyed.enter_context(KeyedDropout(Draw(self._seed, purpose, self.round, own, np.array([step]))))
+            keyed.enter_context(SeededDraws(self._seed, purpose, self.round, int(own[0]), step))
         return keyed

@@ -23,9 +23,11 @@ from atoll.engines.blocks import Blocks, Part
 from atoll.engines.dropout import Draw
 from atoll.engines.factors import Use, factored
 from atoll.engines.minibatches import minibatches
+from atoll.engines.private import PerExample, Sum, example_keys, factors, train_privately
 from atoll.engines.program import Program
 from atoll.engines.schedule import Members, schedule
-from atoll.engines.steps import Gradients, Rule, Sink, by_factors
+from atoll.engines.steps import Gradients, Rule, Sink, by_factors, splits
+from atoll.errors import CompositionError
 from atoll.local import Plan
 from atoll.model import Batch, Model
 from atoll.vectors import Change, Trained
@@ -39,6 +41,9 @@ GATHER_BYTES = 4 * 2**20
 LOOK = 64
 """Examples of each client that go through a forward at once."""
 
+
+TOGETHER = 64
+"""Examples whose gradients are found at once under example-level privacy."""
 
 STRIP_BYTES = 4 * 2**20
 """Parameters of clients that are trained from their first step to their last before the next ones begin."""
@@ -147,6 +152,14 @@ class Rows(Cohort):
         term: Term | None = None,
         purpose: str = "train",
     ) -> Trained:
+        if plan.privacy is not None:
+            if term is not None:
+                self.expose("the features of a term of the loss")
+            return train_privately(
+                self, self._clipped_sum(purpose, train), rows, plan, anchor=anchor, pull=pull, shift=shift, train=train,
+                buffers=buffers, purpose=purpose,
+            )  # fmt: skip
+        self.expose("training without privacy=")
         model, count = self.model, len(self.clients)
         floating = (self.buffers if buffers is None else buffers).detach().clone()
         totals = plan.steps_of(self._sizes, self.clients, self.round)
@@ -208,6 +221,32 @@ class Rows(Cohort):
             torch.as_tensor(seen, device=rows.device)[:, None],
             change=change,
         )
+
+    def _clipped_sum(self, purpose: str, train: Tensor | None) -> Sum:
+        """A batch's examples as rows of the same model, some at a time."""
+        model, how = self.model, self._how
+        layout = model.layout
+        wanted = None if train is None else frozenset(i for i, (_, _, a, b) in enumerate(layout) if train[a:b].any())
+        if train is not None and splits(layout, train):
+            raise CompositionError(
+                "a mask inside a parameter cannot be clipped example by example: train whole parameters."
+            )
+
+        def summed(client: int, y: Tensor, held: Tensor, places: Tensor, step: int, clip: float) -> Tensor:
+            total = torch.zeros(len(y), dtype=torch.float64)
+            widest = TOGETHER if how.program is not None or how.batched else 1
+            for some in places.split(widest):
+                parts: list[Part] = [t.expand(len(some), *t.shape) for t in layout.view(y).values()]
+                own = Buffers(model, held.expand(len(some), -1).clone()).take(slice(None))
+                batch = self._gather((some + int(self._begin[client]))[:, None])
+                keys, numbers = example_keys(self._keys[client], some), np.full(len(some), step)
+                draw = Draw(self._seed, purpose, self.round, keys, numbers) if how.random else None
+                sink = PerExample(parts, wanted)
+                self._gradients(parts, own, batch, draw, sink, wanted)
+                total += sink.total(factors(sink.squares(), clip))
+            return total
+
+        return summed
 
     def _factored(
         self,
@@ -292,6 +331,7 @@ class Rows(Cohort):
             seen[group.rows] += size * group.count
 
     def gradient(self, rows: Tensor, batch: Batch | None = None) -> Tensor:
+        self.expose("gradient")
         if batch is not None:
             return self._gradient(rows, self.buffers.clone(), batch, self._still(self._keys))[0]
         out = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
@@ -305,6 +345,7 @@ class Rows(Cohort):
     def minibatch(
         self, rows: Tensor, plan: Plan, step: int, *, buffers: Tensor | None = None, purpose: str = "train"
     ) -> Minibatch:
+        self.expose("minibatch")
         held = (self.buffers if buffers is None else buffers).detach().clone()
         out = rows.new_zeros(rows.shape)
         loss = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
@@ -318,6 +359,7 @@ class Rows(Cohort):
         return Minibatch(out, held, loss[:, None], examples[:, None])
 
     def curvature(self, rows: Tensor, along: Tensor, plan: Plan, step: int, *, purpose: str = "train") -> Tensor:
+        self.expose("curvature")
         out = rows.new_zeros(rows.shape)
         for members, batch in self._minibatches(plan, step, purpose):
             for i, member in enumerate(members.tolist()):  # the module itself: a program has no second backward
@@ -378,6 +420,7 @@ class Rows(Cohort):
     # --- looking ------------------------------------------------------------------------------------------------------
 
     def loss(self, rows: Tensor) -> Tensor:
+        self.expose("loss")
         outputs, target = self.predict(rows), self._train.fields["y"]
         values = [
             self.model.loss.mean(output, target[begin : begin + size])
@@ -386,6 +429,7 @@ class Rows(Cohort):
         return torch.stack(values)[:, None]
 
     def predict(self, rows: Tensor) -> list[Tensor]:
+        self.expose("predict")
         return self.forward(rows, self.buffers, self._train, self._places)
 
     def forward(self, rows: Tensor, buffers: Tensor, split: "Split", places: NDArray[np.int64]) -> list[Tensor]:
@@ -427,6 +471,7 @@ class Rows(Cohort):
         return [nothing if f is None else f for f in found]
 
     def inputs(self, rows: Tensor, layer: str) -> list[Tensor]:
+        self.expose("what flows into a layer")
         model, outputs = self.model, list[Tensor]()
         for row, held, place in zip(rows, self.buffers, self._places, strict=True):
             views, own = model.layout.view(row), model.buffer_layout.view(held)
@@ -434,9 +479,11 @@ class Rows(Cohort):
         return outputs
 
     def targets(self) -> list[Tensor]:
+        self.expose("targets")
         return [self._train.client(int(place))["y"] for place in self._places]
 
     def features(self, rows: Tensor, *, buffers: Tensor | None = None) -> list[Tensor]:
+        self.expose("features")
         model, outputs = self.model, list[Tensor]()
         with torch.no_grad():
             for row, held, place in zip(rows, self.buffers if buffers is None else buffers, self._places, strict=True):

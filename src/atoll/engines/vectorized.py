@@ -150,6 +150,7 @@ class Vectorized(Engine):
             own=own,
         )
         cohort.attach(data.train, places, task.seed, self._paths, self._arena)
+        cohort.noise_multiplier = process.example_multiplier
         return cohort, remembered
 
     def rest(self) -> None:

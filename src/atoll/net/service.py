@@ -16,7 +16,7 @@ from collections.abc import Callable
 import msgspec
 import torch
 
-from atoll.errors import AtollError, NonFiniteError, RunError, invalid
+from atoll.errors import AtollError, CompositionError, NonFiniteError, RunError, invalid
 from atoll.messages import Task
 from atoll.net import coordinator as core
 from atoll.net.admission import Finding, Rules, examine
@@ -70,6 +70,10 @@ class Service:
         self.process, self.plan, self.files = process, plan, files
         self.rules, self.limits, self.block = rules or Rules(), limits or Limits(), block
         self.rules.check(process)
+        if process.chain.noise is not None:
+            raise CompositionError(
+                "noise at the server of a deployment is not counted yet: run this experiment by atoll.simulate."
+            )
         if plan.keep and process.chain.channel.seal is not None:
             raise invalid("keep", True, "False with a summing channel, whose codes depend on the cohort")
         self._notice = notice or (lambda text: None)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from atoll.errors import InvalidArgument
 from atoll.history import Record
+from atoll.privacy import explain
 from atoll.report import numbers, plot
 from atoll.report.numbers import UNDEFINED, amount, signed, size, span, words
 from atoll.report.runs import Run, read_run, run_of
@@ -105,7 +106,7 @@ def _write_run(run: Run, path: Path) -> Path:
         "spread": _spread_sheet(run.history),
         "refused": refused_sheet(run.history),
         "seconds": _seconds_sheet(run.history),
-        "privacy": [_statement(s) for s in run.privacy] or [_NO_PRIVACY],
+        "privacy": [explain(s) for s in run.privacy] or [_NO_PRIVACY],
         "notes": _notes(run),
         "spec": json.dumps(run.spec, indent=2, ensure_ascii=False, sort_keys=False),
     }
@@ -313,10 +314,6 @@ def _notes(run: Run) -> list[str]:
     if latest:
         notes |= dict.fromkeys(f"Round {latest[-1].round:,}: {note}" for note in latest[-1].notes)
     return list(notes)
-
-
-def _statement(statement: Mapping[str, Any]) -> str:
-    return ", ".join(f"{words(str(k))}: {v}" for k, v in statement.items())
 
 
 # --- several runs -----------------------------------------------------------------------------------------------------

@@ -3,14 +3,17 @@
 import fcntl
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from atoll.errors import RunError
 from atoll.history import Record
+from atoll.privacy.terms import statements
 
 if TYPE_CHECKING:
+    from atoll.journal import Event
     from atoll.result import Result
 
 State = Literal["", "finished", "running", "interrupted", "failed", "unfinished"]
@@ -116,7 +119,7 @@ def read_run(directory: str | Path) -> Run:
         history=history,
         spec=spec,
         engine=saved.engine if saved is not None else {},
-        privacy=saved.privacy if saved is not None else [],
+        privacy=saved.privacy if saved is not None else _privacy(events),
         clients=saved.clients if saved is not None else {},
         notes=list(dict.fromkeys([*notes, *(saved.notes if saved is not None else ())])),
         versions=begun.body.get("versions", {}),
@@ -125,6 +128,12 @@ def read_run(directory: str | Path) -> Run:
         error=str(ends[-1].body.get("error", "")) if last == "failed" else "",
         planned=next((e.body["rounds"] for e in reversed(events) if "rounds" in e.body), None),
     )
+
+
+def _privacy(events: "Sequence[Event]") -> list[dict[str, Any]]:
+    """What an unfinished run with noise has spent."""
+    decided, made = ([e.body for e in events if e.kind == kind] for kind in ("privacy", "release"))
+    return statements(decided, made)
 
 
 def _saved(folder: Path) -> Run:

@@ -1,5 +1,6 @@
 """Stages of the update pipeline and the channels that end it."""
 
+from atoll.transforms.adaptive_clip import adaptive_clip
 from atoll.transforms.base import PayloadError, Transform
 from atoll.transforms.channel import Channel, plain, ring_sum
 from atoll.transforms.client_momentum import client_momentum
@@ -9,6 +10,7 @@ from atoll.transforms.eden import eden
 from atoll.transforms.ef21 import ef21
 from atoll.transforms.entropy_code import entropy_code
 from atoll.transforms.error_feedback import error_feedback
+from atoll.transforms.gaussian_noise import gaussian_noise
 from atoll.transforms.half import half
 from atoll.transforms.norm_bound import norm_bound
 from atoll.transforms.power_sgd import power_sgd
@@ -24,6 +26,7 @@ __all__ = [
     "Downlink",
     "PayloadError",
     "Transform",
+    "adaptive_clip",
     "client_momentum",
     "clip_norm",
     "delta",
@@ -31,6 +34,7 @@ __all__ = [
     "ef21",
     "entropy_code",
     "error_feedback",
+    "gaussian_noise",
     "half",
     "norm_bound",
     "plain",

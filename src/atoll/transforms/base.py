@@ -15,6 +15,7 @@ from torch import Tensor
 
 from atoll import random
 from atoll.errors import InvalidArgument
+from atoll.privacy.noise import Noise
 from atoll.spec import Spec
 from atoll.transforms.packing import unpack_values
 from atoll.vectors import Layout
@@ -151,6 +152,9 @@ class Transform:
             left out of the round, "" for none; None: the stage takes everybody's.
         bind: (layout of the averaged parameters) -> the stage for it; None: it needs to know of none.
         coder: what codes all that leaves the stages before it, byte by byte; None: it is a stage on rows.
+        noise: what is added to the sum of the rows that leave the stage, before the server decodes it any further.
+        learn: (server state, sum of the rows that left the stage, expected cohort) -> state after the round, for stages
+            whose rows carry more than the row that entered.
     """
 
     spec: Spec
@@ -177,6 +181,8 @@ class Transform:
     judge: Callable[[Tensor, Tensor], Sequence[str]] | None = None
     bind: "Callable[[Layout], Transform] | None" = None
     coder: Coder | None = None
+    noise: Noise | None = None
+    learn: Callable[[Any, Tensor, float], Any] | None = None
 
     @property
     def name(self) -> str:

@@ -1,6 +1,6 @@
 """The pipeline: transforms composed, checked once when it is built, and ended by a channel."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from atoll.errors import CompositionError, invalid
+from atoll.privacy.noise import Noise
 from atoll.transforms.base import Coder, Codes, Form, Keys, PayloadError, Transform, Wire
 from atoll.transforms.channel import Channel
 from atoll.tree import nbytes
@@ -86,6 +87,7 @@ class Chain:
                 moving = stage
             if stage.decode_each is not None and stage.decode_sum is None:
                 on_rows = stage
+        self._check_noise()
         if self.channel.sums_only:
             for stage in self.stages:
                 if stage.judge is not None:
@@ -100,6 +102,58 @@ class Chain:
                         f"{stage.name} sends does not sum. Leave {stage.name} out ({self.channel.name} has a fixed "
                         'point of its own), or use channel="plain".'
                     )
+
+    def _check_noise(self) -> None:
+        """Refuse noise that does not hide what one client adds to the sum."""
+        noisy = next((stage for stage in self.stages if stage.noise is not None), None)
+        if noisy is None:
+            return
+        for stage in self.stages:
+            if stage.feedback or stage.settle is not None or stage.remembers:
+                raise CompositionError(
+                    f"{stage.name} cannot stand in one pipeline with {noisy.name}: what it keeps of a client's data "
+                    f"comes back in later rounds, beyond the clip norm and uncounted. Use stages without memory, such "
+                    f"as rand_k or rotate, or leave it out."
+                )
+            if not stage.fixed_size:
+                raise CompositionError(
+                    f"{stage.name} cannot stand in one pipeline with {noisy.name}: the number of bytes it sends tells "
+                    "something of the data that no noise hides. Leave it out."
+                )
+            if stage.decode_each is not None and stage.decode_sum is None:
+                raise CompositionError(
+                    f"{stage.name} cannot stand in one pipeline with {noisy.name}: it is undone on each row, while "
+                    f"noise is added to the sum of clipped rows. Use rand_k or rotate, or leave it out."
+                )
+        bound, passed = None, False
+        for stage in self.stages:
+            if stage.noise is not None and passed:
+                raise CompositionError(
+                    f"{stage.name} cannot stand after {noisy.name}: the sum would be noised twice and counted once. "
+                    f"Keep one of them, with the noise you want."
+                )
+            if stage.noise is not None and bound is None:
+                raise CompositionError(
+                    f"{stage.name} needs clipped rows before it: without a bound on what one client adds to the sum no "
+                    f"noise hides it. Write transforms=(atoll.transforms.clip_norm(1.0), {stage.name}(...)), with "
+                    "clip_norm or adaptive_clip behind all that may lengthen a row."
+                )
+            before, bound = bound, stage.bound(bound)
+            if passed and bound is None and before is not None:
+                raise CompositionError(
+                    f"{stage.name} cannot stand after {noisy.name}: what the server decodes from it may be longer than "
+                    f"the clip norm, and the noise would no longer hide it. Leave {stage.name} out under noise."
+                )
+            passed |= stage is noisy
+
+    @property
+    def noise(self) -> Noise | None:
+        """What is added to the sum of the clients' rows."""
+        return next((stage.noise for stage in self.stages if stage.noise is not None), None)
+
+    def summed_size(self, length: int, split: int) -> int:
+        """Length of the sum that `decode_sum` takes, of rows that the server sees."""
+        return self.sizes(length, split)[self._summed][0]
 
     @property
     def facts(self) -> Facts:
@@ -153,9 +207,16 @@ class Chain:
         """What clients must know of every stage."""
         return tuple(stage.share(s) for stage, s in zip(self.stages, state, strict=True))
 
-    def update(self, state: Sequence[Any], aggregate: Any) -> tuple[Any, ...]:
-        """State of every stage after a round."""
-        return tuple(stage.update(s, aggregate) for stage, s in zip(self.stages, state, strict=True))
+    def update(
+        self, state: Sequence[Any], aggregate: Any, seen: Mapping[int, Tensor] | None = None, expected: float = 0.0
+    ) -> tuple[Any, ...]:
+        """State of every stage after a round; `seen` as `decode_sum` left it, in an expected cohort of so many."""
+        renewed: list[Any] = []
+        for i, (stage, own) in enumerate(zip(self.stages, state, strict=True)):
+            if stage.learn is not None and seen is not None and i in seen:
+                own = stage.learn(own, seen[i], expected)
+            renewed.append(stage.update(own, aggregate))
+        return tuple(renewed)
 
     def settle(self, state: Sequence[Any], row: Tensor, share: float) -> tuple[Tensor, tuple[Any, ...]]:
         """What the algorithm is given instead of the round's combined row [length], and the state of every stage."""
@@ -244,18 +305,55 @@ class Chain:
                 found = [old or new for old, new in zip(found, stage.judge(rows, finite), strict=True)]
         return found
 
-    def decode_sum(self, total: Tensor, shared: Sequence[Any], length: int, keys: Keys) -> Tensor:
-        """Server halves on the combined row, in reverse: [length]. Those that were undone on each row are left out."""
-        last = len(self.stages) if self.channel.sums_only else self._summed
-        return self.undo_sum(total, shared, length, keys, last)
-
-    def undo_sum(
-        self, total: Tensor, shared: Sequence[Any], length: int, keys: Keys, last: int | None = None
+    def decode_sum(
+        self,
+        total: Tensor,
+        shared: Sequence[Any],
+        length: int,
+        keys: Keys,
+        *,
+        release: Callable[[Tensor], Tensor] | None = None,
+        seen: dict[int, Tensor] | None = None,
     ) -> Tensor:
-        """Server halves of the stages up to the last, on a sum that no stage of them was undone on."""
+        """Server halves on the combined row, in reverse: [length]. Those that were undone on each row are left out.
+
+        Args:
+            total: the combined row.
+            shared: what clients know of every stage.
+            length: of the row that entered the first stage.
+            keys: of the round.
+            release: adds the noise; needed where a stage asks for it.
+            seen: takes in what stages that learn from it see, by their number.
+        """
+        last = len(self.stages) if self.channel.sums_only else self._summed
+        return self._undone(total, shared, length, keys, last, release, seen)
+
+    def undo_sum(self, total: Tensor, shared: Sequence[Any], length: int, keys: Keys) -> Tensor:
+        """Server halves of all stages, on a sum that none of them was undone on."""
+        return self._undone(total, shared, length, keys, len(self.stages), None, None)
+
+    def _undone(
+        self,
+        total: Tensor,
+        shared: Sequence[Any],
+        length: int,
+        keys: Keys,
+        last: int,
+        release: Callable[[Tensor], Tensor] | None,
+        seen: dict[int, Tensor] | None,
+    ) -> Tensor:
         own_keys, sizes = self._keys(length, keys), self.sizes(length, _split(length, keys))
-        for i in reversed(range(len(self.stages) if last is None else last)):
-            decode = self.stages[i].decode_sum
+        for i in reversed(range(last)):
+            stage = self.stages[i]
+            if stage.noise is not None:
+                if release is None:
+                    raise CompositionError(
+                        f"{stage.name} adds noise that somebody must count: run it by atoll.simulate or Process.next."
+                    )
+                total = release(total)
+            if stage.learn is not None and seen is not None:
+                seen[i] = total
+            decode = stage.decode_sum
             if decode is not None:
                 total = decode(total, shared[i], sizes[i][0], own_keys[i])
         return total
@@ -263,7 +361,8 @@ class Chain:
     @property
     def _summed(self) -> int:
         """Stages, from the first, that the server undoes on the sum although it sees rows."""
-        last = [i for i, s in enumerate(self.stages) if s.decode_sum is not None and s.decode_each is None]
+        on_sum = (s.noise is not None or (s.decode_sum is not None and s.decode_each is None) for s in self.stages)
+        last = [i for i, needed in enumerate(on_sum) if needed]
         return last[-1] + 1 if last else 0
 
     def _keys(self, length: int, keys: Keys) -> list[Keys]:

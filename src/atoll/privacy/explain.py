@@ -1,0 +1,64 @@
+"""A guarantee in words, for those whose data it is about."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_RULES = {
+    "poisson": "cohorts drawn in secret, each {unit} with probability {rate:.4g}",
+    "fixed": "cohorts drawn in secret, a share of {rate:.4g} of all {unit}s each time",
+    "none": "every round counted for every {unit}",
+}
+
+
+def explain(result: Any) -> str:
+    """What a run's privacy means, in two sentences for each guarantee; one sentence where there is none.
+
+    Args:
+        result: of a run, or one of the statements in `result.privacy`.
+    """
+    if isinstance(result, Mapping):
+        return explained(result)  # pyright: ignore[reportUnknownArgumentType]
+    statements: Sequence[Mapping[str, Any]] = result.privacy
+    if not statements:
+        return (
+            "No differential privacy: the model may tell anything about the data it was trained on. "
+            "Use transforms=(clip_norm(1.0), gaussian_noise(epsilon=3, delta=1e-5)) to protect clients."
+        )
+    return "\n".join(explained(s) for s in statements)
+
+
+def explained(statement: Mapping[str, Any]) -> str:
+    """Two sentences about a statement."""
+    if not statement["private"]:
+        return (
+            f"NOT PRIVATE: noise and samples came from a seed that anybody can use again, as for tests, so epsilon "
+            f"{_short(statement['epsilon'])} protects nobody. Leave seed= out for a run that protects "
+            f"{_whose(statement)}."
+        )
+    unit, epsilon = str(statement["unit"]), float(statement["epsilon"])
+    factor = math.exp(min(epsilon, 700.0))
+    changed = "whether its data were there at all" if statement["neighbours"] == "zero-out" else "which data it had"
+    noise = sorted({float(e["noise_multiplier"]) for e in statement["events"]})
+    rules = [_RULES[e["sampling"]].format(unit=unit, rate=e["sampling_rate"]) for e in statement["events"]]
+    trust = f" by {statement['trusted']}" if statement.get("trusted") else ""
+    first = (
+        f"Whoever sees everything this run released learns so little about {_whose(statement)} that its odds for "
+        f"{changed} change by a factor of at most {_short(factor)}, but for a chance of {statement['delta']:g} "
+        f"(epsilon {_short(epsilon)} at delta {statement['delta']:g}, neighbours {statement['neighbours']})."
+    )
+    second = (
+        f"That is {int(statement['releases']):,} releases with Gaussian noise of "
+        f"{' and '.join(f'{z:.4g}' for z in noise) or 'no'} times the clip norm{', added' + trust if trust else ''}, "
+        f"{'; '.join(dict.fromkeys(rules)) or 'none made yet'}, counted by the {statement['accountant']} accountant; "
+        f"not covered: {'; '.join(statement.get('not_covered', ())) or 'nothing else leaves the run'}."
+    )
+    return f"{first} {second}"
+
+
+def _whose(statement: Mapping[str, Any]) -> str:
+    return str(statement.get("whose") or f"any {statement['unit']}")
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}" if value < 1e6 else f"{value:.1e}"

@@ -1,0 +1,431 @@
+"""Runs with noise: terms, budgets, what is counted when a run is killed, and what the result says."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import atoll
+from atoll import privacy, releases, sampling, simulation
+from atoll.errors import BudgetSpent, InvalidArgument, RunError
+from atoll.journal import open_journal
+from atoll.transforms import clip_norm, gaussian_noise
+
+CLIENTS, ROUNDS = 12, 6
+
+
+def model() -> atoll.Model:
+    torch.manual_seed(0)
+    return atoll.Model(nn.Linear(4, 3), "cross_entropy", metrics=("accuracy",))
+
+
+def data(tests: bool = True, clients: int = CLIENTS) -> atoll.FederatedDataset:
+    draw = torch.Generator().manual_seed(0)
+    given = {
+        f"c{i}": (torch.randn(6 + i, 4, generator=draw), torch.randint(0, 3, (6 + i,), generator=draw))
+        for i in range(clients)
+    }
+    return atoll.FederatedDataset.from_arrays(given, test=given if tests else None)
+
+
+def run(noise: Any = None, **options: Any) -> atoll.Result:
+    given: dict[str, Any] = {
+        "algorithm": atoll.fedavg(atoll.local_sgd(0.1)),
+        "rounds": ROUNDS,
+        "cohort": sampling.poisson(0.5),
+        "transforms": (clip_norm(1.0), noise or gaussian_noise(2.0, delta=1e-3, accountant="rdp")),
+        "aggregator": atoll.aggregators.mean(weights="uniform", denominator="expected"),
+        "progress": False,
+        "engine": "loop",
+    } | options
+    return atoll.simulate(model(), given.pop("data", None) or data(), **given)
+
+
+# --- what is counted --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cohort", "kind", "rate"),
+    [
+        (sampling.poisson(0.5), "poisson", 0.5),
+        (6, "fixed", 0.5),
+        (0.25, "fixed", 0.25),
+        (None, "none", 1.0),
+        (sampling.everyone(), "none", 1.0),
+        (sampling.cyclic(), "none", 1.0),
+        (sampling.sequence([["c0", "c1"], ["c2"]]), "none", 1.0),
+    ],
+)
+def test_the_accountant_reads_the_sampler_that_ran(cohort: Any, kind: str, rate: float) -> None:
+    result = run(cohort=cohort)
+    (said,) = result.privacy
+    expected = privacy.epsilon(
+        noise_multiplier=2.0, sampling_rate=rate, steps=ROUNDS, delta=1e-3, accountant="rdp", population=CLIENTS,
+        sampling=kind,  # type: ignore[arg-type]
+    )  # fmt: skip
+    assert said["epsilon"] == pytest.approx(expected, rel=1e-9) == result.history[-1].epsilon
+    assert said["neighbours"] == ("replace-one" if kind == "fixed" else "zero-out")
+    assert said["releases"] == ROUNDS and said["unit"] == "client" and said["private"]
+    spent = [r.epsilon for r in result.history]
+    assert all(e is not None for e in spent) and spent == sorted(spent)  # type: ignore[type-var]
+
+
+def test_an_epsilon_calibrates_the_noise_by_sampler_and_rounds() -> None:
+    result = run(gaussian_noise(epsilon=2.0, delta=1e-3))
+    (said,) = result.privacy
+    assert 1.99 <= said["epsilon"] <= 2.0 == said["budget"]
+    assert said["noise_multiplier"] == privacy.calibrate(epsilon=2.0, sampling_rate=0.5, steps=ROUNDS, delta=1e-3)
+    assert said["accountant"] == "pld" and len(result.history) == ROUNDS
+
+
+def test_delta_is_below_one_over_the_population_and_has_a_default() -> None:
+    assert run(gaussian_noise(2.0, accountant="rdp")).privacy[0]["delta"] == 1e-5
+    with pytest.raises(InvalidArgument, match=r"delta=0.1.*below 1 / population"):
+        run(gaussian_noise(2.0, delta=0.1))
+    assert privacy.accounting.usual_delta(10**6) == pytest.approx(10 ** (-6.6))
+
+
+@pytest.mark.parametrize("accountant", ["analytic", "pld"])
+def test_an_accountant_that_does_not_know_the_sampler_is_refused(accountant: Any, tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgument, match="accountant="):
+        run(gaussian_noise(2.0, accountant=accountant), cohort=6, directory=tmp_path / "run")
+    assert not (tmp_path / "run").exists(), "refused before any work"
+
+
+# --- budgets ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_budget_stops_the_run_before_the_release_that_would_exceed_it(tmp_path: Path) -> None:
+    budget = privacy.epsilon(noise_multiplier=2.0, sampling_rate=0.5, steps=4, delta=1e-3, accountant="rdp")
+    noise = gaussian_noise(2.0, delta=1e-3, accountant="rdp", budget=budget)
+    result = run(noise, directory=tmp_path, data=holdout(), evaluate_every=3)
+    assert len(result.history) == 4 and result.privacy[0]["epsilon"] == pytest.approx(budget)
+    assert any(f"stops after round 4 of {ROUNDS}" in note for note in result.notes)
+    assert result.history[-1].holdout, "the last round there is is evaluated"
+    again = run(noise, directory=tmp_path, data=holdout(), evaluate_every=3, resume=True)
+    assert len(again.history) == 4 and torch.equal(again.vector, result.vector)
+    with pytest.raises(BudgetSpent, match=r"budget is spent: 0 releases.*above the budget of 0.1"):
+        run(gaussian_noise(2.0, delta=1e-3, accountant="rdp", budget=0.1), directory=tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_more_rounds_than_were_calibrated_for_end_at_the_epsilon(tmp_path: Path) -> None:
+    noise = gaussian_noise(epsilon=2.0, delta=1e-3, accountant="rdp")
+    run(noise, directory=tmp_path)
+    result = run(noise, directory=tmp_path, rounds=3 * ROUNDS, resume=True)
+    assert ROUNDS <= len(result.history) <= ROUNDS + 1 and result.privacy[0]["epsilon"] <= 2.0
+    assert any("privacy budget of epsilon 2" in note for note in result.notes)
+
+
+# --- what is secret, and what is told ---------------------------------------------------------------------------------
+
+
+def holdout() -> atoll.FederatedDataset:
+    given = data(tests=False)
+    x, y = given["c0"].train["x"], given["c0"].train["y"]
+    return atoll.FederatedDataset.from_arrays(
+        {c: (given[c].train["x"], given[c].train["y"]) for c in given.clients}, holdout=(x, y)
+    )
+
+
+def test_nothing_that_noise_does_not_protect_is_told() -> None:
+    result = run(data=holdout())
+    for record in result.history:
+        assert math.isnan(record.loss) and record.clients == CLIENTS // 2
+        assert (record.test, record.validation, record.spread, record.refused) == ({}, {}, {}, {})
+        assert record.holdout, "examples that are no client's are evaluated as ever"
+    assert len({(r.bytes_up, r.bytes_down) for r in result.history}) == 1
+    assert result.clients == {} and run(evaluate_every=1).history[-1].test == {}
+    with pytest.raises(InvalidArgument, match=r"splits names test.*holdout.*result.evaluate"):
+        run(splits=("test",))
+
+
+def test_cohorts_are_drawn_secretly_unless_the_run_is_seeded() -> None:
+    drawn: list[tuple[str, ...]] = []
+
+    base = sampling.fixed(6)
+
+    def secret(source: Any, population: int) -> Any:
+        assert base.secret is not None
+        found = base.secret(source, population)
+        drawn.append(tuple(found.tolist()))
+        return found
+
+    spy = sampling.Sampler(base.spec, _never, base.expected, base.check, base.chance, secret)
+    for _ in range(2):
+        run(cohort=spy)
+    assert drawn[:ROUNDS] != drawn[ROUNDS:] and len(set(drawn)) > ROUNDS
+    drawn.clear()
+    vectors = [run(gaussian_noise(2.0, accountant="rdp", seed=1), cohort=spy).vector for _ in range(2)]
+    assert drawn[:ROUNDS] == drawn[ROUNDS:] and len(set(drawn[:ROUNDS])) > 1 and torch.equal(*vectors)
+    assert not torch.equal(run().vector, run().vector)
+
+
+def _never(seed: int, round: int, population: int) -> Any:
+    raise AssertionError("a keyed cohort can be drawn again by anybody")
+
+
+def test_a_seeded_run_says_that_it_is_not_private(tmp_path: Path) -> None:
+    result = run(gaussian_noise(2.0, accountant="rdp", seed=1))
+    assert not result.privacy[0]["private"]
+    assert privacy.explain(result).startswith("NOT PRIVATE")
+    assert "NOT PRIVATE" in result.report(tmp_path / "report.html").read_text()
+
+
+def test_two_sentences_say_what_it_means(tmp_path: Path) -> None:
+    result = run()
+    text = privacy.explain(result)
+    assert text.count(". ") == 1 and text.endswith(".")
+    assert "each of 12 clients" in text and "probability 0.5" in text and f"{ROUNDS} releases" in text
+    epsilon = result.privacy[0]["epsilon"]
+    assert f"epsilon {epsilon:.3g} at delta 0.001" in text and f"at most {math.exp(epsilon):.3g}" in text
+    assert text.split(" (")[0] in result.report(tmp_path / "report.html").read_text()
+    plain = run(transforms=())
+    assert plain.privacy == [] and privacy.explain(plain).startswith("No differential privacy")
+    assert result.to_frame()["epsilon"].iloc[-1] == epsilon
+    loaded = atoll.Result.load(result.save(tmp_path / "saved"))
+    assert loaded.privacy == result.privacy and privacy.explain(loaded) == text
+    result.plot(tmp_path / "history.png")
+
+
+def test_a_fingerprint_of_the_data_is_told_under_a_key(tmp_path: Path) -> None:
+    given = data()
+    told = [
+        run(directory=tmp_path / str(i), data=given).spec["experiment"]["data"] for i in range(2)
+    ]  # fmt: skip
+    assert told[0] != told[1] and given.fingerprint() not in told
+    assert (tmp_path / "0" / "fingerprint.key").stat().st_mode & 0o077 == 0
+    other = data()
+    other.train.fields["x"][0, 0] += 1.0
+    with pytest.raises(RunError, match="belongs to another experiment"):
+        run(directory=tmp_path / "0", data=other, resume=True)
+
+
+# --- killed anywhere --------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """What stands for a kill of the process."""
+
+
+def counted(directory: Path) -> int:
+    journal = open_journal(directory)
+    try:
+        return sum(1 for _ in journal.events("release"))
+    finally:
+        journal.close()
+
+
+POINTS = ["before the sum is kept", "before it is entered", "before it is used", "after the round"]
+
+
+@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("method", ["fedavg", "scaffold"])
+def test_killed_anywhere_every_release_is_counted_once(
+    point: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = atoll.local_sgd(0.1)
+    options: dict[str, Any] = {
+        "algorithm": atoll.fedavg(plan) if method == "fedavg" else atoll.scaffold(plan),
+        "directory": tmp_path, "checkpoint_every": 100,
+    }  # fmt: skip
+    shown: dict[int, Tensor] = {}
+    calls = {"left": 4}
+
+    def dying(function: Any, *, after: bool) -> Any:
+        def call(*arguments: Any, **named: Any) -> Any:
+            calls["left"] -= 1
+            if not calls["left"] and not after:
+                raise Killed
+            found = function(*arguments, **named)
+            if not calls["left"]:
+                raise Killed
+            return found
+
+        return call
+
+    class Journal:
+        def __init__(self, inner: Any, kill: bool) -> None:
+            self._inner, self._kill = inner, kill
+
+        def append(self, kind: str, body: dict[str, Any]) -> None:
+            if kind == "release":
+                calls["left"] -= 1
+                if not calls["left"] and self._kill:
+                    raise Killed
+            self._inner.append(kind, body)
+            if kind == "release" and not calls["left"]:
+                raise Killed
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._inner, name)
+
+    def keep(record: atoll.Record) -> None:
+        if point == "after the round" and record.round == 4:
+            raise Killed
+
+    with monkeypatch.context() as patched:
+        if point == "before the sum is kept":
+            patched.setattr(releases, "_write", dying(releases._write, after=False))
+        elif point != "after the round":
+            opened = simulation.open_journal
+            kill = point == "before it is entered"
+            patched.setattr(simulation, "open_journal", lambda d: Journal(opened(d), kill))
+        with pytest.raises(Killed):
+            run(**options, callbacks=(keep,))
+    before = counted(tmp_path)
+    assert before == (3 if point in POINTS[:2] else 4), "never less than what was used"
+    kept = {p.name: p.read_bytes() for p in (tmp_path / "releases").glob("*")}
+    result = run(**options, resume=True)
+    assert counted(tmp_path) == ROUNDS == result.privacy[0]["releases"]
+    assert [r.round for r in result.history] == list(range(1, ROUNDS + 1))
+    if method == "fedavg":
+        assert set(kept) >= {f"round-{i:08d}.safetensors" for i in range(1, 4)}
+        # The end follows from the noised sums alone: those from before the kill were used, and not drawn again.
+        journal = open_journal(tmp_path)
+        first = [e.body["round"] for e in journal.events("release")]
+        journal.close()
+        assert first == list(range(1, ROUNDS + 1)) and not shown
+
+
+def test_a_replayed_round_has_the_model_of_the_first_time(tmp_path: Path) -> None:
+    seen: dict[int, Tensor] = {}
+
+    def stop(record: atoll.Record) -> None:
+        if record.round == 4:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(directory=tmp_path, checkpoint_every=100, callbacks=(stop,))
+    sums = [releases._read(p)[0] for p in sorted((tmp_path / "releases").glob("*"))]
+    vector = model().init()
+    for total in sums:
+        vector = vector + (total / (CLIENTS / 2)).to(vector)
+    result = run(directory=tmp_path, rounds=4, checkpoint_every=100, resume=True)
+    torch.testing.assert_close(result.vector, vector)
+    assert result.privacy[0]["releases"] == 4 and not seen
+
+
+def test_rounds_whose_sums_are_lost_are_counted_again(tmp_path: Path) -> None:
+    def stop(record: atoll.Record) -> None:
+        if record.round == 4:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(directory=tmp_path, checkpoint_every=100, callbacks=(stop,))
+    path = tmp_path / "releases" / "round-00000003.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(bytes(content))
+    result = run(directory=tmp_path, resume=True)
+    assert result.privacy[0]["releases"] == ROUNDS + 1 == counted(tmp_path)
+
+
+def test_kept_sums_go_when_two_checkpoints_stand_behind_them(tmp_path: Path) -> None:
+    run(directory=tmp_path, checkpoint_every=1)
+    assert len(list((tmp_path / "releases").glob("*"))) <= 2
+
+
+def test_killed_with_sigkill_the_ledger_has_what_ran(tmp_path: Path) -> None:
+    script = tmp_path / "child.py"
+    script.write_text(
+        "import os, signal, sys\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from test_releases import run\n"
+        "def tell(record):\n"
+        "    if record.round == 3:\n        os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"run(directory={str(tmp_path / 'run')!r}, checkpoint_every=2, callbacks=(tell,))\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], check=False, env=os.environ)
+    assert done.returncode == -9 and counted(tmp_path / "run") == 3
+    from atoll.report.runs import read_run
+
+    assert read_run(tmp_path / "run").privacy[0]["releases"] == 3, "an unfinished run can be asked"
+    result = run(directory=tmp_path / "run", resume=True)
+    assert counted(tmp_path / "run") == ROUNDS == result.privacy[0]["releases"]
+
+
+def test_workers_and_engines_take_the_same_road() -> None:
+    fixed = gaussian_noise(2.0, accountant="rdp", seed=1)
+    how = (("loop", 1), ("auto", 1), ("auto", 2))
+    ends = [run(fixed, engine=engine, workers=workers).vector for engine, workers in how]
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-4, atol=1e-5)
+    assert torch.equal(ends[1], ends[2])
+
+
+def test_training_under_noise_still_learns() -> None:
+    draw = torch.Generator().manual_seed(3)
+    x = torch.randn(3000, 4, generator=draw)
+    y = (x @ torch.tensor([1.0, -2.0, 0.5, 0.0]) > 0).long()
+    many = atoll.partition.iid((x, y), clients=300, seed=0)
+    result = run(
+        gaussian_noise(1.0, delta=1e-4, accountant="rdp", seed=2), data=many, rounds=30, cohort=sampling.poisson(0.3),
+        algorithm=atoll.fedavg(atoll.local_sgd(0.5, epochs=2)), engine="auto",
+    )  # fmt: skip
+    found = result.predict(x).argmax(dim=1)
+    assert float((found == y).float().mean()) > 0.9
+
+
+# --- example-level privacy --------------------------------------------------------------------------------------------
+
+
+def protected(noise: Any = None, **options: Any) -> Any:
+    told = noise or privacy.example_level(clip=1.0, noise_multiplier=1.0, delta=1e-3, accountant="rdp")
+    return atoll.local_sgd(0.1, **{"epochs": 1, "batch_size": 4} | options, privacy=told)
+
+
+def example_run(noise: Any = None, **options: Any) -> atoll.Result:
+    given = {"algorithm": atoll.fedavg(protected(noise)), "cohort": None, "transforms": (), "aggregator": None}
+    return run(**given | {"rounds": 3} | options)
+
+
+def of_client(n: int, visits: int) -> float:
+    return privacy.epsilon(
+        noise_multiplier=1.0, sampling_rate=4 / n, steps=visits * -(-n // 4), delta=1e-3, accountant="rdp"
+    )
+
+
+def test_every_client_s_examples_are_counted_by_its_own_visits_and_size() -> None:
+    result = example_run(cohort=sampling.sequence([["c0", "c5"], ["c5"], ["c11"]]))
+    (said,) = result.privacy
+    assert said["unit"] == "example" and said["private"]
+    expected = {f"c{i}": 0.0 for i in range(CLIENTS)} | {
+        "c0": of_client(6, 1), "c5": of_client(11, 2), "c11": of_client(17, 1)
+    }  # fmt: skip
+    assert said["clients"] == pytest.approx(expected)
+    assert said["epsilon"] == pytest.approx(max(expected.values())) == result.history[-1].epsilon
+    assert math.isnan(result.history[-1].loss) and result.history[-1].test, "test examples are other examples"
+    assert "each single example of any client" in privacy.explain(result)
+    with pytest.raises(InvalidArgument, match="splits names train"):
+        example_run(splits=("train",))
+
+
+def test_example_level_noise_is_calibrated_for_the_client_that_is_hardest_to_protect() -> None:
+    told = privacy.example_level(clip=1.0, epsilon=6.0, delta=1e-3, accountant="rdp")
+    result = example_run(told)
+    (said,) = result.privacy
+    assert 5.9 <= said["epsilon"] <= 6.0 and max(said["clients"].values()) == said["epsilon"]
+
+
+def test_visits_are_counted_again_when_rounds_are_run_again(tmp_path: Path) -> None:
+    def stop(record: atoll.Record) -> None:
+        if record.round == 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        example_run(directory=tmp_path, checkpoint_every=100, callbacks=(stop,))
+    result = example_run(directory=tmp_path, resume=True)
+    assert result.privacy[0]["clients"]["c0"] == pytest.approx(of_client(6, 2 + 3))
+
+
+def test_clients_and_examples_are_two_statements() -> None:
+    result = run(algorithm=atoll.fedavg(protected()), rounds=2)
+    assert [s["unit"] for s in result.privacy] == ["client", "example"]
+    assert result.privacy[1]["clients"]["c0"] == pytest.approx(of_client(6, 2)), "who took part stays a secret"
+    assert len(privacy.explain(result).splitlines()) == 2
