@@ -95,6 +95,17 @@ def test_many_clients_are_summed_up(here):
     assert "worst decile" in out and "[b]c20" not in out
 
 
+def test_whose_updates_were_refused_is_told(here):
+    app_file = here / "krum.py"
+    app_file.write_text(
+        APP.replace("initial=model.init(0))", "initial=model.init(0), aggregator=atoll.aggregators.krum(byzantine=1))")
+    )
+    shown = call("run", app_file, "--set", "clients=5", "--set", "rounds=2", "--no-report")
+    assert "refused updates" in shown and "krum gave it no share" in shown and "[b]c1" in shown
+    assert "Norm and distance from the round's result" in shown and "4 refused" in shown
+    assert "refused" not in call("run", "small.py", "--no-report")
+
+
 def test_without_test_examples_the_loss_is_shown(here):
     assert "nothing was evaluated" in call("run", "small.py", "--set", "test=none")
 

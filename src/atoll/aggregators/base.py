@@ -18,8 +18,6 @@ CAP = 1e7
 of what is far above that a server must not even add up one. It keeps out what is absurd. Within it a liar still counts
 for as much as it says: where clients may lie, weigh them alike (`mean(weights="uniform")`, and every robust rule)."""
 
-FINITE = torch.finfo(torch.float64).max
-
 MOST = 100_000
 """Clients up to which a cohort that is large enough is looked for."""
 
@@ -114,7 +112,7 @@ class Aggregator:
 
     def fine(self, rows: Tensor, weights: Tensor) -> Tensor:
         """Which of rows [n, L] may count at all, [n]: finite ones that claim a weight [n] from 0 to the cap."""
-        return finite_rows(rows) & (weights >= 0) & (weights <= min(self.cap, FINITE))
+        return finite_rows(rows) & (weights >= 0) & (weights <= self.cap) & (weights < math.inf)
 
     def check(self, count: int, round: int) -> None:
         """Refuse a cohort of `count` clients that is too small.
