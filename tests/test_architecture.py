@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "src" / "atoll"
 LAYERS = (
     ("errors",),
     ("spec", "random", "tree", "mapped"),
-    ("vectors", "losses", "rate", "analytics", "history"),
+    ("vectors", "losses", "rate", "analytics", "history", "secagg"),
     ("local", "server", "sampling", "memory", "journal", "metrics", "messages"),
     ("model", "data", "report"),
     ("partition", "datasets", "cohort"),
