@@ -80,9 +80,7 @@ def test_larger_cohorts(data: st.DataObject) -> None:
     count = data.draw(st.integers(6, 14))
     over = data.draw(st.sampled_from([(2, 3), (1, 2), (3, 4)]))
     few = data.draw(st.integers(0, count // 2))
-    leaving = {
-        NAMES[data.draw(st.integers(0, count - 1))]: data.draw(st.sampled_from(PHASES)) for _ in range(few)
-    }
+    leaving = {NAMES[data.draw(st.integers(0, count - 1))]: data.draw(st.sampled_from(PHASES)) for _ in range(few)}
     check(count, leaving, over, length=data.draw(st.integers(1, 300)))
 
 

@@ -77,7 +77,7 @@ def test_counts_are_exact(counts: list[int], bits: int, spare: int) -> None:
 def test_draws_come_from_the_secure_source() -> None:
     first, second = secure_uniforms(10_000), secure_uniforms(10_000)
     assert not np.array_equal(first, second)
-    assert 0 <= first.min() and first.max() < 1
+    assert first.min() >= 0 and first.max() < 1
     counts = np.bincount((first * 100).astype(int), minlength=100)
     assert ((counts - 100) ** 2 / 100).sum() < 160
 

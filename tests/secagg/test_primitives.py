@@ -11,8 +11,11 @@ def raw(text: str) -> bytes:
     return bytes.fromhex(text.replace(" ", ""))
 
 
-SUNSCREEN = (
-    b"Ladies and Gentlemen of the class of '99: If I could offer you only one tip for the future, sunscreen would be it."
+SUNSCREEN = b"".join(
+    (
+        b"Ladies and Gentlemen of the class of '99: ",
+        b"If I could offer you only one tip for the future, sunscreen would be it.",
+    )
 )
 
 

@@ -44,7 +44,7 @@ from atoll.secagg.messages import (
     Unmask,
     bits_of,
 )
-from atoll.secagg.policy import Roster
+from atoll.secagg.policy import Roster, check_threshold
 from atoll.secagg.primitives import KEY, agree, verified
 
 
@@ -116,8 +116,7 @@ class Server:
             raise invalid("cohort", names[:5], "distinct names of the roster")
         if len(names) < least:
             raise invalid("cohort", names, f"at least {least} clients", "A sum of fewer hides too little.")
-        if 2 * parameters.threshold[0] < parameters.threshold[1]:
-            raise invalid("threshold", parameters.threshold, "at least half of a group")
+        check_threshold(parameters.threshold, "curious")
         Scale(len(names), parameters.bits)
         self.phase = Phase.ADVERT
         self.culprits: dict[str, str] = {}
