@@ -38,6 +38,7 @@ from atoll.report.live import progress_for
 from atoll.result import Result
 from atoll.rounds import Process, State
 from atoll.sampling import Sampler
+from atoll.secagg.groups import differing
 from atoll.spec import Spec, differences, digest, identity
 from atoll.transforms import Channel, Transform
 from atoll.tree import leaves, rebuild
@@ -177,6 +178,7 @@ class _Run:
         self.journal: Journal = open_journal(directory)
         self.history: list[Record] = []
         self.notes: list[str] = []
+        self.summed: tuple[frozenset[str], ...] = ()  # what a summing channel showed in the round before
         self.state: State
         self._saved_round = -1
         self._saved_at = time.monotonic()
@@ -274,6 +276,8 @@ class _Run:
         notes: tuple[str, ...] = tuple(found.pop("notes", ()))
         if metrics["saturated"]:
             notes += (f"{int(metrics['saturated'])} values were cut to the range of the channel.",)
+        notes += (*metrics["notes"], *differing(self.summed, metrics["summed"]))
+        self.summed = metrics["summed"] or self.summed
         train = {"loss": metrics["loss"]} | {n: v for n, v in found.pop("train", {}).items() if n != "loss"}
         return Record(
             round=number,

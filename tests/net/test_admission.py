@@ -27,7 +27,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "median": {"aggregator": aggregators.median()},
     "quantize": {"transforms": (transforms.quantize(8),)},
-    "sealed": {"channel": transforms.ring_sum(clip=1.0)},
+    "sealed": {"channel": transforms.secure_sum(clip=1.0)},
 }
 
 

@@ -26,8 +26,8 @@ from atoll.transforms import (
     plain,
     quantize,
     rand_k,
-    ring_sum,
     rotate,
+    secure_sum,
     sign,
     top_k,
 )
@@ -138,7 +138,7 @@ def test_stages_that_say_they_keep_sums_do(name: str) -> None:
     stage = TRANSFORMS[name]()
     if not stage.sums or name == "clip_norm":
         return
-    chain = compose((stage,), ring_sum(clip=1.0))
+    chain = compose((stage,), secure_sum(clip=1.0))
     given, own, weights = rows(3), keys(3), torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
     wire, _ = chain.encode(given, {}, (None,), own)
     _, split = chain.sizes(LENGTH, SPLIT)[-1]
@@ -240,7 +240,7 @@ FEEDBACK = ("error_feedback", "ef21")
 """They must see whatever is lost."""
 MOVING = ("top_k", "rand_k", "rotate")
 """Memory behind these would belong to other numbers in the next round."""
-CHANNELS = {"plain": plain(), "ring_sum": ring_sum(clip=1.0)}
+CHANNELS = {"plain": plain(), "secure_sum": secure_sum(clip=1.0)}
 ADDING = ("clip_norm", "rand_k", "rotate")
 """What a channel that only adds can stand behind."""
 
@@ -281,7 +281,7 @@ def test_every_stage_with_every_channel(stage: str, channel: str) -> None:
     if channel == "plain" or stage in ADDING:
         assert compose((STAGES[stage],), CHANNELS[channel]).stages == (STAGES[stage],)
         return
-    said = rf"^{STAGES[stage].name} cannot stand before the channel ring_sum.*Leave .* out.*channel=\"plain\""
+    said = rf"^{STAGES[stage].name} cannot stand before the channel secure_sum.*Leave .* out.*channel=\"plain\""
     with pytest.raises(CompositionError, match=said):
         compose((STAGES[stage],), CHANNELS[channel])
 

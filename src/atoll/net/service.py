@@ -16,7 +16,7 @@ from collections.abc import Callable
 import msgspec
 import torch
 
-from atoll.errors import AtollError, NonFiniteError, RunError, invalid
+from atoll.errors import AtollError, CompositionError, NonFiniteError, RunError, invalid
 from atoll.messages import Task
 from atoll.net import coordinator as core
 from atoll.net.admission import Finding, Rules, examine
@@ -72,6 +72,11 @@ class Service:
         self.rules.check(process)
         if plan.keep and process.chain.channel.seal is not None:
             raise invalid("keep", True, "False with a summing channel, whose codes depend on the cohort")
+        if process.chain.channel.each:
+            raise CompositionError(
+                f"the channel {process.chain.channel.name} runs every client's machine in one process: over sites its "
+                'messages are not carried yet. Use channel="plain", and know that the server sees every update.'
+            )
         self._notice = notice or (lambda text: None)
         self._spool = Spool(files)
         self._log = Log(files, "journal")

@@ -8,6 +8,7 @@ from typing import Any
 
 from atoll.errors import unknown
 from atoll.secagg.client import Client
+from atoll.secagg.graph import threshold_of
 from atoll.secagg.masks import Ring
 from atoll.secagg.messages import Delivery, Parameters
 from atoll.secagg.policy import Identity, Policy, Roster
@@ -21,6 +22,23 @@ def roster_of(names: Iterable[str]) -> tuple[dict[str, Identity], Roster]:
     """Fresh identities for these names, and the roster they are in."""
     identities = {name: Identity.new(name) for name in names}
     return identities, Roster(i.member() for i in identities.values())
+
+
+def lost(ends: Sequence[int], over: tuple[int, int], least: int) -> str:
+    """Why an attempt is void in which everybody is everybody's neighbour; empty: it is not.
+
+    Args:
+        ends: for each client the number of the phase it drops out in; that after the last: none.
+        over: the threshold's share of a group.
+        least: fewest clients of a sum.
+    """
+    alive = [sum(end > phase for end in ends) for phase in range(len(PHASES))]
+    threshold = threshold_of(alive[0], over)
+    for phase, count in zip(PHASES, alive, strict=True):
+        needed = least if phase == "join" else max(threshold, least) if phase in PHASES[1:4] else threshold
+        if count < needed:
+            return f"{count} clients are left after the phase {phase}; {needed} must be."
+    return ""
 
 
 class Session:
