@@ -590,7 +590,7 @@ class Process:
         except BaseException:
             state.memory.discard()
             raise
-        state.memory.withdraw(collector.left_out)
+        state.memory.withdraw([*collector.left_out, *collector.dropped])
         state.memory.commit()
         closed = replace(closed, memory_version=state.memory.version)
         metrics = {
@@ -761,7 +761,8 @@ class Collector:
         self._rows: Tensor | None = None
         self._names: list[str] = []
         self.broken: list[str] = []
-        self.left_out: list[str] = []  # clients without a part in the round, whose memory stays as it was
+        self.left_out: list[str] = []  # clients that a rule refused, whose memory stays as it was
+        self.dropped: list[str] = []  # clients whose rows are in no sum: theirs does too
         self._weights: list[Tensor] = []
         self._parts = (0, 0, 0)
         self._weight = 0.0
@@ -813,7 +814,7 @@ class Collector:
             self._gathering = channel.gather(task.clients, keys)
         gone = self._process.gone(task, partial.clients)
         here = tuple(c for c in partial.clients if c not in gone)
-        self.left_out += sorted(gone)
+        self.dropped += sorted(gone)
         if here:
             self._gathering.add(here, codes)
         self._names += here
@@ -822,7 +823,7 @@ class Collector:
 
     def _void(self, why: str) -> Collected:
         """A round that gives nothing: nobody's update counts."""
-        self.left_out += self._names
+        self.dropped += self._names
         empty = torch.empty(0, dtype=self._process.model.dtype)
         return Collected(
             empty, empty, 0.0, 0, 0.0, 0.0, self._bytes, 0, 0.0, self._state, notes=(f"No update counts: {why}",)
@@ -839,7 +840,7 @@ class Collector:
         sealed, unseal = process.chain.sizes(sum(self._parts), width)[-1][1], process.chain.channel.unseal
         groups = self._gathering.finish()
         kept = {c for g in groups for c in g.members}
-        self.left_out += [c for c in self._names if c not in kept]
+        self.dropped += [c for c in self._names if c not in kept]
         self._count = len(kept)
         return groups, [unseal(g.total, sealed, count, len(g.members)) for g in groups]
 
@@ -853,7 +854,6 @@ class Collector:
         matrix = torch.stack(rows).to(process.model.dtype)
         weights = torch.tensor([found.weight for found in opened], dtype=torch.float64)
         names = [f"the group of {', '.join(g.members)}" for g in groups]
-        process.judge.check(len(groups), task.round)
         ruling = process.judge.combine(matrix, weights, self._state, names)
         self._names = names
         refused, out = self._refused(matrix, ruling)
@@ -888,6 +888,9 @@ class Collector:
             saturated = sum(o.saturated for o in opened)
             self._metrics = torch.tensor([math.fsum(o.loss for o in opened), self._weight], dtype=torch.float64)
             if process.chain.channel.rule is not None:
+                if len(groups) < (needed := process.judge.least(len(groups))):
+                    self._names = [c for g in groups for c in g.members]
+                    return self._void(f"{len(groups)} groups are left; {process.judge.name} needs {needed}.")
                 if not self._weight > 0:
                     self._weightless()
                 ruled, refused = self._ruled(groups, opened, keys)

@@ -33,7 +33,7 @@ PARTS: dict[str, dict[str, Any]] = {
 
 def opened(**parts: Any) -> tuple[Process, Task]:
     process = Process(KIND.model(torch.float32), parts.pop("algorithm", fedavg(LOCAL)), engine="loop", **parts)
-    return process, process.open(process.init(), ("a", "b"), 2)
+    return process, process.open(process.init(), ("a", "b", "c"), 3)
 
 
 def blank(process: Process, task: Task) -> dict[str, Tensor]:

@@ -270,11 +270,12 @@ def test_who_drops_out_is_not_counted_and_remembers_nothing_of_the_round() -> No
         assert [c for c, m in zip(data.clients, moved, strict=True) if not m] == [c for c in data.clients if c in gone]
 
 
+@pytest.mark.parametrize("phase", ["join", "share", "mask", "unmask"])
 @pytest.mark.parametrize("grade", ["exact", "full"])
-def test_too_few_are_left(grade: Any) -> None:
-    found = rounds_of(secure_sum(clip=4.0, weight_cap=5.0, grade=grade, dropouts={"unmask": 0.9}), rounds=1)
+def test_too_few_are_left(grade: Any, phase: str) -> None:
+    found = rounds_of(secure_sum(clip=4.0, weight_cap=5.0, grade=grade, dropouts={phase: 0.9}), rounds=1)
     vector, metrics = found[0]
-    assert metrics["clients"] == 0 and "No update counts" in metrics["notes"][0]
+    assert metrics["clients"] == 0 and "No update counts" in metrics["notes"][0] and metrics["refusals"] == 0
     assert torch.equal(vector, MODELS["perceptron"].model().init())
 
 

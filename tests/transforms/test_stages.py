@@ -22,6 +22,7 @@ from atoll.transforms import (
     eden,
     ef21,
     error_feedback,
+    grouped,
     half,
     plain,
     quantize,
@@ -240,7 +241,11 @@ FEEDBACK = ("error_feedback", "ef21")
 """They must see whatever is lost."""
 MOVING = ("top_k", "rand_k", "rotate")
 """Memory behind these would belong to other numbers in the next round."""
-CHANNELS = {"plain": plain(), "secure_sum": secure_sum(clip=1.0)}
+CHANNELS = {
+    "plain": plain(),
+    "secure_sum": secure_sum(clip=1.0),
+    "grouped": grouped(secure_sum(clip=1.0), median()),
+}
 ADDING = ("clip_norm", "rand_k", "rotate")
 """What a channel that only adds can stand behind."""
 
@@ -281,7 +286,7 @@ def test_every_stage_with_every_channel(stage: str, channel: str) -> None:
     if channel == "plain" or stage in ADDING:
         assert compose((STAGES[stage],), CHANNELS[channel]).stages == (STAGES[stage],)
         return
-    said = rf"^{STAGES[stage].name} cannot stand before the channel secure_sum.*Leave .* out.*channel=\"plain\""
+    said = rf"^{STAGES[stage].name} cannot stand before the channel {channel}.*Leave .* out.*channel=\"plain\""
     with pytest.raises(CompositionError, match=said):
         compose((STAGES[stage],), CHANNELS[channel])
 

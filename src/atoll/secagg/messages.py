@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
+from atoll.errors import invalid
 from atoll.secagg.faults import SecAggError
 from atoll.secagg.primitives import KEY, SIGNATURE, TAG, derive, digest, encoded
 from atoll.secagg.shamir import SHARE
@@ -62,6 +63,11 @@ class Parameters(Record, frozen=True):
     weight_cap: Annotated[float, Meta(gt=0)] = 1.0
     threshold: tuple[Annotated[int, Meta(ge=1, le=1000)], Annotated[int, Meta(ge=2, le=1000)]] = (2, 3)
     degree: Annotated[int, Meta(ge=2, lt=MOST_CLIENTS)] = 64
+
+    def __post_init__(self) -> None:
+        for name in ("clip", "weight_cap"):
+            if not isinstance(getattr(self, name), float):
+                raise invalid(name, getattr(self, name), "a float, so that it has one form in bytes")
 
     @property
     def canonical(self) -> bytes:

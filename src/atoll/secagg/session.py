@@ -3,14 +3,15 @@
 Vectors may come one after the other: each is masked and added up, and nothing of it is kept.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from atoll.errors import unknown
 from atoll.secagg.client import Client
+from atoll.secagg.faults import SecAggError
 from atoll.secagg.graph import threshold_of
 from atoll.secagg.masks import Ring
-from atoll.secagg.messages import Delivery, Parameters
+from atoll.secagg.messages import Delivery, FromClient, Parameters
 from atoll.secagg.policy import Identity, Policy, Roster
 from atoll.secagg.server import Server, Sum
 
@@ -86,7 +87,7 @@ class Session:
         """A client's vector: masked, sent and added up, unless the client has dropped out."""
         delivery = self._deliveries.get(name)
         if isinstance(delivery, Delivery) and self._staying("mask", [name]):
-            self.server.receive(name, self._clients[name].mask(delivery, vector))
+            self._send(name, lambda: self._clients[name].mask(delivery, vector))
 
     def finish(self) -> Sum:
         """The sum of the vectors.
@@ -102,7 +103,17 @@ class Session:
     def _answer(self, phase: str) -> None:
         messages = self.server.close()
         for name in self._staying(phase, list(messages)):
-            self.server.receive(name, getattr(self._clients[name], phase)(messages[name]))
+            self._send(name, lambda n=name: getattr(self._clients[n], phase)(messages[n]))
+
+    def _send(self, name: str, answer: Callable[[], FromClient]) -> None:
+        """A client's answer; one that finds too few others in its group drops out."""
+        try:
+            message = answer()
+        except SecAggError as error:
+            if error.reason != "few":
+                raise
+            return
+        self.server.receive(name, message)
 
     def _staying(self, phase: str, names: Sequence[str]) -> list[str]:
         left = PHASES[: PHASES.index(phase) + 1]

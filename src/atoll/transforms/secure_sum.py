@@ -50,6 +50,9 @@ def secure_sum(
 ) -> Channel:
     """The server sees nothing but sums: of rows, weights and losses together.
 
+    The bytes a round tells are those of the vectors; keys and shares of grade "full" come to some hundreds of bytes for
+    every neighbour.
+
     Put `transforms.clip_norm(c)` before it with c <= clip and no value of a row is ever cut; with `rand_k(fraction)`
     between, which scales what it sends up, c <= fraction clip.
 
@@ -192,19 +195,25 @@ class _Machines:
         self._clients, self._parameters, self._policy = clients, parameters, policy
         self._leaving, self._round = leaving, round
         self._session: Session | None = None
+        self._void: Void | None = None
 
     def add(self, clients: tuple[str, ...], codes: Codes) -> None:
         rows = codes["ring"].cpu().numpy()
-        if self._session is None:
+        if self._session is None and self._void is None:
             identities, roster = roster_of(self._clients)
             asked = self._parameters(rows.shape[1])
-            self._session = Session(identities, roster, asked, self._leaving, self._policy, round=self._round)
+            try:
+                self._session = Session(identities, roster, asked, self._leaving, self._policy, round=self._round)
+            except Void as error:
+                self._void = error
+        if self._session is None:
+            return
         for client, row in zip(clients, rows, strict=True):
             self._session.add(client, row.view(Scale(1, self._parameters(1).bits).dtype))
 
     def finish(self) -> list[Group]:
         if self._session is None:
-            raise Void("few", "no client sent a vector.", {})
+            raise self._void or Void("few", "no client sent a vector.", {})
         found = self._session.finish()
         signed = found.total.view(np.int32 if found.total.itemsize == 4 else np.int64)
         return [Group(found.survivors, {"ring": torch.from_numpy(signed)})]
