@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "src" / "atoll"
 LAYERS = (
     ("errors",),
     ("spec", "random", "secret", "tree", "mapped", "space"),
-    ("vectors", "losses", "rate", "analytics", "history", "privacy"),
+    ("vectors", "losses", "rate", "analytics", "history", "privacy", "secagg"),
     ("local", "server", "sampling", "stopping", "memory", "journal", "metrics", "messages"),
     ("schedule", "model", "data", "report"),
     ("partition", "datasets", "cohort", "keras"),

@@ -439,7 +439,7 @@ def test_uniform_expected_and_realised_denominators_agree_when_everybody_comes()
     data = quadratics((1.0, 2.0, 3.0), (1.0, -1.0, 2.0))
     found = []
     for denominator in ("realised", "expected"):
-        for channel in ("plain", transforms.ring_sum(clip=9.0, bits=48)):
+        for channel in ("plain", transforms.secure_sum(clip=9.0, bits=48)):
             rule = aggregators.mean(weights="uniform", denominator=denominator)  # type: ignore[arg-type]
             made = process(scalar_model(), fedavg(PLAN), aggregator=rule, channel=channel)
             found.append(float(made.vector(made.next(made.init(), data)[0])))

@@ -154,7 +154,7 @@ def test_what_cannot_be_asynchronous_is_refused() -> None:
     plan = schedule.buffered(2, 2)
     for options, said in (
         ({"transforms": (transforms.clip_norm(1.0),)}, "clip_norm cannot run asynchronously.*no transforms"),
-        ({"channel": transforms.ring_sum(clip=1.0, weight_cap=9.0)}, "ring_sum cannot run asynchronously.*plain"),
+        ({"channel": transforms.secure_sum(clip=1.0, weight_cap=9.0)}, "secure_sum cannot run asynchronously.*plain"),
         ({"downlink": (transforms.quantize(8),)}, r"downlink cannot run asynchronously.*downlink=\(\)"),
         ({"aggregator": aggregators.median()}, r"median cannot run asynchronously.*aggregators\.mean\(\)"),
     ):

@@ -10,7 +10,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Never
 
 import numpy as np
 import torch
@@ -32,11 +32,12 @@ from atoll.model import Model
 from atoll.privacy.accounting import Event, check_delta, usual_delta
 from atoll.privacy.ledger import Ledger
 from atoll.privacy.noise import releasing
+from atoll.secagg import Void
 from atoll.secret import Source
 from atoll.spec import Spec, record
 from atoll.transforms.base import Codes, Keys, Transform
 from atoll.transforms.chain import Chain, compose, keys_of, sent
-from atoll.transforms.channel import Channel, add, merge
+from atoll.transforms.channel import Channel, Gathering, Group, Opened, add
 from atoll.transforms.channel import resolve as resolve_channel
 from atoll.transforms.delta import Downlink, served
 from atoll.transforms.delta import resolve as resolve_downlink
@@ -125,6 +126,8 @@ class Collected:
     root: Tensor | None = None  # the row [L] of the server's own data, where the rule judged by it
     seen: Mapping[int, Tensor] = field(default_factory=dict[int, Tensor])
     cohort: float = 0.0
+    summed: tuple[frozenset[str], ...] = ()  # clients of each sum that a summing channel showed
+    notes: tuple[str, ...] = ()
 
 
 class Process:
@@ -183,8 +186,10 @@ class Process:
         if self.chain.channel.sums_only and self.aggregator.rule is not None:
             raise CompositionError(
                 f"the aggregator {self.aggregator.name} needs every client's row, but the channel "
-                f'{self.chain.channel.name} shows the server only sums: use aggregators.mean(), or channel="plain".'
+                f'{self.chain.channel.name} shows the server only sums: use aggregators.mean(), or channel="plain", or '
+                "grouped(secure_sum(...), rule), a rule over the sums of groups."
             )
+        judge = self.judge
         mixing = [stage.name for stage in self.chain.stages if stage.coder is None]
         if algorithm.scalars and mixing:
             stage = mixing[0]
@@ -203,14 +208,14 @@ class Process:
                 f"{stage} would change the sums that {algorithm.name} solves for its model, which is then no solution "
                 f"at all: leave {stage} out."
             )
-        if algorithm.additive and not self.aggregator.averages:
+        if algorithm.additive and not judge.averages:
             raise CompositionError(
                 f"the summed part of {algorithm.name} is only right when it is added up: under the aggregator "
-                f"{self.aggregator.name} most clients would count for nothing. Use aggregators.mean()."
+                f"{judge.name} most clients would count for nothing. Use aggregators.mean()."
             )
-        if algorithm.scalars and not self.aggregator.averages:
+        if algorithm.scalars and not judge.averages:
             raise CompositionError(
-                f"the aggregator {self.aggregator.name} treats what a client sends as one vector, but {algorithm.name} "
+                f"the aggregator {judge.name} treats what a client sends as one vector, but {algorithm.name} "
                 "sends numbers of other units with its update, which would be judged and combined together with it: "
                 "use aggregators.mean(), or fedavg."
             )
@@ -221,14 +226,14 @@ class Process:
                     "clients sent before the attack wrote over it. Put a rule behind the attack that judges, such as "
                     "aggregators.norm_bound(); what is not finite every rule leaves out."
                 )
-            if stage.learn is not None and not self.aggregator.averages:
+            if stage.learn is not None and not judge.averages:
                 raise CompositionError(
                     f"{stage.name} cannot stand before the aggregator {self.aggregator.name}: it learns from a sum "
                     "over all clients, which such a rule does not make. Use aggregators.mean(), or clip_norm instead."
                 )
-            if stage.settle is not None and not self.aggregator.averages:
+            if stage.settle is not None and not judge.averages:
                 raise CompositionError(
-                    f"{stage.name} cannot stand before the aggregator {self.aggregator.name}: what its server keeps is "
+                    f"{stage.name} cannot stand before the aggregator {judge.name}: what its server keeps is "
                     "the mean of what all clients know, which a rule that chooses among clients does not follow. Use "
                     'aggregators.mean(weights="uniform"), or error_feedback instead.'
                 )
@@ -342,6 +347,11 @@ class Process:
                 )
 
     # --- pure parts ---------------------------------------------------------------------------------------------------
+
+    @property
+    def judge(self) -> Aggregator:
+        """What combines what the server sees: the channel's rule over groups, or the aggregator."""
+        return self.chain.channel.rule or self.aggregator
 
     @property
     def averaged_buffers(self) -> int:
@@ -468,7 +478,7 @@ class Process:
             begun,
             self.model.init_buffers(),
             self.chain.init(self.length, self.split),
-            self.aggregator.init(vector.new_zeros(self.length)),
+            self.judge.init(vector.new_zeros(self.length)),
             self.kept.take(vector).clone(),
             memory,
             memory.version,
@@ -487,7 +497,13 @@ class Process:
         *,
         kind: Literal["train", "evaluate"] = "train",
     ) -> Task:
-        """What this cohort is asked to do in the state's round."""
+        """What this cohort is asked to do in the state's round.
+
+        Raises:
+            CompositionError: a cohort that the channel cannot carry.
+        """
+        if kind == "train":
+            self.chain.channel.check(len(clients))
         message = self.algorithm.broadcast(state.algorithm)
         if state.downlink is not None:
             message = rebuild(message, dict(leaves(message)) | {"vector": state.downlink.reference})
@@ -573,15 +589,16 @@ class Process:
                 f"{self.algorithm.name} returned other memory than it keeps ({odd}): local must return the fields that "
                 "client_init makes."
             )
-        weight = update.weight
+        weight, metrics = update.weight, update.metrics
         channel = self.chain.channel
         if channel.seal is not None:
             assert isinstance(wire, Tensor)
             sealing = Keys(task.seed, "channel", task.round, keys)
+            finite &= torch.isfinite(metrics).all(dim=1)
             wire = channel.seal(
-                wire, self.chain.sizes(self.length, split)[-1][1], update.weight, len(task.clients), sealing
+                wire, self.chain.sizes(self.length, split)[-1][1], update.weight, metrics, len(task.clients), sealing
             )
-            weight = update.weight.new_empty(count, 0)
+            weight, metrics = update.weight.new_empty(count, 0), torch.zeros_like(metrics)
         memory = (
             torch.cat([kept[n].reshape(count, -1) for n in remembered], dim=1)
             if remembered
@@ -593,8 +610,8 @@ class Process:
         finite &= torch.isfinite(update.weight[:, 0]) & (update.weight[:, 0] >= 0)
         lengths = (width, split - width, update.sums.shape[1])
         size = sum(lengths) * self.row_dtype.itemsize * count if isinstance(wire, Clear) else sent(wire)
-        size += count * ((8 if channel.seal is None else 0) + 16)
-        return Report(cohort.clients, wire, lengths, weight, update.metrics, finite, memory, size)
+        size += count * (24 if channel.seal is None else 0)
+        return Report(cohort.clients, wire, lengths, weight, metrics, finite, memory, size)
 
     def blank(self, task: Task) -> Report:
         """A single client's report with nothing in it: the shapes and types that a site may send."""
@@ -602,13 +619,13 @@ class Process:
         keys, channel = random.client_keys(("",)), self.chain.channel
         memory = {n: t[None].to(row.dtype) for n, t in self.chain.memory(self.length, self.split).items()}
         wire, _ = self.chain.encode(row, memory, task.shared, keys_of(task.seed, task.round, keys, self.split))
+        sums, finite = torch.zeros(1, 2, dtype=torch.float64), torch.ones(1, dtype=torch.bool)
         if channel.seal is not None:
             assert isinstance(wire, Tensor)
             sealing = Keys(task.seed, "channel", task.round, keys)
             sealed = self.chain.sizes(self.length, self.split)[-1][1]
-            wire = channel.seal(wire, sealed, 0 * weight, len(task.clients), sealing)
+            wire = channel.seal(wire, sealed, 0 * weight, sums, len(task.clients), sealing)
             weight = weight.new_empty(1, 0)
-        sums, finite = torch.zeros(1, 2, dtype=torch.float64), torch.ones(1, dtype=torch.bool)
         return Report(("",), wire, self.parts, weight, sums, finite, row.new_empty(1, 0), 0)
 
     @property
@@ -640,9 +657,15 @@ class Process:
         elif weight.numel() and bool((weight > self.aggregator.cap).any()):
             i = int(weight[:, 0].argmax())
             raise CompositionError(self._too_heavy(report.clients[i], float(weight[i])))
-        if self.chain.channel.sums_only:
+        channel = self.chain.channel
+        if channel.sums_only:
             assert isinstance(report.wire, Mapping)
-            codes = add(report.wire)
+            gone = self.gone(task, report.clients)
+            here = torch.tensor([c not in gone for c in report.clients])
+            good |= ~here.to(good.device)  # of a client that has dropped out nothing is heard
+            codes = {n: t[here] for n, t in report.wire.items()}
+            if not channel.each:
+                codes = add(codes)
         elif isinstance(report.wire, Clear):
             total = self._added(report.wire, weight, split, good)
         else:
@@ -689,6 +712,14 @@ class Process:
         if not refused:
             return good, refused, rows, weight
         return good | out, refused, torch.where(out[:, None], 0.0, rows), torch.where(out[:, None], 0.0, weight)
+
+    def gone(self, task: Task, clients: Sequence[str]) -> frozenset[str]:
+        """Which clients a simulated channel lets drop out before their row is sent."""
+        leaving = self.chain.channel.leaving
+        if leaving is None:
+            return frozenset()
+        keys = Keys(task.seed, "channel", task.round, random.client_keys(clients))
+        return frozenset(c for c, gone in zip(clients, leaving(keys), strict=True) if gone)
 
     def _added(self, clear: Clear, weight: Tensor, split: int, good: Tensor) -> Tensor:
         """The sum [L] of a tile's rows; rows that are not finite are marked in `good`.
@@ -855,6 +886,8 @@ class Process:
     ) -> tuple[State, dict[str, Any]]:
         """One round: the state after it, its sums (loss, examples, clients, bytes up and down), who was "refused"
         (at most 100 of them are named), and how many that are ("refusals"). Refused clients keep the memory they had.
+        Under a summing channel the loss is weighted as updates are, "examples" is the sum of weights, "summed" the
+        clients of each sum, and "notes" say what went wrong with it.
 
         Args:
             state: from `init` or an earlier `next`.
@@ -877,7 +910,9 @@ class Process:
         self._check_cohort(clients, data)
         self._check_fresh(state)
         self.check_server(data.clients)
-        self.aggregator.check(len(clients), state.round)
+        if not self.chain.channel.sums_only:
+            self.aggregator.check(len(clients), state.round)
+        self.chain.channel.check(len(clients))
         told: dict[str, float] = {}
         if self.chain.noise is not None:
             expected = float(len(data)) if expected is None and cohort is None else expected
@@ -929,7 +964,7 @@ class Process:
                 f"round {task.round + 1}: the server's step made the model non-finite although every update was "
                 "finite. Lower the server's lr, or raise its tau."
             )
-        state.memory.withdraw(collector.left_out)
+        state.memory.withdraw([*collector.left_out, *collector.dropped])
         state.memory.commit()
         closed = replace(closed, memory_version=state.memory.version)
         if self.chain.noise is not None:
@@ -943,6 +978,8 @@ class Process:
             "saturated": float(collected.saturated),
             "refused": collected.refused,
             "refusals": float(refusals),
+            "summed": collected.summed,
+            "notes": collected.notes,
         }
         return closed, metrics
 
@@ -973,6 +1010,8 @@ class Process:
             "saturated": 0.0,
             "refused": {},
             "refusals": 0.0,
+            "notes": (),
+            "summed": (),
         }
 
     def _unkept(self, state: State, population: int) -> tuple[Release, dict[str, float]]:
@@ -1154,12 +1193,13 @@ class Collector:
         self._state = state.aggregator
         self._memory = state.memory
         self._total: Tensor | None = None
-        self._sealed: Codes | None = None
+        self._gathering: Gathering | None = None
         self._rows: Tensor | None = None
         self._names: list[str] = []
         self.broken: list[str] = []
         self._told = dict[str, Mapping[str, Any]]()  # whom stages left out, and why
         self.left_out: list[str] = []  # clients without a part in the round, whose memory stays as it was
+        self.dropped: list[str] = []  # clients whose rows are in no sum: theirs does too
         self._weights: list[Tensor] = []
         self._parts = (0, 0, 0)
         self._weight = 0.0
@@ -1178,13 +1218,13 @@ class Collector:
                 self._refuse(partial.broken)
             self.left_out += partial.broken  # they add nothing, and nobody is told
         self._parts = partial.parts
+        if partial.codes is not None:
+            self._gather(partial, partial.codes)
+            return
         self._count += len(partial.clients)
         self._told |= partial.refused
         self._metrics += partial.metrics.cpu()
         self._bytes += partial.bytes
-        if partial.codes is not None:
-            self._sealed = partial.codes if self._sealed is None else merge(self._sealed, partial.codes)
-            return
         if partial.rows is not None:
             if len(partial.clients) == len(self._task.clients):  # those of everybody need no other place
                 self._rows = partial.rows
@@ -1204,6 +1244,61 @@ class Collector:
             for own, other in zip(self._total.split(PIECE), partial.total.split(PIECE), strict=True):
                 own += other
         self._weight += float(partial.weight.double().sum())
+
+    def _gather(self, partial: Partial, codes: Codes) -> None:
+        """Hand a tile's codes to the channel's machine."""
+        task, channel = self._task, self._process.chain.channel
+        if self._gathering is None:
+            assert channel.gather is not None
+            keys = Keys(task.seed, "channel", task.round, random.client_keys(task.clients))
+            self._gathering = channel.gather(task.clients, keys)
+        gone = self._process.gone(task, partial.clients)
+        here = tuple(c for c in partial.clients if c not in gone)
+        self.dropped += sorted(gone)
+        if here:
+            self._gathering.add(here, codes)
+        self._names += here
+        self._count += len(here)
+        self._bytes += partial.bytes // len(partial.clients) * len(here)
+
+    def _void(self, why: str) -> Collected:
+        """A round that gives nothing: nobody's update counts."""
+        self.dropped += self._names
+        empty = torch.empty(0, dtype=self._process.model.dtype)
+        return Collected(
+            empty, empty, 0.0, 0, 0.0, 0.0, self._bytes, 0, 0.0, self._state, notes=(f"No update counts: {why}",)
+        )
+
+    def _opened(self, width: int) -> tuple[list[Group], list[Opened]]:
+        """The sums a channel shows, and what they say.
+
+        Raises:
+            Void: it shows none.
+        """
+        process, count = self._process, len(self._task.clients)
+        assert self._gathering is not None and process.chain.channel.unseal is not None
+        sealed, unseal = process.chain.sizes(sum(self._parts), width)[-1][1], process.chain.channel.unseal
+        groups = self._gathering.finish()
+        kept = {c for g in groups for c in g.members}
+        self.dropped += [c for c in self._names if c not in kept]
+        self._count = len(kept)
+        return groups, [unseal(g.total, sealed, count, len(g.members)) for g in groups]
+
+    def _ruled(self, groups: list[Group], opened: list[Opened], keys: Keys) -> tuple[Ruling, dict[str, Any]]:
+        """A rule over the means of groups, and the groups it gave no share."""
+        process, task = self._process, self._task
+        rows: list[Tensor] = []
+        for group, found in zip(groups, opened, strict=True):
+            mean = torch.cat((found.weighted / max(found.weight, 1e-300), found.sums / len(group.members)))
+            rows.append(process.chain.decode_sum(mean, task.shared, sum(self._parts), keys))
+        matrix = torch.stack(rows).to(process.model.dtype)
+        weights = torch.tensor([found.weight for found in opened], dtype=torch.float64)
+        names = [f"the group of {', '.join(g.members)}" for g in groups]
+        ruling = process.judge.combine(matrix, weights, self._state, names)
+        self._names = names
+        refused, out = self._refused(matrix, ruling)
+        self.left_out += [c for g, name in zip(groups, names, strict=True) if name in out for c in g.members]
+        return ruling, refused
 
     def finish(self, expected: float | None = None, release: Release | None = None) -> Collected:
         """The round's aggregate.
@@ -1232,13 +1327,33 @@ class Collector:
                 "that is too low. The model of the round before is kept."
             )
         if not self._count:
+            if self._gathering is not None:
+                return self._void("all clients have dropped out.")
             empty = torch.empty(0, dtype=dtype)
             return Collected(empty, empty, 0.0, 0, 0.0, 0.0, 0, 0, 0.0, kept)
         ruled: Ruling | None = None
         seen: dict[int, Tensor] = {}
+        groups, opened = list[Group](), list[Opened]()
+        if self._gathering is not None:
+            try:
+                groups, opened = self._opened(width)
+            except Void as error:
+                return self._void(str(error))
+            self._weight = math.fsum(o.weight for o in opened)
+            saturated = sum(o.saturated for o in opened)
+            self._metrics = torch.tensor([math.fsum(o.loss for o in opened), self._weight], dtype=torch.float64)
+            if process.chain.channel.rule is not None:
+                if len(groups) < (needed := process.judge.least(len(groups))):
+                    self._names = [c for g in groups for c in g.members]
+                    return self._void(f"{len(groups)} groups are left; {process.judge.name} needs {needed}.")
+                if not self._weight > 0:
+                    self._weightless()
+                ruled, refused = self._ruled(groups, opened, keys)
+                kept = ruled.state
         if self._rows is None:
             self._count -= len(self._told)
-            refused, self.left_out = dict(list(self._told.items())[:REFUSED]), list(self._told)
+            if self._told:
+                refused, self.left_out = dict(list(self._told.items())[:REFUSED]), list(self._told)
         else:
             process.aggregator.check(self._count, self._task.round)
             if len(self.broken) + len(self._told) == self._count:
@@ -1252,7 +1367,7 @@ class Collector:
             if process.aggregator.rooted:
                 root = process.serve(task, self._memory)
             ruling = process.aggregator.combine(self._rows[: len(weights)], weights, self._state, self._names, root)
-            refused, kept = self._refused(self._rows[: len(weights)], ruling), ruling.state
+            (refused, self.left_out), kept = self._refused(self._rows[: len(weights)], ruling), ruling.state
             self._weight = float(weights.sum())
             if process.aggregator.averages:  # a mean under an attack: the rows that were sent are added up as ever
                 assert ruling.rows is not None and ruling.weights is not None
@@ -1264,15 +1379,12 @@ class Collector:
             else:
                 ruled = ruling
         if ruled is not None:
-            combined = process.chain.decode_sum(ruled.row, task.shared, length, keys)
+            combined = ruled.row if groups else process.chain.decode_sum(ruled.row, task.shared, length, keys)
             average, sums = combined[:width], combined[width:] * self._count
             weight = divisor = self._weight
         else:
-            if self._sealed is not None:
-                assert process.chain.channel.unseal is not None
-                sealed = process.chain.sizes(length, width)[-1][1]
-                opened = process.chain.channel.unseal(self._sealed, sealed, len(task.clients), self._count)
-                total, weight, saturated = torch.cat((opened.weighted, opened.sums)), opened.weight, opened.saturated
+            if opened:
+                total, weight = torch.cat((opened[0].weighted, opened[0].sums)), opened[0].weight
             else:
                 assert self._total is not None
                 total, weight, self._total = self._total, self._weight, None
@@ -1281,10 +1393,7 @@ class Collector:
             if process.aggregator.denominator == "expected":
                 divisor = float(len(self._task.clients)) if expected is None else expected
             if not divisor > 0:
-                raise InvalidArgument(
-                    f"round {self._task.round + 1}: all {self._count} clients of the cohort have weight 0: "
-                    "give some of them a weight above 0."
-                )
+                self._weightless()
             average, sums = total[:width].div_(divisor), total[width:]
         loss, examples = self._metrics.tolist()
         return Collected(
@@ -1302,6 +1411,13 @@ class Collector:
             root,
             seen,
             float(self._count),
+            tuple(frozenset(g.members) for g in groups),
+        )
+
+    def _weightless(self) -> Never:
+        raise InvalidArgument(
+            f"round {self._task.round + 1}: all {self._count} clients of the cohort have weight 0: "
+            "give some of them a weight above 0."
         )
 
     def _finish_private(self, expected: float | None, release: Release | None) -> Collected:
@@ -1318,10 +1434,10 @@ class Collector:
         collected = process.released(task, total, expected, release)
         return replace(collected, aggregator=self._state, bytes_up=self._bytes)
 
-    def _refused(self, rows: Tensor, ruling: Ruling) -> dict[str, Mapping[str, Any]]:
+    def _refused(self, rows: Tensor, ruling: Ruling) -> tuple[dict[str, Mapping[str, Any]], list[str]]:
         """Clients that had no part in the ruling, the farthest first: why, and how long and how far off a row is."""
         rows = rows if ruling.rows is None else ruling.rows
-        fine, rule = finite_rows(rows).tolist(), self._process.aggregator
+        fine, rule = finite_rows(rows).tolist(), self._process.judge
         broken = [name for name, good in zip(self._names, fine, strict=True) if not good]
         found: dict[str, Mapping[str, Any]] = {
             n: self._told.get(n, {"reason": "the update or loss is not finite"}) for n in broken
@@ -1340,8 +1456,7 @@ class Collector:
                     away.append((float((row - ruling.row).norm()), float(row.norm()), self._names[i], reason))
             away.sort(reverse=True)
             found |= {name: {"reason": reason, "norm": norm, "distance": far} for far, norm, name, reason in away}
-        self.left_out = list(found)
-        return dict(list(found.items())[:REFUSED])
+        return dict(list(found.items())[:REFUSED]), list(found)
 
     def _refuse(self, names: Sequence[str]) -> None:
         shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

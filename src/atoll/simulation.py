@@ -53,6 +53,7 @@ from atoll.rounds import Process, State
 from atoll.sampling import Sampler
 from atoll.schedule import Buffered, Rounds, Schedule
 from atoll.schedule import rounds as synchronous
+from atoll.secagg.groups import differing
 from atoll.spec import Spec, differences, digest, identity
 from atoll.stopping import EarlyStopping
 from atoll.transforms import Channel, Downlink, Transform
@@ -235,6 +236,7 @@ class _Run:
         self.journal: Journal = open_journal(directory)
         self.history: list[Record] = []
         self.notes: list[str] = []
+        self.summed: tuple[frozenset[str], ...] = ()  # what a summing channel showed in the round before
         self.state: State
         self.releases: Releases | None = None
         self.examples: ExampleReleases | None = None
@@ -375,6 +377,8 @@ class _Run:
         notes += tuple(found.pop("notes", ()))
         if metrics["saturated"]:
             notes += (f"{int(metrics['saturated'])} values were cut to the range of the channel.",)
+        notes += (*metrics["notes"], *differing(self.summed, metrics["summed"]))
+        self.summed = metrics["summed"] or self.summed
         guard = self.releases or self.examples
         train = {"loss": metrics["loss"]} | {n: v for n, v in found.pop("train", {}).items() if n != "loss"}
         return Record(

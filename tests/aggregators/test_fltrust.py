@@ -17,7 +17,7 @@ from atoll.algorithms import fedavg, scaffold
 from atoll.errors import CompositionError, DataError, InvalidArgument, NonFiniteError
 from atoll.local import local_sgd
 from atoll.rounds import Process
-from atoll.transforms import clip_norm, error_feedback, half, ring_sum
+from atoll.transforms import clip_norm, error_feedback, half, secure_sum
 
 ONE_STEP = local_sgd(0.1, steps=1, batch_size=None)
 engines = pytest.mark.parametrize("engine", ["loop", "auto"])
@@ -188,7 +188,7 @@ def test_an_attack_stands_before_the_rule_and_not_before_the_root() -> None:
     [
         ({"server_data": at(1.0)}, r"nobody looks at server_data.*mean nor fedavg.*fltrust\(root=.server.\)"),
         ({"server_data": at(1.0), "aggregator": median()}, "nobody looks at server_data.*median"),
-        ({"server_data": at(1.0), "channel": ring_sum(clip=1.0)}, "server_data cannot stand beside.*ring_sum"),
+        ({"server_data": at(1.0), "channel": secure_sum(clip=1.0)}, "server_data cannot stand beside.*secure_sum"),
     ],
 )
 def test_server_data_that_do_not_fit(options: Any, said: str) -> None:

@@ -73,8 +73,8 @@ def test_fedexp_under_an_expected_denominator_extrapolates_what_clients_disagree
 
 @pytest.mark.parametrize("make", [lambda: fednova(PLAN), lambda: qfedavg(PLAN, q=1.0), lambda: fedexp(PLAN)])
 def test_numbers_of_other_units_are_not_cut_by_a_channel(make: Callable[[], Algorithm]) -> None:
-    with pytest.raises(CompositionError, match=r'ring_sum cuts every number at one clip.*use channel="plain"'):
-        Process(scalar_model(), make(), channel=transforms.ring_sum(clip=1.0, weight_cap=20.0))
+    with pytest.raises(CompositionError, match=r'secure_sum cuts every number at one clip.*use channel="plain"'):
+        Process(scalar_model(), make(), channel=transforms.secure_sum(clip=1.0, weight_cap=20.0))
 
 
 def test_clusters_are_refused_under_a_rule_that_chooses_among_clients() -> None:

@@ -162,16 +162,16 @@ def test_sums_are_double_precision_whatever_the_model_is(engine: Callable[[], En
 def test_a_channel_that_shows_sums_alone_gives_the_same_to_its_rounding(build: Callable[[], Algorithm]) -> None:
     made, clients = model(), data()
     expected = solved(build(), made, clients)
-    channel = transforms.ring_sum(clip=64.0, weight_cap=64.0, bits=48)
+    channel = transforms.secure_sum(clip=64.0, weight_cap=64.0, bits=48)
     torch.testing.assert_close(solved(build(), made, clients, channel=channel), expected, rtol=0, atol=1e-9)
 
 
 def test_sums_that_were_cut_are_no_solution() -> None:
-    process = Process(model(), fed3r(ridge=0.3), channel=transforms.ring_sum(clip=2.0, weight_cap=64.0))
+    process = Process(model(), fed3r(ridge=0.3), channel=transforms.secure_sum(clip=2.0, weight_cap=64.0))
     state = process.init()
-    with pytest.raises(CompositionError, match="cut to the range of the channel ring_sum"):
+    with pytest.raises(CompositionError, match="cut to the range of the channel secure_sum"):
         process.next(state, data())
-    other = Process(model(), fed3r(ridge=0.3), channel=transforms.ring_sum(clip=64.0, weight_cap=64.0, bits=48))
+    other = Process(model(), fed3r(ridge=0.3), channel=transforms.secure_sum(clip=64.0, weight_cap=64.0, bits=48))
     assert len(state.memory) == 0, "nobody was counted"
     other.next(other.init(), data())
 
@@ -219,7 +219,7 @@ def test_what_was_counted_outlives_a_restart(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ring", [False, True], ids=["plain", "ring"])
 def test_it_can_be_deployed(build: Callable[[], Algorithm], ring: bool) -> None:
     clients = data(torch.float32)
-    channel = transforms.ring_sum(clip=256.0, weight_cap=64.0, bits=48) if ring else "plain"
+    channel = transforms.secure_sum(clip=256.0, weight_cap=64.0, bits=48) if ring else "plain"
 
     def process() -> Process:  # a head alone: sites' own copies of the data may change a product's last bit
         torch.manual_seed(0)

@@ -70,7 +70,7 @@ def test_personal_models_differ_in_their_private_part_alone(engine: Callable[[],
     model, data = NORMS.model(), NORMS.data((3, 4, 6))
     process = Process(
         model, fedper(PLAN, private=("head.*",)), engine=engine(),
-        channel=transforms.ring_sum(clip=9.0, weight_cap=9.0) if channel == "ring" else "plain",
+        channel=transforms.secure_sum(clip=9.0, weight_cap=9.0) if channel == "ring" else "plain",
     )  # fmt: skip
     state, path = train(process, data, 3)
     personal = process.personal(state, data, list(data.clients)).rows

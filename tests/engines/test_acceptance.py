@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import atoll
 from atoll.engines import Loop, Vectorized
 from atoll.errors import CompositionError, InvalidArgument
-from atoll.transforms import ring_sum
+from atoll.transforms import secure_sum
 
 PLAN = atoll.local_sgd(0.1, epochs=2, batch_size=4)
 
@@ -161,7 +161,7 @@ def test_a_state_without_client_memory_may_be_used_twice() -> None:
 
 def test_ring_weights_are_checked_before_any_work() -> None:
     process = atoll.process(
-        atoll.Model(nn.Linear(4, 2), "cross_entropy"), atoll.fedavg(PLAN), channel=ring_sum(clip=1.0, weight_cap=8)
+        atoll.Model(nn.Linear(4, 2), "cross_entropy"), atoll.fedavg(PLAN), channel=secure_sum(clip=1.0, weight_cap=8)
     )
     with pytest.raises(CompositionError, match=r"cannot carry a weight of 9: raise weight_cap"):
         process.engine.prepare(process, data())

@@ -182,21 +182,23 @@ def test_every_engine_runs_every_algorithm_as_the_specification_does(method: Met
         same(found, expected)
 
 
-@pytest.mark.parametrize("transform", [*TRANSFORMS, "ring_sum"])
+@pytest.mark.parametrize("transform", [*TRANSFORMS, "secure_sum"])
 @pytest.mark.parametrize("method", ALGORITHMS.values(), ids=ALGORITHMS.keys())
 def test_pipelines_work_with_every_algorithm_on_every_engine(method: Method, transform: str) -> None:
     # Biases in front of BatchNorm change by nought but rounding, of which a sign would make much.
     kind = MODELS["layer norm" if transform == "sign" or method.several else "batch norm, mean"]
     data = kind.data((6, 2, 7, 4, 11))
     options: dict[str, object] = (
-        {"channel": transforms.ring_sum(clip=10.0, weight_cap=50.0, bits=40)}
-        if transform == "ring_sum"
+        {"channel": transforms.secure_sum(clip=10.0, weight_cap=50.0, bits=40)}
+        if transform == "secure_sum"
         else {"transforms": (TRANSFORMS[transform](),)}
     )
     algorithm = method.build(method.plan(epochs=1, batch_size=4))
     if algorithm.scalars:
-        name = "" if transform == "ring_sum" else TRANSFORMS[transform]().name
-        said = f"{name} treats what a client sends as one vector" if name else "ring_sum cuts every number at one clip"
+        name = "" if transform == "secure_sum" else TRANSFORMS[transform]().name
+        said = (
+            f"{name} treats what a client sends as one vector" if name else "secure_sum cuts every number at one clip"
+        )
         with pytest.raises(CompositionError, match=said):
             Process(kind.model(), algorithm, **options)  # type: ignore[arg-type]
         return

@@ -59,7 +59,7 @@ CASES: dict[str, tuple[Callable[[], Algorithm], str, dict[str, Any]]] = {
     "a rule of rows": (lambda: scaffold(PLAN), "perceptron", {"aggregator": aggregators.median()}),
     "codes": (lambda: fedavg(PLAN), "perceptron", {"transforms": (transforms.quantize(4),)}),
     "sums of codes": (
-        lambda: fedavg(PLAN), "perceptron", {"channel": transforms.ring_sum(clip=9.0, weight_cap=50.0, bits=40)}
+        lambda: fedavg(PLAN), "perceptron", {"channel": transforms.secure_sum(clip=9.0, weight_cap=50.0, bits=40)}
     ),
 }  # fmt: skip
 

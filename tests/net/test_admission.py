@@ -27,13 +27,13 @@ PARTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "median": {"aggregator": aggregators.median()},
     "quantize": {"transforms": (transforms.quantize(8),)},
-    "sealed": {"channel": transforms.ring_sum(clip=1.0)},
+    "sealed": {"channel": transforms.secure_sum(clip=1.0)},
 }
 
 
 def opened(**parts: Any) -> tuple[Process, Task]:
     process = Process(KIND.model(torch.float32), parts.pop("algorithm", fedavg(LOCAL)), engine="loop", **parts)
-    return process, process.open(process.init(), ("a", "b"), 2)
+    return process, process.open(process.init(), ("a", "b", "c"), 3)
 
 
 def blank(process: Process, task: Task) -> dict[str, Tensor]:

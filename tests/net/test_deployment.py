@@ -39,9 +39,9 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "quantize": lambda: {"algorithm": fedavg(PLAN), "transforms": (transforms.quantize(8),)},
     "clipped and sealed": lambda: {
         "algorithm": fedavg(PLAN), "transforms": (transforms.clip_norm(0.5),),
-        "channel": transforms.ring_sum(clip=0.5, weight_cap=8.0),
+        "channel": transforms.secure_sum(clip=0.5, weight_cap=8.0),
     },
-    "sealed sums": lambda: {"algorithm": scaffold(PLAN), "channel": transforms.ring_sum(clip=2.0, weight_cap=8.0)},
+    "sealed sums": lambda: {"algorithm": scaffold(PLAN), "channel": transforms.secure_sum(clip=2.0, weight_cap=8.0)},
     "median": lambda: {"algorithm": scaffold(PLAN), "aggregator": aggregators.median()},
     "median of codes": lambda: {
         "algorithm": fedavg(PLAN), "aggregator": aggregators.median(), "transforms": (transforms.quantize(8),)
@@ -408,6 +408,6 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
 
 
 def test_keeping_updates_that_depend_on_the_cohort_is_refused(tmp_path: Path) -> None:
-    sealed = scalar(channel=transforms.ring_sum(clip=1.0, weight_cap=4.0))
+    sealed = scalar(channel=transforms.secure_sum(clip=1.0, weight_cap=4.0))
     with pytest.raises(atoll.errors.InvalidArgument, match="keep"):
         Service(sealed, Plan("r", 1), Disk(tmp_path), now=0.0)

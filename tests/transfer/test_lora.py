@@ -201,7 +201,7 @@ def test_parameters_that_are_trained_as_they_are_are_averaged() -> None:
 
 def test_a_channel_that_shows_sums_alone_is_as_exact_as_its_rounding() -> None:
     model = adapted("fedex")
-    channel = transforms.ring_sum(clip=4.0, weight_cap=16.0, bits=48)
+    channel = transforms.secure_sum(clip=4.0, weight_cap=16.0, bits=48)
     expected = after(model, EVERYBODY, rounds=2)
     torch.testing.assert_close(after(model, EVERYBODY, rounds=2, channel=channel), expected, rtol=0, atol=1e-9)
 

@@ -13,7 +13,7 @@ from atoll.errors import CompositionError, InvalidArgument
 from atoll.local import local_sgd
 from atoll.rounds import Process
 from atoll.spec import record
-from atoll.transforms import Transform, clip_norm, plain, quantize, ring_sum
+from atoll.transforms import Transform, clip_norm, plain, quantize, secure_sum
 from atoll.transforms.chain import compose, keys_of
 
 
@@ -25,12 +25,12 @@ def build(**options: Any) -> Process:
     ("options", "said"),
     [
         (
-            {"transforms": (quantize(8),), "channel": ring_sum(clip=1.0)},
-            r"quantize cannot stand before the channel ring_sum.*Leave quantize out.*channel=\"plain\"",
+            {"transforms": (quantize(8),), "channel": secure_sum(clip=1.0)},
+            r"quantize cannot stand before the channel secure_sum.*Leave quantize out.*channel=\"plain\"",
         ),
         (
-            {"transforms": (clip_norm(1.0), quantize(8)), "channel": ring_sum(clip=1.0)},
-            r"quantize cannot stand before the channel ring_sum",
+            {"transforms": (clip_norm(1.0), quantize(8)), "channel": secure_sum(clip=1.0)},
+            r"quantize cannot stand before the channel secure_sum",
         ),
         (
             {"transforms": (quantize(8), clip_norm(1.0))},
@@ -38,8 +38,8 @@ def build(**options: Any) -> Process:
         ),
         ({"transforms": (quantize(8), quantize(4))}, r"quantize cannot stand after quantize"),
         (
-            {"aggregator": aggregators.median(), "channel": ring_sum(clip=1.0)},
-            r"aggregator median needs every client's row.*ring_sum.*aggregators\.mean\(\)",
+            {"aggregator": aggregators.median(), "channel": secure_sum(clip=1.0)},
+            r"aggregator median needs every client's row.*secure_sum.*aggregators\.mean\(\)",
         ),
     ],
 )
@@ -52,7 +52,7 @@ def test_illegal_compositions_are_refused_with_both_names_and_the_way_out(option
     "options",
     [
         {"transforms": (clip_norm(1.0), quantize(8))},
-        {"transforms": (clip_norm(1.0),), "channel": ring_sum(clip=1.0)},
+        {"transforms": (clip_norm(1.0),), "channel": secure_sum(clip=1.0)},
         {"transforms": (quantize(8),), "aggregator": aggregators.median()},
         {"transforms": [clip_norm(2.0), clip_norm(1.0)]},
     ],
@@ -129,6 +129,6 @@ def test_specs_are_told_apart() -> None:
     specs = [
         build(transforms=t, channel=c).spec
         for t in ((), (clip_norm(1.0),), (clip_norm(2.0),))
-        for c in ("plain", ring_sum(clip=1.0))
+        for c in ("plain", secure_sum(clip=1.0))
     ]
     assert len({str(s) for s in specs}) == 6 and np.unique([s["name"] for s in specs]).tolist() == ["process"]

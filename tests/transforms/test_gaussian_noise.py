@@ -283,7 +283,7 @@ def batch_norm(rule: Any) -> atoll.Model:
         ({"aggregator": aggregators.mean(weights="examples", clip=5)}, r"divides by what came"),
         ({"aggregator": aggregators.median()}, r"aggregator median: noise protects a sum"),
         ({"aggregator": aggregators.krum(byzantine=1)}, r"aggregator krum: noise protects a sum"),
-        ({"channel": transforms.ring_sum(clip=1.0)}, r'channel ring_sum.*Use channel="plain"'),
+        ({"channel": transforms.secure_sum(clip=1.0)}, r'channel secure_sum.*Use channel="plain"'),
         ({"model": batch_norm("mean")}, r"running statistics of BatchNorm.*GroupNorm"),
         ({"algorithm": atoll.pooled(atoll.local_sgd(0.1))}, r"pooled, which puts all their examples in one place"),
         ({"algorithm": atoll.fedexp(atoll.local_sgd(0.1))}, r"fedexp sends numbers of other units"),

@@ -12,7 +12,7 @@ from atoll.algorithms import fedavg
 from atoll.errors import CompositionError, InvalidArgument
 from atoll.local import local_sgd
 from atoll.rounds import Process
-from atoll.transforms import error_feedback, plain, power_sgd, quantize, ring_sum
+from atoll.transforms import error_feedback, plain, power_sgd, quantize, secure_sum
 from atoll.transforms.chain import Chain, compose, keys_of
 from atoll.transforms.power_sgd import Bases
 from atoll.vectors import Aggregate, Layout
@@ -110,7 +110,7 @@ def test_a_channel_that_adds_sees_what_the_plain_one_sees() -> None:
     plan = fedavg(local_sgd(0.1, epochs=1, batch_size=2))
     for stage in (power_sgd(1), error_feedback(power_sgd(1))):
         vectors = []
-        for channel in ("plain", ring_sum(clip=4.0, weight_cap=8.0, bits=48)):
+        for channel in ("plain", secure_sum(clip=4.0, weight_cap=8.0, bits=48)):
             process = Process(kind.model(), plan, transforms=(stage,), channel=channel)
             state = process.init()
             for _ in range(4):

@@ -25,6 +25,7 @@ from atoll.transforms import (
     ef21,
     entropy_code,
     error_feedback,
+    grouped,
     half,
     norm_bound,
     plain,
@@ -32,8 +33,8 @@ from atoll.transforms import (
     quantize,
     rand_k,
     reject_nonfinite,
-    ring_sum,
     rotate,
+    secure_sum,
     sign,
     top_k,
 )
@@ -166,7 +167,7 @@ def test_stages_that_say_they_keep_sums_do(name: str) -> None:
     stage = TRANSFORMS[name]()
     if not stage.sums or name == "clip_norm" or stage.remembers or stage.judge is not None:
         return
-    chain = compose((stage,), ring_sum(clip=1.0)).bind(laid_out(SPLIT))
+    chain = compose((stage,), secure_sum(clip=1.0)).bind(laid_out(SPLIT))
     given, own, weights = rows(3), keys(3), torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
     shared = chain.share(chain.init(LENGTH, SPLIT))
     memory = {n: t.to(given).expand(3, -1) for n, t in chain.memory(LENGTH, SPLIT).items()}
@@ -274,7 +275,11 @@ FEEDBACK = ("error_feedback", "ef21", "error_feedback of power_sgd")
 """They must see whatever is lost."""
 MOVING = ("top_k", "rand_k", "rotate", "power_sgd")
 """Memory, and a look for matrices, behind these would meet other numbers."""
-CHANNELS = {"plain": plain(), "ring_sum": ring_sum(clip=1.0)}
+CHANNELS = {
+    "plain": plain(),
+    "secure_sum": secure_sum(clip=1.0),
+    "grouped": grouped(secure_sum(clip=1.0), median()),
+}
 ADDING = ("clip_norm", "client_momentum", "rand_k", "rotate", "power_sgd", "error_feedback of power_sgd")
 """What a channel that only adds can stand behind."""
 
@@ -322,7 +327,7 @@ def test_every_stage_with_every_channel(stage: str, channel: str) -> None:
     if channel == "plain" or stage in ADDING:
         assert compose((STAGES[stage],), CHANNELS[channel]).stages == (STAGES[stage],)
         return
-    said = rf"^{STAGES[stage].name} cannot stand before the channel ring_sum.*Leave .* out.*channel=\"plain\""
+    said = rf"^{STAGES[stage].name} cannot stand before the channel {channel}.*Leave .* out.*channel=\"plain\""
     with pytest.raises(CompositionError, match=said):
         compose((STAGES[stage],), CHANNELS[channel])
 

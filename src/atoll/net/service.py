@@ -76,6 +76,11 @@ class Service:
             )
         if plan.keep and process.chain.channel.seal is not None:
             raise invalid("keep", True, "False with a summing channel, whose codes depend on the cohort")
+        if process.chain.channel.each:
+            raise CompositionError(
+                f"the channel {process.chain.channel.name} runs every client's machine in one process: over sites its "
+                'messages are not carried yet. Use channel="plain", and know that the server sees every update.'
+            )
         self._notice = notice or (lambda text: None)
         self._spool = Spool(files)
         self._log = Log(files, "journal")

@@ -2,7 +2,7 @@
 
 from atoll.transforms.adaptive_clip import adaptive_clip
 from atoll.transforms.base import PayloadError, Transform
-from atoll.transforms.channel import Channel, plain, ring_sum
+from atoll.transforms.channel import Channel, plain
 from atoll.transforms.client_momentum import client_momentum
 from atoll.transforms.clip_norm import clip_norm
 from atoll.transforms.delta import Downlink, delta
@@ -11,6 +11,7 @@ from atoll.transforms.ef21 import ef21
 from atoll.transforms.entropy_code import entropy_code
 from atoll.transforms.error_feedback import error_feedback
 from atoll.transforms.gaussian_noise import gaussian_noise
+from atoll.transforms.grouped import grouped
 from atoll.transforms.half import half
 from atoll.transforms.norm_bound import norm_bound
 from atoll.transforms.power_sgd import power_sgd
@@ -18,6 +19,7 @@ from atoll.transforms.quantize import quantize
 from atoll.transforms.rand_k import rand_k
 from atoll.transforms.reject_nonfinite import reject_nonfinite
 from atoll.transforms.rotate import rotate
+from atoll.transforms.secure_sum import secure_sum
 from atoll.transforms.sign import sign
 from atoll.transforms.top_k import top_k
 
@@ -35,6 +37,7 @@ __all__ = [
     "entropy_code",
     "error_feedback",
     "gaussian_noise",
+    "grouped",
     "half",
     "norm_bound",
     "plain",
@@ -42,8 +45,8 @@ __all__ = [
     "quantize",
     "rand_k",
     "reject_nonfinite",
-    "ring_sum",
     "rotate",
+    "secure_sum",
     "sign",
     "top_k",
 ]

@@ -1,20 +1,23 @@
 """Channels: the last element of a pipeline, which carries rows to the server.
 
-A channel has a client half (`seal`) and a server half (`new_sum`, `add`, `unseal`). `plain` shows the server every
-row. `ring_sum` shows it nothing but sums: integers modulo 2^bits, the arithmetic secure aggregation stands on, without
-its secrecy.
+A channel has a client half (`seal`) and a server half, a small machine that takes in what clients sealed, tile after
+tile, and ends with sums (`gather`), which `unseal` reads. `plain` shows the server every row; `secure_sum` one sum;
+`grouped(secure_sum, rule)` a sum of each group, which a rule then combines.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from atoll.errors import CompositionError, invalid
+from atoll.errors import invalid
 from atoll.spec import Spec, record
 from atoll.transforms.base import Codes, Keys
+
+if TYPE_CHECKING:
+    from atoll.aggregators import Aggregator
 
 
 class Opened(NamedTuple):
@@ -23,7 +26,31 @@ class Opened(NamedTuple):
     weighted: Tensor  # [L_mean] sum of weight times averaged part, float64
     sums: Tensor  # [L - L_mean] sum of the summed part, float64
     weight: float
+    loss: float  # sum of weight times a client's mean loss
     saturated: int  # values that had to be cut to the range
+
+
+class Group(NamedTuple):
+    """A sum and whose it is."""
+
+    members: tuple[str, ...]
+    total: Codes
+
+
+class Gathering(Protocol):
+    """The server half of a summing channel in one round."""
+
+    def add(self, clients: tuple[str, ...], codes: Codes) -> None:
+        """Take in a tile: its sealed rows, or their sum where the channel adds up tiles."""
+        ...
+
+    def finish(self) -> list[Group]:
+        """The sums.
+
+        Raises:
+            Void: too few clients were left.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,16 +61,26 @@ class Channel:
         spec: name and arguments.
         sums_only: whether the server sees nothing but sums.
         weight_cap: largest weight of a client it can carry; None: any.
-        seal: client half of a summing channel: (rows [C, L], L_mean, weights [C, 1], clients in the cohort, keys)
-            -> codes.
-        unseal: server half: (sum of codes, L_mean, clients in the cohort, clients in the sum) -> Opened.
+        check: refuses a cohort of so many clients before any work, by raising CompositionError.
+        seal: client half of a summing channel: (rows [C, L], L_mean, weights [C, 1], sums of loss and examples [C, 2],
+            clients in the cohort, keys) -> codes.
+        gather: server half: (the cohort, keys of all its clients) -> what takes in codes.
+        unseal: (sum of codes, L_mean, clients in the cohort, clients in the sum) -> Opened.
+        each: whether `gather` needs every client's codes, not the sum of a tile's.
+        leaving: which clients drop out before their row is sent, [C] of bool, by their keys; a simulation's choice.
+        rule: what combines the sums of groups; None: there is one sum.
     """
 
     spec: Spec
     sums_only: bool = False
     weight_cap: float | None = None
-    seal: Callable[[Tensor, int, Tensor, int, Keys], Codes] | None = None
+    check: Callable[[int], None] = lambda count: None
+    seal: Callable[[Tensor, int, Tensor, Tensor, int, Keys], Codes] | None = None
+    gather: Callable[[tuple[str, ...], Keys], Gathering] | None = None
     unseal: Callable[[Codes, int, int, int], Opened] | None = None
+    each: bool = False
+    leaving: Callable[[Keys], Sequence[bool]] | None = None
+    rule: "Aggregator | None" = None
 
     @property
     def name(self) -> str:
@@ -54,73 +91,6 @@ class Channel:
 def plain() -> Channel:
     """Rows travel as they are; the server sees every client's row."""
     return Channel(record("plain"))
-
-
-def ring_sum(*, clip: float, weight_cap: float = 1.0, bits: int = 32) -> Channel:
-    """Sum fixed-point integers modulo 2^bits: exact, independent of order, and all that secure aggregation can see.
-
-    A value v of weight w enters as the integer nearest to w v / step, rounded stochastically, so that the sum is
-    unbiased; step is the smallest for which no sum of the cohort can wrap:
-
-        step = 2 n clip weight_cap / (2^bits - 2 n - 2)
-
-    for n clients. The error of a sum of k clients is below k step. This channel hides nothing by itself.
-
-    Args:
-        clip: largest absolute value of a coordinate of the row; larger ones are cut and counted. Put
-            `transforms.clip_norm(c)` before it with c <= clip and nothing is ever cut; with `rand_k(fraction)` between,
-            which scales what it sends up, c <= fraction clip.
-        weight_cap: largest weight of a client. Larger weights are refused, not cut.
-        bits: size of the ring, 8 to 48; up to 32 a value travels in 4 bytes, else in 8.
-    """
-    for name, value in (("clip", clip), ("weight_cap", weight_cap)):
-        if isinstance(value, bool) or not 0 < value < float("inf"):
-            raise invalid(name, value, "a finite number above 0")
-    if isinstance(bits, bool) or not isinstance(bits, int) or not 8 <= bits <= 48:
-        raise invalid("bits", bits, "an integer from 8 to 48")
-    modulus = 1 << bits
-
-    def step(count: int) -> float:
-        room = modulus - 2 * count - 2
-        if room <= 2 * count:
-            raise CompositionError(
-                f"ring_sum(bits={bits}) is too small for {count} clients: use bits={min(48, bits + 16)} or more."
-            )
-        return 2 * count / room
-
-    def seal(rows: Tensor, split: int, weights: Tensor, count: int, keys: Keys) -> Codes:
-        heaviest = float(weights.max()) if len(weights) else 0.0
-        if heaviest > weight_cap:
-            raise CompositionError(
-                f"ring_sum(weight_cap={weight_cap}) met a weight of {heaviest:g}: raise weight_cap to the largest "
-                'weight a client may have, or use aggregators.mean(weights="uniform").'
-            )
-        share = weights.double().clamp(min=0) / weight_cap
-        values = torch.cat((rows[:, :split].double() / clip * share, rows[:, split:].double() / clip, share), dim=1)
-        cut = values.clamp(-1, 1)
-        saturated = (values != cut).sum(dim=1, keepdim=True)
-        draw = keys.uniform("round", cut.shape[1]).to(cut)
-        integers = torch.floor(cut / step(count) + draw).to(torch.int64)
-        return {"ring": _narrow(integers % modulus, bits), "saturated": saturated}
-
-    def unseal(total: Codes, split: int, count: int, summed: int) -> Opened:
-        ring = total["ring"].to(torch.int64) % modulus
-        signed = torch.where(ring >= modulus // 2, ring - modulus, ring).double() * step(count)
-        return Opened(
-            weighted=signed[:split] * (clip * weight_cap),
-            sums=signed[split:-1] * clip,
-            weight=float(signed[-1]) * weight_cap,
-            saturated=int(total["saturated"].sum()),
-        )
-
-    return Channel(record("ring_sum", clip=clip, weight_cap=weight_cap, bits=bits), True, weight_cap, seal, unseal)
-
-
-def _narrow(values: Tensor, bits: int) -> Tensor:
-    """Ring elements as they travel: four bytes up to 32 bits, else eight."""
-    if bits > 32:
-        return values
-    return torch.where(values >= 1 << 31, values - (1 << 32), values).to(torch.int32)
 
 
 def add(codes: Codes) -> Codes:
@@ -139,4 +109,4 @@ def resolve(channel: "str | Channel") -> Channel:
         return channel
     if channel == "plain":
         return plain()
-    raise invalid("channel", channel, '"plain" or a channel such as atoll.transforms.ring_sum(clip=1.0)')
+    raise invalid("channel", channel, '"plain" or a channel such as atoll.transforms.secure_sum(clip=1.0)')
