@@ -574,7 +574,8 @@ class Process:
         if not self.adds_rows:
             rows = clear.rows
             finite = _finite(rows)
-            if self.chain.noise is not None:  # a client cannot stop a private round, nor be told of: it adds nothing
+            # A client cannot stop a private round, nor be told of: one that breaks adds nothing.
+            if self.chain.noise is not None and not bool(finite.all()):
                 rows = torch.where(finite[:, None], rows, 0.0)
             wire, stages = self.chain.encode(rows, mine, task.shared, keys_of(task.seed, task.round, keys, split))
         kept = {f"algorithm/{n}": t for n, t in renewed.items()} | {f"transforms/{n}": t for n, t in stages.items()}
@@ -673,7 +674,7 @@ class Process:
             rows = self.chain.decode_each(report.wire, task.shared, length, keys, self.model.dtype)
             if self.chain.judges:
                 good, refused, rows, weight = self._judged(report, rows, weight, good)
-            if private:
+            if private and not bool(good.all()):
                 rows = torch.where(good[:, None], rows, 0.0)
             if self.aggregator.rule is not None:
                 good &= _finite(rows)
@@ -729,7 +730,7 @@ class Process:
         """
         exact = torch.promote_types(self.row_dtype, torch.float32)
         if self.chain.noise is not None:  # what rounding adds must not tell of who is in the sum
-            return clear.total(weight.double(), split)
+            return self._widely_added(clear.rows, weight.double(), split)
         alone = len(weight) == 1
         total = clear.total(weight.to(exact), split, last=alone)
         if bool(torch.isfinite(total.sum())):
@@ -740,6 +741,17 @@ class Process:
         good &= _finite(clear.rows)
         # Each may be finite, but not their sum: it needs a wider one.
         return clear.total(weight.double(), split) if bool(good.all()) else total
+
+    @staticmethod
+    def _widely_added(rows: Tensor, weight: Tensor, split: int) -> Tensor:
+        """The sum [L] in double precision, in pieces: a wide copy of all rows would not stay in the cache."""
+        total = torch.empty(rows.shape[1], dtype=torch.float64)
+        ones, width = torch.ones_like(weight), max(1, PIECE // max(1, 4 * len(rows)))
+        for begin, end, factor in ((0, split, weight), (split, rows.shape[1], ones)):
+            for at in range(begin, end, width):
+                upto = min(at + width, end)
+                torch.mm(factor.T, rows[:, at:upto].double(), out=total[None, at:upto])
+        return total
 
     def collector(self, state: State, task: Task) -> "Collector":
         """What takes in a task's partials, in order."""

@@ -99,11 +99,11 @@ def test_every_released_sum_is_a_point_of_a_public_grid() -> None:
 
 def test_noise_tends_to_the_clipped_mean_as_it_vanishes() -> None:
     data = quadratics((1.0, 1.0, 1.0, 1.0), (0.2, -0.1, 30.0, -50.0))
-    run = process(clip_norm(1.0), gaussian_noise(1e-5))
+    run = process(clip_norm(1.0), gaussian_noise(1e-4))
     state, _ = run.next(run.init(), data)
-    assert float(run.vector(state)) == pytest.approx((0.2 - 0.1 + 1.0 - 1.0) / 4, abs=1e-4)
+    assert float(run.vector(state)) == pytest.approx((0.2 - 0.1 + 1.0 - 1.0) / 4, abs=1e-3)
     state, _ = run.next(run.init(), data, ["c0", "c2"], expected=8.0)
-    assert float(run.vector(state)) == pytest.approx((0.2 + 1.0) / 8, abs=1e-4)
+    assert float(run.vector(state)) == pytest.approx((0.2 + 1.0) / 8, abs=1e-3)
 
 
 @pytest.mark.parametrize("before", [(rotate(),), (rand_k(0.5),), ()])
@@ -112,14 +112,14 @@ def test_stages_before_and_after_the_noise_are_undone(before: tuple[Any, ...]) -
     draw = torch.Generator().manual_seed(0)
     x, y = torch.randn(3, 8, 6, generator=draw).double(), torch.randn(3, 8, 4, generator=draw).double()
     data = atoll.FederatedDataset.from_arrays({f"c{i}": (x[i], y[i]) for i in range(3)})
-    front = (clip_norm(0.5), *before, gaussian_noise(1e-5))
-    back = (clip_norm(0.5), gaussian_noise(1e-5), *before)
+    front = (clip_norm(0.5), *before, gaussian_noise(1e-4))
+    back = (clip_norm(0.5), gaussian_noise(1e-4), *before)
     noisy, other = process(*front, model=model), process(*back, model=model)
     plain = process(*front[:-1], model=model)
     behind = other.next(other.init(), data, release=capture([]))
     pairs = [(noisy.next(noisy.init(), data), plain.next(plain.init(), data)), (other.next(other.init(), data), behind)]
     for (found, _), (expected, _) in pairs:
-        torch.testing.assert_close(noisy.vector(found), noisy.vector(expected), rtol=0, atol=1e-4)
+        torch.testing.assert_close(noisy.vector(found), noisy.vector(expected), rtol=0, atol=1e-3)
 
 
 # --- what one client can move -----------------------------------------------------------------------------------------
