@@ -44,7 +44,8 @@ def clients_at(epsilon: float | None, seed: int, quick: bool) -> float:
     """Accuracy of federated averaging under client-level privacy."""
     data, size = digits(20 if quick else 1000, quick, seed)
     model = atoll.Model(nn.Linear(size, 10), "cross_entropy", metrics=("accuracy",))
-    noise = () if epsilon is None else (gaussian_noise(epsilon=epsilon, delta=1e-4 if not quick else 1e-2),)
+    counted = {"delta": 1e-2, "accountant": "rdp"} if quick else {"delta": 1e-4}
+    noise = () if epsilon is None else (gaussian_noise(epsilon=epsilon, **counted),)
     result = atoll.simulate(
         model, data, algorithm=atoll.fedavg(atoll.local_sgd(0.1, epochs=1, batch_size=20)), rounds=2 if quick else 60,
         cohort=sampling.poisson(0.1), transforms=(clip_norm(0.5), *noise), aggregator=EXPECTED, seed=seed,
@@ -59,7 +60,8 @@ def patients_at(epsilon: float | None, seed: int, quick: bool) -> float:
     model = atoll.Model(
         nn.Linear(data.train.fields["x"].shape[1], 1), "binary_cross_entropy", metrics=("accuracy",)
     )  # fmt: skip
-    told = None if epsilon is None else privacy.example_level(clip=1.0, epsilon=epsilon, delta=1e-3)
+    name = "rdp" if quick else "pld"
+    told = None if epsilon is None else privacy.example_level(clip=1.0, epsilon=epsilon, delta=1e-3, accountant=name)
     plan = atoll.local_sgd(0.3, steps=2 if quick else 5, batch_size=32, privacy=told)
     result = atoll.simulate(
         model, data, algorithm=atoll.fedavg(plan), rounds=2 if quick else 15, seed=seed, evaluate_every=1000,
@@ -118,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     numbers: dict[str, Any] = {"seeds": seeds}
     rows: list[list[str]] = []
-    for epsilon in EPSILONS:
+    for epsilon in EPSILONS[-2:] if quick else EPSILONS:
         row = ["none" if epsilon is None else f"{epsilon:g}"]
         for name, run in (("clients", clients_at), ("patients", patients_at)):
             found = [run(epsilon, seed, quick) for seed in seeds]

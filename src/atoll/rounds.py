@@ -745,7 +745,7 @@ class Process:
     @staticmethod
     def _widely_added(rows: Tensor, weight: Tensor, split: int) -> Tensor:
         """The sum [L] in double precision, in pieces: a wide copy of all rows would not stay in the cache."""
-        total = torch.empty(rows.shape[1], dtype=torch.float64)
+        total = rows.new_empty(rows.shape[1], dtype=torch.float64)
         ones, width = torch.ones_like(weight), max(1, PIECE // max(1, 4 * len(rows)))
         for begin, end, factor in ((0, split, weight), (split, rows.shape[1], ones)):
             for at in range(begin, end, width):
