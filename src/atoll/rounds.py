@@ -190,6 +190,12 @@ class Process:
                 "grouped(secure_sum(...), rule), a rule over the sums of groups."
             )
         judge = self.judge
+        whole = [stage.name for stage in self.chain.stages if stage.integers is not None]
+        if whole and self.aggregator.weights != "uniform":
+            raise CompositionError(
+                f"{whole[0]} cannot stand before the aggregator {self.aggregator.name} with weights: its noise is "
+                'sized for clients that all count the same. Use aggregators.mean(weights="uniform").'
+            )
         mixing = [stage.name for stage in self.chain.stages if stage.coder is None]
         if algorithm.scalars and mixing:
             stage = mixing[0]

@@ -153,6 +153,12 @@ class Source:
             missing = len(over)
         return torch.from_numpy(found.view(np.int64)).reshape(shape)
 
+    def uniform(self, size: int | Sequence[int]) -> Tensor:
+        """Multiples of 2^-53 in [0, 1), all equally likely: float64."""
+        shape = _shape(size)
+        found = (self.words(math.prod(shape)) >> np.uint64(11)).astype(np.float64)
+        return torch.from_numpy(found).mul_(2.0**-53).reshape(shape)
+
     def bernoulli(self, probability: float | Fraction, size: int | Sequence[int]) -> Tensor:
         """True with exactly this probability, independently: bool.
 

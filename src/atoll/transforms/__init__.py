@@ -6,6 +6,7 @@ from atoll.transforms.channel import Channel, plain
 from atoll.transforms.client_momentum import client_momentum
 from atoll.transforms.clip_norm import clip_norm
 from atoll.transforms.delta import Downlink, delta
+from atoll.transforms.discrete_gaussian import discrete_gaussian
 from atoll.transforms.eden import eden
 from atoll.transforms.ef21 import ef21
 from atoll.transforms.entropy_code import entropy_code
@@ -21,6 +22,7 @@ from atoll.transforms.reject_nonfinite import reject_nonfinite
 from atoll.transforms.rotate import rotate
 from atoll.transforms.secure_sum import secure_sum
 from atoll.transforms.sign import sign
+from atoll.transforms.skellam import skellam
 from atoll.transforms.top_k import top_k
 
 __all__ = [
@@ -32,6 +34,7 @@ __all__ = [
     "client_momentum",
     "clip_norm",
     "delta",
+    "discrete_gaussian",
     "eden",
     "ef21",
     "entropy_code",
@@ -48,5 +51,6 @@ __all__ = [
     "rotate",
     "secure_sum",
     "sign",
+    "skellam",
     "top_k",
 ]

@@ -155,6 +155,7 @@ class Transform:
         noise: what is added to the sum of the rows that leave the stage, before the server decodes it any further.
         learn: (server state, sum of the rows that left the stage, expected cohort) -> state after the round, for stages
             whose rows carry more than the row that entered.
+        integers: the rows that leave are int64 and may be added up modulo 2^integers; None: they are numbers.
     """
 
     spec: Spec
@@ -183,6 +184,7 @@ class Transform:
     coder: Coder | None = None
     noise: Noise | None = None
     learn: Callable[[Any, Tensor, float], Any] | None = None
+    integers: int | None = None
 
     @property
     def name(self) -> str:

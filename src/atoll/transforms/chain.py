@@ -88,6 +88,18 @@ class Chain:
             if stage.decode_each is not None and stage.decode_sum is None:
                 on_rows = stage
         self._check_noise()
+        for i, stage in enumerate(self.stages):
+            if stage.integers is not None and i + 1 < len(self.stages):
+                raise CompositionError(
+                    f"{self.stages[i + 1].name} cannot stand after {stage.name}, which gives integers with noise for "
+                    f"the channel to add up. Put {self.stages[i + 1].name} before {stage.name}, or leave it out."
+                )
+            if stage.integers is not None and (self.channel.ring or 0) < stage.integers:
+                raise CompositionError(
+                    f"{stage.name} cannot stand before the channel {self.channel.name}: it needs one that shows the "
+                    f"server nothing but sums of integers modulo 2^{stage.integers} or more, such as "
+                    f"atoll.transforms.secure_sum(clip=1.0, bits={max(stage.integers, 32)})."
+                )
         if self.channel.sums_only:
             for stage in self.stages:
                 if stage.judge is not None:
@@ -453,4 +465,6 @@ def compose(transforms: Sequence[Transform], channel: Channel) -> Chain:
     for stage in transforms:
         if not isinstance(stage, Transform):
             raise invalid("transforms", stage, "a sequence of transforms such as atoll.transforms.clip_norm(1.0)")
+    if transforms and transforms[-1].integers is not None and channel.whole is not None:
+        channel = channel.whole
     return Chain(tuple(transforms), channel)

@@ -69,6 +69,8 @@ class Channel:
         each: whether `gather` needs every client's codes, not the sum of a tile's.
         leaving: which clients drop out before their row is sent, [C] of bool, by their keys; a simulation's choice.
         rule: what combines the sums of groups; None: there is one sum.
+        ring: bits of what it adds up; None: it does not add.
+        whole: the same channel for rows that are integers already, which it adds up as they are; None: it takes none.
     """
 
     spec: Spec
@@ -81,6 +83,8 @@ class Channel:
     each: bool = False
     leaving: Callable[[Keys], Sequence[bool]] | None = None
     rule: "Aggregator | None" = None
+    ring: int | None = None
+    whole: "Channel | None" = None
 
     @property
     def name(self) -> str:

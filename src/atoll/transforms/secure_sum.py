@@ -9,6 +9,9 @@ to be cut to the range, with the clip c. With M = floor((2^(bits-1) - 1) / n) fo
 [-1, 1] enters as an integer within one of x M, rounded without bias, so that no sum can wrap and the error of a sum of
 k clients is below k / M.
 
+Rows that are integers already (`discrete_gaussian`, `skellam`) are added up modulo 2^bits as they are, without weights
+and losses, which their noise does not protect.
+
 Two grades, with the same result to the last bit: "exact" adds up the integers; "full" lets every client's and the
 server's own state machine run (`atoll.secagg`), with fresh keys, masks and shares. Both draw which clients drop out,
 and in which phase. Rounding is keyed like everything that is not secret in a simulation; a site rounds by the secure
@@ -16,6 +19,7 @@ source (`encode` without draws).
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -156,7 +160,32 @@ def secure_sum(
         "secure_sum", clip=clip, weight_cap=weight_cap, loss_cap=loss_cap, bits=bits, grade=grade, server=server,
         threshold=list(threshold), degree=degree, least=least, dropouts=shares,
     )  # fmt: skip
-    return Channel(spec, True, weight_cap, check, seal, gather, unseal, grade == "full", leaving if shares else None)
+    channel = Channel(
+        spec, True, weight_cap, check, seal, gather, unseal, grade == "full", leaving if shares else None, ring=bits
+    )
+    return replace(channel, whole=replace(channel, seal=_integers(bits), unseal=_summed(bits)))
+
+
+def _integers(bits: int) -> Callable[[Tensor, int, Tensor, Tensor, int, Keys], Codes]:
+    """The client half for rows of integers, which are added up as they are, with neither weight nor loss."""
+
+    def seal(rows: Tensor, split: int, weights: Tensor, metrics: Tensor, count: int, keys: Keys) -> Codes:
+        if bits > 32:
+            return {"ring": rows}
+        return {"ring": ((rows + (1 << 31)) % (1 << 32) - (1 << 31)).to(torch.int32)}
+
+    return seal
+
+
+def _summed(bits: int) -> Callable[[Codes, int, int, int], Opened]:
+    """The server half for them: their sum modulo 2^bits."""
+
+    def unseal(total: Codes, split: int, count: int, summed: int) -> Opened:
+        ring = total["ring"].cpu().long() % (1 << bits)
+        exact = torch.where(ring >= 1 << (bits - 1), ring - (1 << bits), ring).double()
+        return Opened(exact[:split], exact[split:], float(summed), float("nan"), 0)
+
+    return unseal
 
 
 class _Running:
