@@ -1,8 +1,20 @@
 """Differential privacy: what noise buys, what a run has spent, and what may be said of it."""
 
+from atoll.privacy import audit, distributed, factorization
 from atoll.privacy.accounting import Event, calibrate, epsilon
 from atoll.privacy.example_level import ExampleLevel, example_level
 from atoll.privacy.explain import explain
 from atoll.privacy.ledger import Ledger
 
-__all__ = ["Event", "ExampleLevel", "Ledger", "calibrate", "epsilon", "example_level", "explain"]
+__all__ = [
+    "Event",
+    "ExampleLevel",
+    "Ledger",
+    "audit",
+    "calibrate",
+    "distributed",
+    "epsilon",
+    "example_level",
+    "explain",
+    "factorization",
+]

@@ -18,8 +18,8 @@ is sure to be in a sum, and z the noise multiplier. What more clients add is mor
     learning", theorem 3.5), whose sums are Skellam again, of variance V = m v: for integer orders a > 1
         R(a) = a D^2 / (2 V) + min( ((2 a - 1) D^2 + 6 D_1) / (4 V^2),  3 D_1 / (2 V) ),   D_1 = min(D^2, sqrt(d) D)
 
-Neighbours differ in one client that is there or not. Nothing is claimed from sampling: a server that is not trusted
-with updates knows who took part.
+Neighbours differ in one client's row, which is there or is nought: that a client took part is no secret, and sums are
+counted exactly. Nothing is claimed from sampling, for a server that is not trusted with updates knows whom it asked.
 """
 
 import math
