@@ -168,3 +168,31 @@ def test_cohort_arguments() -> None:
     for value in (True, "all", [1]):
         with pytest.raises(InvalidArgument, match="cohort="):
             sampling.resolve(value)  # type: ignore[arg-type]
+
+
+# --- minimum separation -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "separation", "population"), [(3, 4, 12), (2, 5, 13), (1, 7, 7), (4, 1, 6)])
+def test_nobody_takes_part_again_within_the_separation(size: int, separation: int, population: int) -> None:
+    sampler = sampling.min_separation(size, separation)
+    clients = [f"c{i}" for i in range(population)]
+    sampler.check(clients)
+    last: dict[str, int] = {}
+    for round in range(60):
+        cohort = sampling.min_separation(size, separation).cohort(3, round, clients)  # as after a restart
+        assert len(set(cohort)) == size == sampler.expected(population)
+        assert all(round - last.get(c, -separation) >= separation for c in cohort)
+        last |= dict.fromkeys(cohort, round)
+    if population == size * separation:
+        assert set(last) == set(clients)
+    assert sampler.cohort(3, 5, clients) == sampler.cohort(3, 5, clients)
+    assert any(sampler.cohort(4, t, clients) != sampler.cohort(3, t, clients) for t in range(10)) or size == population
+
+
+def test_a_separation_the_population_is_too_small_for_is_refused() -> None:
+    with pytest.raises(InvalidArgument, match=r"separation=5 is not allowed.*at most 4"):
+        sampling.min_separation(3, 5).check([f"c{i}" for i in range(14)])
+    for arguments in ((0, 2), (2, 0), (2.0, 1)):
+        with pytest.raises(InvalidArgument, match=r"^(size|separation)="):
+            sampling.min_separation(*arguments)

@@ -153,6 +153,39 @@ def cyclic(shuffle: bool = False) -> Sampler:
     return Sampler(record("cyclic", shuffle=shuffle), draw, lambda population: 1.0, _anyone, _known)
 
 
+def min_separation(size: int, separation: int) -> Sampler:
+    """A fixed number of clients, none of which takes part again within `separation` rounds.
+
+    The population is dealt into as many groups at random; round t draws from group t modulo the number of groups. So
+    the separation is a function of seed and round: it holds over restarts, and nobody need remember who took part. It
+    is what correlated noise (`atoll.privacy.factorization`) counts on: in n rounds a client takes part at most
+    ceil(n / separation) times. Nothing is claimed from the sampling itself.
+
+    Args:
+        size: of a cohort.
+        separation: a client that takes part in round t does not before round t + separation.
+    """
+    for name, value in (("size", size), ("separation", separation)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise invalid(name, value, "an integer of at least 1")
+
+    def draw(seed: int, round: int, population: int) -> np.ndarray:
+        group = _dealt(seed, population)[round % separation :: separation]
+        return np.sort(numpy_generator(seed, "cohort", round).choice(group, size, replace=False, shuffle=False))
+
+    def check(clients: Sequence[str]) -> None:
+        if size * separation > len(clients):
+            raise invalid(
+                "separation", separation,
+                f"at most {len(clients) // size} for {len(clients)} clients in cohorts of {size}",
+                f"Or use cohorts of at most {len(clients) // separation}.",
+            )  # fmt: skip
+
+    return Sampler(
+        record("min_separation", size=size, separation=separation), draw, lambda population: float(size), check, _known
+    )
+
+
 def resolve(cohort: "int | float | Sampler | None") -> Sampler:
     """The sampler meant by `cohort=`: a number of clients, a fraction in (0, 1], or a sampler; None is everyone."""
     if cohort is None:
@@ -168,6 +201,12 @@ def resolve(cohort: "int | float | Sampler | None") -> Sampler:
 def _shuffled(seed: int, turn: int, population: int) -> "np.ndarray":
     """The order of a pass over the population; kept for the rounds of the pass. Not to be written to."""
     return numpy_generator(seed, "cyclic", turn).permutation(population)
+
+
+@lru_cache(maxsize=1)
+def _dealt(seed: int, population: int) -> "np.ndarray":
+    """The order in which a population is dealt into groups. Not to be written to."""
+    return numpy_generator(seed, "separation").permutation(population)
 
 
 def _anyone(clients: Sequence[str]) -> None:
