@@ -11,7 +11,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
@@ -161,9 +161,10 @@ def simulate(
     if private or process.protects_examples:
         _check_private(schedule, stop)
     if isinstance(schedule, Buffered):
-        driver = Asynchronous(process, training, schedule, sampler := sampling.fixed(schedule.concurrency))
+        sampler = sampling.fixed(schedule.concurrency)
+        driver: Rounds | Asynchronous = Asynchronous(process, training, schedule, sampler)
     else:
-        driver, sampler = None, algorithm.sampler or sampling.resolve(cohort)
+        driver, sampler = schedule, algorithm.sampler or sampling.resolve(cohort)
         sampler.check(training.clients)
         schedule.asked(sampler, len(training)).check(training.clients)
     if private:
@@ -199,7 +200,7 @@ def simulate(
     with locked(folder) if folder is not None else nullcontext():
         run = _Run(
             process, data, training, sampler, spec, folder, evaluated, evaluate_every, checkpoint_every, stop,
-            driver or cast(Rounds, schedule),
+            driver,
         )  # fmt: skip
         try:
             run.start(state, rounds, resume)

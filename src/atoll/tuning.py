@@ -184,7 +184,7 @@ class _Looked:
                 return Trial(dict(settings), math.nan, (), str(error)), ()
             found = result.evaluate(data, split="validation", personal=result.personalised)
             if not self.metric:
-                self.metric = (*found.names[1:], *found.names)[0]
+                self.metric = found.names[min(1, len(found.names) - 1)]
             if self.metric not in found.names:
                 raise unknown("metric", self.metric, list(found.names))
             self.better = found.better[found.names.index(self.metric)]
