@@ -24,7 +24,7 @@ LAYERS = (
     ("result", "net"),
     ("simulation",),
     ("experiment",),
-    ("study", "bench"),
+    ("study", "bench", "deployment"),
     ("cli",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
