@@ -3,7 +3,7 @@
 import asyncio
 import sys
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import typer
 
@@ -11,7 +11,7 @@ from atoll.cli.guard import console, say
 from atoll.errors import AtollError, InvalidArgument, invalid
 from atoll.net import calls
 from atoll.net.client import Client, Unreachable, join
-from atoll.net.enrolment import Role, decode
+from atoll.net.enrolment import decode
 from atoll.net.home import PREFIX, Home, home_for
 
 ROLES = ("site", "researcher", "admin", "viewer")
@@ -44,7 +44,7 @@ def invite(names: list[str], *, role: str, hours: float, home: Path | None, quie
     """Make invites; see `atoll invite --help`."""
     if role not in ROLES:
         raise invalid("--role", role, f"one of {', '.join(ROLES)}")
-    made: calls.Invites = ask(home_for(home, ("admin",), "invite"), calls.MakeInvites(names, cast(Role, role), hours))
+    made: calls.Invites = ask(home_for(home, ("admin",), "invite"), calls.MakeInvites(names, role, hours))
     if quiet:
         for word in made.words:
             typer.echo(word)

@@ -14,6 +14,7 @@ from atoll.net.enrolment import Role, Token
 LONGEST = 2**21
 """Bytes of a call."""
 
+Engine = Literal["auto", "vectorized", "loop"]
 Setting = Annotated[str, Meta(max_length=1000)]
 Settings = Annotated[dict[Annotated[str, Meta(max_length=100, pattern=r"\A[A-Za-z_][A-Za-z0-9_]*\Z")], Setting],
                      Meta(max_length=100)]  # fmt: skip
@@ -48,7 +49,7 @@ class Charter(_Struct, frozen=True):
     run: Name
     code: Hash
     settings: Settings
-    engine: Literal["auto", "vectorized", "loop"] = "auto"
+    engine: Engine = "auto"
     least: Annotated[int, Meta(ge=0, le=100_000)] = 0
     over: Annotated[float, Meta(ge=1, le=100)] = 1.0
     quorum: Annotated[int, Meta(ge=1, le=100_000)] | None = None
