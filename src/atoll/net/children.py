@@ -307,6 +307,8 @@ class Child:
             await self.end()
             raise ChildDied("the task's process was ended: its answer could not be read.") from error
         except (OSError, asyncio.IncompleteReadError) as error:
+            with suppress(TimeoutError):  # how it ended is worth a moment
+                await asyncio.wait_for(asyncio.shield(self._process.wait()), 1.0)
             await self.end()
             code = self._process.returncode
             how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"

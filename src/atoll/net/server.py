@@ -432,16 +432,22 @@ def serve(folder: Path, *, host: str, port: int, address: str | None, told: Call
         home = establish(folder, address or _address(folder, host, bound))
         hub = Hub(folder, home.identity.fingerprint, home.identity.address)
         door = Door(hub, folder)
-        config = uvicorn.Config(
-            door.app, http=guarded(door), ws="none", lifespan="on", log_config=None, access_log=False,
-            proxy_headers=False, server_header=False, limit_concurrency=CONNECTIONS, timeout_keep_alive=75,
-            timeout_graceful_shutdown=3, h11_max_incomplete_event_size=HEADERS,
-        )  # fmt: skip
-        config.load()
-        config.ssl = server_context(key_at(folder / "key"), folder)
+        config = configured(door, folder)
         told(home.identity.address, home.identity.fingerprint)
         server = _Server(config)
         server.run(sockets=[listener])
+
+
+def configured(door: Door, folder: Path) -> uvicorn.Config:
+    """How a door is served: HTTP/1.1 under TLS, with bounds on everything."""
+    config = uvicorn.Config(
+        door.app, http=guarded(door), ws="none", lifespan="on", log_config=None, access_log=False,
+        proxy_headers=False, server_header=False, limit_concurrency=CONNECTIONS, timeout_keep_alive=75,
+        timeout_graceful_shutdown=3, h11_max_incomplete_event_size=HEADERS,
+    )  # fmt: skip
+    config.load()
+    config.ssl = server_context(key_at(folder / "key"), folder)
+    return config
 
 
 class _Server(uvicorn.Server):
