@@ -55,7 +55,11 @@ def test_a_newcomers_way_from_nothing_to_a_model(tmp_path: Path) -> None:
         listed = found.atoll("sites")
         assert all(name in listed for name in SITES)
         name = found.atoll("submit", "app.py", "--engine", "loop", "--name", "heart", "--quiet").strip()
-        assert "hospital" in found.atoll("watch", "heart", "--once")
+        asked = [found.folder / f"atoll-{site}" / "waiting" for site in SITES]
+        found.until(lambda: all(waiting_in(folder) for folder in asked), "the owners are asked")
+        found.until(
+            lambda: "atoll review" in found.atoll("watch", "heart", "--once"), "the operator sees it", every=1.0
+        )
         assert not (found.folder / "atoll-hospital-a" / "left").exists(), "nothing runs that was not approved"
         shown = found.atoll("review", "--home", "atoll-hospital-a")
         assert "waiting" in shown and "heart" in shown

@@ -15,6 +15,8 @@ from atoll.deployment.survey import Agreement, agreed, first_answer, second_answ
 from atoll.errors import DataError
 from atoll.net.storage import Disk
 
+pytestmark = pytest.mark.usefixtures("unsynced")
+
 RECIPE = table(client="who", target="sick", seed=3)
 PARTS = {
     "a": {"age": [30.5, 41.0, 52.25, 63.0, None], "sex": ["f", "m", "f", None, "f"], "sick": [0, 1, 0, 1, 1]},

@@ -14,6 +14,8 @@ from atoll.net.calls import ROLES, Charter, Done
 from atoll.net.client import Turned, Unreachable
 from atoll.net.keys import public_text
 
+pytestmark = pytest.mark.usefixtures("unsynced")
+
 CHARTER = Charter("r", "0" * 64, {})
 CALLS: dict[str, calls.Call] = {
     type(c).__name__: c

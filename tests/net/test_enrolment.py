@@ -12,6 +12,8 @@ from atoll.net.enrolment import EnrolmentError, Invite, Roster
 from atoll.net.keys import public_text
 from atoll.net.storage import Disk
 
+pytestmark = pytest.mark.usefixtures("unsynced")
+
 KEYS = [public_text(Ed25519PrivateKey.from_private_bytes(bytes([n]) * 32).public_key()) for n in range(1, 5)]
 
 

@@ -18,6 +18,8 @@ from atoll.net import calls, keys, server
 from atoll.net.client import Client, Unreachable
 from atoll.net.home import Home, Identity, settle
 
+pytestmark = pytest.mark.usefixtures("unsynced")
+
 
 @pytest.fixture
 def port(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[House, int]]:

@@ -8,6 +8,8 @@ import pytest
 from atoll.errors import InvalidArgument, RunError
 from atoll.net import keys
 
+pytestmark = pytest.mark.usefixtures("unsynced")
+
 
 def test_a_key_is_made_for_its_owner_alone(tmp_path: Path) -> None:
     made = keys.key_at(tmp_path / "key", make=True)

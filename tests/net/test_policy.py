@@ -13,6 +13,8 @@ from atoll.net.calls import Charter
 from atoll.net.frames import encode
 from atoll.net.policy import Approvals, Left, Outgoing, Sent, experiment_hash, inspect
 
+pytestmark = pytest.mark.usefixtures("unsynced")
+
 CODE = "0" * 64
 CHARTER = Charter("heart", CODE, {"lr": "0.1", "rounds": "5"})
 

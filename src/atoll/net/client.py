@@ -26,6 +26,9 @@ CHUNK = 2**22
 ATTEMPTS = 5
 """How often a transfer is taken up again without a byte more than the time before."""
 
+SUBMISSION = 660.0
+"""Seconds a submission may take."""
+
 # Every one of them is about progress, not about the whole: a slow link may take its time.
 TIMEOUTS = httpx.Timeout(connect=10.0, read=60.0, write=60.0, pool=10.0)
 
@@ -70,7 +73,9 @@ class Client:
             Turned: the server will not.
             Unreachable: there was no answer.
         """
-        content = await self._ask("POST", "/v1/call", calls.encode(call))
+        # A run is loaded before its submission is answered, which takes its time.
+        seconds = SUBMISSION if isinstance(call, calls.Submit) else None
+        content = await self._ask("POST", "/v1/call", calls.encode(call), seconds)
         return self._read(calls.REPLIES[type(call)], content)
 
     async def say(self, message: control.Request) -> control.Answer:
@@ -143,12 +148,14 @@ class Client:
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
-    async def _ask(self, method: str, path: str, body: bytes) -> bytes:
+    async def _ask(self, method: str, path: str, body: bytes, seconds: float | None = None) -> bytes:
         """The content of the server's answer to one request, which is sent a second time at most: with the epoch that
         the server told.
         """
         for again in (True, False):
             request = self._signed(method, path, body)
+            if seconds is not None:
+                request.extensions["timeout"] = httpx.Timeout(seconds, connect=10.0).as_dict()
             try:
                 answer = await self._http.send(request)
             except httpx.HTTPError as error:

@@ -174,12 +174,12 @@ class Run:
 
     async def close(self) -> None:
         """Let the run rest until the server starts again."""
+        if self._child is not None:
+            await self._child.end()  # whatever it is at: its journal tells where to go on
         if self._keeper is not None:
             self._keeper.cancel()
             with suppress(asyncio.CancelledError):
                 await self._keeper
-        if self._child is not None:
-            await self._child.end()
 
     async def ask(self, call: HostCall, blob: bytes = b"") -> bytes:
         """Have the run's process do something; its answer to a site, if there is one.
@@ -262,17 +262,21 @@ class Run:
         until = time.monotonic() + HOLD
         first: Answer | None = None
         while True:
-            version = self.news.version
             if self.over:
                 return self._ended(site)
+            at = self._at(site)
             answer = await self._received(site, request)
             held = isinstance(request, Ask) and isinstance(answer, Wait) and answer == (first or answer)
             first = first or answer
-            left = until - time.monotonic()
-            if not held or left <= 0:
+            if not held or time.monotonic() >= until:
                 return answer
-            if self.news.version == version:
+            while self._at(site) == at and (left := until - time.monotonic()) > 0:
                 await self.news.wait(left)
+
+    def _at(self, site: str) -> tuple[object, ...]:
+        """What a site's question depends on: while it stays the same, so does the answer."""
+        s = self.summary
+        return (self.over,) if s is None else (self.over, s.phase, s.round, s.attempt, s.sites.get(site))
 
     async def _received(self, site: str, request: Request) -> Answer:
         upload = ""

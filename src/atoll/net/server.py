@@ -18,6 +18,7 @@ import contextlib
 import fcntl
 import logging
 import re
+import resource
 import signal
 import socket
 import sys
@@ -133,6 +134,9 @@ class Door:
         except (EnrolmentError, InvalidArgument) as error:
             self._note(control.plain(name), f"enrolment refused: {error}")
             return self._refused(seen, Problem("invite", str(error)))
+        except OSError as error:
+            log.error("the disk refuses: %s", error)
+            return self._refused(seen, Problem("busy", "the server's disk refuses: try again later."))
         log.info("%s joined as %s", member.name, member.role)
         self.hub.agenda.tell()
         return self._answer(seen, 200, calls.encode(Welcome(member.name, member.role)))
@@ -427,6 +431,8 @@ def serve(folder: Path, *, host: str, port: int, address: str | None, told: Call
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise RunError(f"another server works in {folder}: stop it first, or name another folder.") from None
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection is a file
         listener = _listening(host, port)
         bound = listener.getsockname()[1]
         home = establish(folder, address or _address(folder, host, bound))

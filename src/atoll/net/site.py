@@ -248,6 +248,7 @@ class Part:
         self._at: Work | None = None
         self._training: asyncio.Task[None] | None = None
         self._unheard = float("-inf")
+        self._delivering = asyncio.Lock()
 
     async def go(self) -> None:
         """From approval to the end of the run.
@@ -406,10 +407,14 @@ class Part:
             self._look(agent)
 
     async def _sent(self, message: Request, frame: bytes) -> tuple[Answer, bytes]:
+        if isinstance(message, Deliver):
+            async with self._delivering:  # one way of a report at a time: whoever waits finds it delivered
+                answer = await self.client.say(message)
+                if isinstance(answer, Refused) and answer.cause == "transport":
+                    await self.client.upload(self.run, frame)
+                    answer = await self.client.say(message)
+                return answer, b""
         answer = await self.client.say(message)
-        if isinstance(message, Deliver) and isinstance(answer, Refused) and answer.cause == "transport":
-            await self.client.upload(self.run, frame)
-            answer = await self.client.say(message)
         if not isinstance(answer, Work):
             return answer, b""
         if answer.size > self.site.bounds.object:
