@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
+import torch
 from torch import Tensor
 
 from atoll.aggregators import Aggregator
@@ -139,7 +140,9 @@ def configure(factory: Factory, settings: Mapping[str, str]) -> Experiment:
         if name not in known:
             raise unknown("--set", name, list(known))
         arguments[name] = convert(name, text, known[name].annotation)
-    experiment = factory(**arguments)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # what modules draw for their first values is the same in every process
+        experiment = factory(**arguments)
     if not isinstance(experiment, Experiment):
         raise InvalidArgument(f"experiment() returned {type(experiment).__name__}: it must return an atoll.Experiment.")
     return experiment

@@ -18,6 +18,13 @@ app = typer.Typer(
 )
 
 
+Home = Annotated[
+    Path | None, typer.Option(help="The folder of the party to act for; default the only fitting one here.")
+]
+Named = Annotated[str, typer.Argument(metavar="RUN", help="Name of the run.")]
+Reason = Annotated[str, typer.Option(help="What those who watch are told.")]
+
+
 def _version(asked: bool) -> None:
     if asked:
         import atoll
@@ -65,9 +72,17 @@ def run(
     engine: Annotated[str, typer.Option(help='"auto", "vectorized", "ray" or "loop".')] = "auto",
     report: Annotated[bool, typer.Option("--report/--no-report", help="Write report.html into the directory.")] = True,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the run directory and nothing else.")] = False,
+    sites: Annotated[
+        int | None, typer.Option(min=1, help="Over so many sites on this machine, each a program of its own.")
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Run an experiment that an app file defines."""
+    if sites is not None:
+        from atoll.cli.run import run_over_sites
+
+        run_over_sites(app, sites, settings=settings or [], data=data, directory=directory, engine=engine, quiet=quiet)
+        return
     from atoll.cli.run import run as start
 
     start(
@@ -82,9 +97,16 @@ def runs(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="The folder that holds run directories.")] = Path(
         "runs"
     ),
+    server: Annotated[bool, typer.Option("--server", help="List the runs of the server instead.")] = False,
+    home: Home = None,
     debug: Debug = False,
 ) -> None:
     """List runs: state, rounds, last metric."""
+    if server:
+        from atoll.cli.operating import server_runs
+
+        server_runs(home)
+        return
     from atoll.cli.runs import runs as show
 
     show(directory)
@@ -148,3 +170,211 @@ def bench(
     from atoll.cli.bench import bench as measure
 
     measure(workloads or ["W1", "W2", "W3"], rounds=rounds, workers=workers, engine=engine, quick=quick)
+
+
+# --- over real sites --------------------------------------------------------------------------------------------------
+
+
+@app.command()
+@guarded
+def server(
+    state: Annotated[Path, typer.Option(help="Folder of the server's keys, members and runs.")] = Path("atoll-server"),
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "0.0.0.0",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free one.")] = 8443,
+    address: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="How sites reach this server; default this machine's name.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Serve runs to sites over HTTPS, from one folder, until stopped."""
+    from atoll.cli.serving import server as serve
+
+    serve(state, host=host, port=port, address=address)
+
+
+@app.command()
+@guarded
+def invite(
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Names of the newcomers.")],
+    role: Annotated[str, typer.Option(help='"site", "researcher", "admin" or "viewer".')] = "site",
+    hours: Annotated[float, typer.Option(help="How long the invites hold.")] = 24.0,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the invites and nothing else.")] = False,
+    home: Home = None,
+    debug: Debug = False,
+) -> None:
+    """Make invites, each of which lets one newcomer in, once."""
+    from atoll.cli.serving import invite as make
+
+    make(names, role=role, hours=hours, home=home, quiet=quiet)
+
+
+@app.command()
+@guarded
+def join(
+    word: Annotated[
+        str | None, typer.Argument(metavar="INVITE", help='The invite; "-" reads it from standard input.')
+    ] = None,
+    data: Annotated[str | None, typer.Option(metavar="PATH", help="The table that this site's owner keeps.")] = None,
+    home: Annotated[Path | None, typer.Option(help="Folder for its key and records; default atoll-NAME.")] = None,
+    task_limit: Annotated[float, typer.Option(help="Seconds a task may take.")] = 3600.0,
+    memory: Annotated[float, typer.Option(help="GiB of data a task's process may have; 0: no limit.")] = 0.0,
+    stay: Annotated[bool, typer.Option("--stay/--no-stay", help="Take part in runs until stopped.")] = True,
+    debug: Debug = False,
+) -> None:
+    """Join a server and, as a site, take part in the runs that its owner approves."""
+    from atoll.cli.serving import take_up
+
+    take_up(word, data=data, home=home, task=task_limit, memory=memory, stay=stay)
+
+
+@app.command()
+@guarded
+def submit(
+    app: Annotated[str, typer.Argument(metavar="APP", help="Path of an app.py, or the name of a recipe.")],
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A parameter of the app; repeat for more.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the run; default the app's, and the time.")] = None,
+    sites: Annotated[int, typer.Option(min=0, help="Sites to wait for; 0: all that have joined.")] = 0,
+    quorum: Annotated[
+        int | None, typer.Option(min=1, help="Updates with which a round may close when no more can come.")
+    ] = None,
+    deadline: Annotated[
+        float | None, typer.Option(help="Seconds after which a round does not wait for more than the quorum.")
+    ] = None,
+    over: Annotated[float, typer.Option(help="How many times the cohort is asked, at least 1.")] = 1.0,
+    attempts: Annotated[int, typer.Option(min=1, help="Attempts at a round before the run pauses.")] = 3,
+    weight_cap: Annotated[float | None, typer.Option(help="Largest weight an update may have.")] = None,
+    norm_bound: Annotated[float | None, typer.Option(help="Largest L2 norm an update may have.")] = None,
+    engine: Annotated[str, typer.Option(help='At each site: "auto", "vectorized" or "loop".')] = "auto",
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the run's name and nothing else.")] = False,
+    home: Home = None,
+    debug: Debug = False,
+) -> None:
+    """Start a run of an experiment over the server's sites."""
+    from atoll.cli.operating import submit as start
+
+    options = {
+        "least": sites, "quorum": quorum, "deadline": deadline, "over": over, "attempts": attempts,
+        "weight_cap": weight_cap, "norm_bound": norm_bound, "engine": engine,
+    }  # fmt: skip
+    start(app, name=name, settings=settings or [], options=options, home=home, quiet=quiet)
+
+
+@app.command()
+@guarded
+def watch(
+    run: Annotated[str | None, typer.Argument(metavar="RUN", help="Name of the run; default the newest.")] = None,
+    once: Annotated[bool, typer.Option("--once", help="Show how it is now, and end.")] = False,
+    home: Home = None,
+    debug: Debug = False,
+) -> None:
+    """Follow a run over sites to its end."""
+    from atoll.cli.operating import watch as follow
+
+    follow(run, once=once, home=home)
+
+
+@app.command()
+@guarded
+def sites(home: Home = None, debug: Debug = False) -> None:
+    """List who has joined the server."""
+    from atoll.cli.operating import sites as show
+
+    show(home)
+
+
+@app.command()
+@guarded
+def pause(run: Named, reason: Reason = "", home: Home = None, debug: Debug = False) -> None:
+    """Let a run rest; nothing that was sent is lost."""
+    from atoll.cli.operating import steer
+
+    steer(run, "pause", reason=reason, home=home)
+
+
+@app.command()
+@guarded
+def resume(run: Named, home: Home = None, debug: Debug = False) -> None:
+    """Let a paused run go on."""
+    from atoll.cli.operating import steer
+
+    steer(run, "resume", reason="", home=home)
+
+
+@app.command()
+@guarded
+def stop(run: Named, reason: Reason = "", home: Home = None, debug: Debug = False) -> None:
+    """End a run for good; the model of its last round stays."""
+    from atoll.cli.operating import steer
+
+    steer(run, "stop", reason=reason, home=home)
+
+
+@app.command()
+@guarded
+def revoke(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Who is shut out.")],
+    home: Home = None,
+    debug: Debug = False,
+) -> None:
+    """Shut a member out of the server, at once."""
+    from atoll.cli.operating import revoke as shut_out
+
+    shut_out(name, home=home)
+
+
+@app.command()
+@guarded
+def review(
+    mark: Annotated[str | None, typer.Argument(metavar="HASH", help="Show this experiment's code.")] = None,
+    home: Home = None,
+    debug: Debug = False,
+) -> None:
+    """Show what was asked of this site, and what its owner decided."""
+    from atoll.cli.owning import review as show
+
+    show(mark, home=home)
+
+
+Mark = Annotated[str, typer.Argument(metavar="HASH", help="The experiment, as `atoll review` shows it.")]
+
+
+@app.command()
+@guarded
+def approve(mark: Mark, home: Home = None, debug: Debug = False) -> None:
+    """Let an experiment run on this site's data: this code, with these settings, and nothing else."""
+    from atoll.cli.owning import decide
+
+    decide(mark, "approved", home=home)
+
+
+@app.command()
+@guarded
+def deny(mark: Mark, home: Home = None, debug: Debug = False) -> None:
+    """Keep an experiment from this site's data, or take an approval back."""
+    from atoll.cli.owning import decide
+
+    decide(mark, "denied", home=home)
+
+
+@app.command()
+@guarded
+def audit(home: Home = None, debug: Debug = False) -> None:
+    """Show everything that left this site, and check that its journal is whole."""
+    from atoll.cli.owning import audit as show
+
+    show(home)
+
+
+@app.command()
+@guarded
+def doctor(
+    data: Annotated[str | None, typer.Option(metavar="PATH", help="Look at this table as well.")] = None,
+    home: Home = None,
+    debug: Debug = False,
+) -> None:
+    """Look at what stands between this party and its server: name, port, TLS, clock, disk, versions, data."""
+    from atoll.cli.doctor import doctor as look
+
+    look(home, data)

@@ -77,6 +77,51 @@ def run(
         out.print(f"report  {page}", markup=False, soft_wrap=True)
 
 
+def run_over_sites(
+    app: str,
+    sites: int,
+    *,
+    settings: Sequence[str],
+    data: str | None,
+    directory: Path | None,
+    engine: str,
+    quiet: bool,
+) -> None:
+    """Run an app over sites on this machine; see `atoll run --help`."""
+    from atoll.cli.local import over_sites
+    from atoll.data import FederatedDataset
+    from atoll.deployment.prepare import experiment_of
+    from atoll.result import Result
+
+    path, given = app_path(app), parsed(settings)
+    experiment_of(path, given)
+    experiment = build(path, given, data)
+    if not isinstance(experiment.data, FederatedDataset):
+        raise invalid("--sites", sites, "left out without data", "Give the table with --data PATH.")
+    clients = list(experiment.data.clients)
+    if len(clients) != sites:
+        raise invalid("--sites", sites, f"{len(clients)}, the number of clients in the data: each is a site")
+    folder = directory if directory is not None else new_directory(_name(path))
+    if folder.exists() and any(folder.iterdir()):
+        raise invalid("--directory", str(folder), "a folder that is empty or does not exist")
+    tell = (lambda line: None) if quiet else (lambda line: console().print(line, markup=False, soft_wrap=True))
+    view = over_sites(
+        folder, path, run="run", settings=given, data=data, clients=clients, engine=engine, tell=tell
+    )  # fmt: skip
+    where = folder / "server" / "runs" / "run"
+    if quiet:
+        typer.echo(str(where))
+    elif view.phase == "finished":
+        result = Result.load(where, experiment.model)
+        if experiment.data.has("test"):
+            found = result.evaluate(experiment.data)
+            told = ", ".join(f"{n} {v:.4g}" for n, v in found.metrics.items())
+            console().print(f"test, all examples: {told}", markup=False, soft_wrap=True)
+        console().print(f"run     {where}", markup=False, soft_wrap=True)
+    if view.phase != "finished":
+        raise typer.Exit(1)
+
+
 def app_path(app: str) -> Path:
     """The file of an app: a path, or the name of a recipe.
 

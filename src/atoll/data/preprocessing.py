@@ -14,7 +14,7 @@ by a standard scaler, fitted on all clients' training rows at once.
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypedDict, cast
 
 import numpy as np
 import torch
@@ -400,11 +400,54 @@ def settle(
         DataError: when a column cannot be used.
         InvalidArgument: when the target does not fit task, positive or classes.
     """
+    options: Options = {
+        "target": target, "missing": missing, "standardise": standardise, "positive": positive, "classes": classes,
+        "task": task, "categorical": categorical, "categories": categories, "indicators": indicators,
+    }  # fmt: skip
     found = survey().over(clients)
-    _check_columns(found, missing, categories)
-    means = {name: sums.total / sums.present for name, sums in found.columns.items() if sums.kind == "numeric"}
+    means = means_of(found, options)
     squares: Mapping[str, float] = spread(means).over(clients) if standardise else {}
-    columns: list[Column] = []
+    return agree(found, squares, options)
+
+
+class Options(TypedDict):
+    """What a recipe says about a table, as the arguments of `settle`."""
+
+    target: str
+    missing: Literal["mean", "error"]
+    standardise: bool
+    positive: Label | None
+    classes: Sequence[Label] | None
+    task: str
+    categorical: Sequence[str]
+    categories: Mapping[str, Sequence[str]]
+    indicators: Sequence[str] | None
+
+
+def means_of(found: Survey, options: Options) -> dict[str, float]:
+    """The means of numeric columns after the first round.
+
+    Raises:
+        DataError: a column cannot be used.
+    """
+    _check_columns(found, options["missing"], options["categories"])
+    return {name: sums.total / sums.present for name, sums in found.columns.items() if sums.kind == "numeric"}
+
+
+def agree(found: Survey, squares: Mapping[str, float], options: Options) -> Preprocessing:
+    """The preprocessing after both rounds.
+
+    Args:
+        found: of the first.
+        squares: of the second, around `means_of(found)`; empty where nothing is standardised.
+        options: of the recipe.
+
+    Raises:
+        DataError: a column cannot be used.
+        InvalidArgument: the target does not fit task, positive or classes.
+    """
+    means, columns = means_of(found, options), list[Column]()
+    categories, indicators, standardise = options["categories"], options["indicators"], options["standardise"]
     for name, sums in found.columns.items():
         indicator = sums.missing > 0 if indicators is None else name in indicators
         if sums.kind == "categorical" or name in categories:
@@ -417,8 +460,8 @@ def settle(
             scale = _scale(name, mean, squares[name], found.rows) if standardise else 1.0
             shift = mean if standardise else 0.0
             columns.append(Column(name, "numeric", mean, shift, scale, indicator=indicator))
-    agreed = _agree_classes(found, target, positive, classes, task)
-    return Preprocessing(tuple(columns), target, agreed, missing, tuple(categorical))
+    agreed = _agree_classes(found, options["target"], options["positive"], options["classes"], options["task"])
+    return Preprocessing(tuple(columns), options["target"], agreed, options["missing"], tuple(options["categorical"]))
 
 
 def _check_columns(found: Survey, missing: str, categories: Mapping[str, Sequence[str]]) -> None:

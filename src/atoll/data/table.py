@@ -19,8 +19,29 @@ from atoll.data.cutting import TEST, TRAIN, VALIDATION, check_fractions, cut
 from atoll.data.dataset import FederatedDataset
 from atoll.data.frames import Frame, need_columns, one_of, read_frame
 from atoll.data.packed import divide
-from atoll.data.preprocessing import Label, Preprocessing, settle
+from atoll.data.preprocessing import Label, Options, Preprocessing, settle
 from atoll.errors import DataError, invalid
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Read:
+    """A table as it was read: rows in `order` are divided by client at `offsets` and cut by `codes`."""
+
+    features: list[str]
+    names: tuple[str, ...]
+    order: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+    codes: NDArray[Any]
+    cells: Raw
+    where: str
+
+    @property
+    def training(self) -> list[Raw]:
+        """Each client's training rows."""
+        return [
+            self.cells.take(self.order[start + np.flatnonzero(self.codes[start:stop] == TRAIN)])
+            for start, stop in pairwise(self.offsets.tolist())
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +66,18 @@ class Table:
     drop: tuple[str, ...]
     name: str
 
-    def bind(self, source: Frame | str | Path, *, preprocessing: Preprocessing | None = None) -> FederatedDataset:
+    def bind(
+        self, source: Frame | str | Path, *, preprocessing: Preprocessing | None = None, client: str | None = None
+    ) -> FederatedDataset:
         """Read a source by this recipe.
 
         Args:
             source: a pandas DataFrame or the path of a .csv, .csv.gz or .parquet file.
             preprocessing: one settled elsewhere (a site receives the federation's); None settles it over the
                 clients of this source.
+            client: the one client whose table this is, as a site has it; None: rows name their owners. The column
+                that names owners may be missing then, or name somebody else in all rows; where it names several, the
+                rows of this one are taken.
 
         Returns:
             The dataset, clients sorted by name, with `features` and `preprocessing`.
@@ -59,7 +85,55 @@ class Table:
         Raises:
             DataError: when the source, a column or a row cannot be used; the message says which and what to do.
         """
+        read = self._read(source, client)
+        if preprocessing is None:
+            preprocessing = settle(read.training, **self.options(read.features))
+        else:
+            self._same_columns(preprocessing, read.features)
+        x, y = preprocessing.encode(read.cells, read.where)
+        assert y is not None
+        parts = divide({"x": x, "y": y}, torch.as_tensor(read.offsets), read.codes, torch.as_tensor(read.order))
+        return FederatedDataset(
+            read.names,
+            parts[TRAIN],
+            validation=parts[VALIDATION] if self.validation > 0 else None,
+            test=parts[TEST] if self.test > 0 else None,
+            name=self.name,
+            features=preprocessing.features,
+            preprocessing=preprocessing,
+        )
+
+    def training(self, source: Frame | str | Path, client: str) -> Raw:
+        """A site's own training rows, of which statistics are taken before the preprocessing is agreed.
+
+        Raises:
+            DataError: as for `bind`.
+        """
+        (cells,) = self._read(source, client).training
+        return cells
+
+    def options(self, features: Sequence[str]) -> Options:
+        """What the recipe says about columns, for `preprocessing.agree`.
+
+        Args:
+            features: the columns to predict from.
+        """
+        return {
+            "target": self.target,
+            "missing": self.missing,
+            "standardise": self.standardise,
+            "positive": self.positive,
+            "classes": self.classes,
+            "task": self.task,
+            "categorical": [name for name in self.categorical if name in features],
+            "categories": {name: values for name, values in self.categories if name in features},
+            "indicators": self.indicators,
+        }
+
+    def _read(self, source: Frame | str | Path, client: str | None) -> "_Read":
         frame, where = read_frame(source)
+        if client is not None:
+            frame = self._own(frame, where, client)
         features = self._columns(frame, where)
         if len(frame) == 0:
             raise DataError(f"{where} has no rows.")
@@ -74,40 +148,23 @@ class Table:
             seed=self.seed,
             labels=self._strata(frame, where)[order] if self.stratify else None,
         )
-
         cells = raw(frame, features, self.target, categorical=self.categorical, where=where)
         self._refuse_unusable(cells, owner, names, where)
-        if preprocessing is None:
-            trained = [
-                cells.take(order[start + np.flatnonzero(codes[start:stop] == TRAIN)])
-                for start, stop in pairwise(offsets.tolist())
-            ]
-            preprocessing = settle(
-                trained,
-                target=self.target,
-                missing=self.missing,
-                standardise=self.standardise,
-                positive=self.positive,
-                classes=self.classes,
-                task=self.task,
-                categorical=[name for name in self.categorical if name in features],
-                categories={name: values for name, values in self.categories if name in features},
-                indicators=self.indicators,
-            )
-        else:
-            self._same_columns(preprocessing, features)
-        x, y = preprocessing.encode(cells, where)
-        assert y is not None
-        parts = divide({"x": x, "y": y}, torch.as_tensor(offsets), codes, torch.as_tensor(order))
-        return FederatedDataset(
-            names,
-            parts[TRAIN],
-            validation=parts[VALIDATION] if self.validation > 0 else None,
-            test=parts[TEST] if self.test > 0 else None,
-            name=self.name,
-            features=preprocessing.features,
-            preprocessing=preprocessing,
-        )
+        return _Read(features, names, order, offsets, codes, cells, where)
+
+    def _own(self, frame: Frame, where: str, client: str) -> Frame:
+        """The rows of one client, under its name."""
+        if self.client in frame.columns:
+            need = [text(value) for value in frame[self.client].tolist()]
+            owners = sorted(set(need))
+            if client in owners:
+                frame = frame[np.asarray([owner == client for owner in need], dtype=bool)]
+            elif len(owners) > 1:
+                raise DataError(
+                    f"{where}: column {self.client!r} names {len(owners)} owners and {client!r} is none of them. Give "
+                    "the table of this client alone."
+                )
+        return frame.reset_index(drop=True).assign(**{self.client: client})
 
     def _columns(self, frame: Frame, where: str) -> list[str]:
         need_columns(frame, [self.client], where, "client")

@@ -5,7 +5,8 @@
     memory/ROUND.TRY    what the client remembers after it; the journal says which one counts
 
 It has no clock, thread or socket: whoever owns those calls `due` when `wake` seconds have passed, `heard` with an
-answer, and `train` while `busy`; each gives the messages to be sent.
+answer, and `train` while `busy`; each gives the messages to be sent. Whoever trains elsewhere takes the `task`, and
+tells by `finished` or `failed`.
 """
 
 from collections.abc import Callable
@@ -20,8 +21,8 @@ from atoll.errors import NonFiniteError, RunError
 from atoll.memory import ClientMemory
 from atoll.messages import Clear
 from atoll.net import party
-from atoll.net.control import Answer, Deliver, Request, Stamp, Work
-from atoll.net.frames import FrameError, Limits, TensorSpec, content_hash, decode, encode
+from atoll.net.control import Answer, Deliver, Request, Stamp, Work, content_hash
+from atoll.net.frames import FrameError, Limits, TensorSpec, decode, encode
 from atoll.net.packing import pack_report, unpack_task
 from atoll.net.party import Pace
 from atoll.net.storage import FileSystem, Log, write_durably
@@ -112,27 +113,49 @@ class Agent:
         """The server answered; beside a `Work` its frame."""
         return self._happen(party.Heard(answer), content)
 
-    def train(self) -> list[Out]:
-        """Work on the task that waits."""
+    @property
+    def done(self) -> Done | None:
+        """What came of the task that waits, if it is only the disk that is missing."""
+        return self._done
+
+    @property
+    def task(self) -> tuple[Work, bytes]:
+        """The task that waits: its message and its frame."""
         assert self._todo is not None
-        work, content = self._todo
-        stamp = (work.round, work.attempt)
-        event: party.Event
+        return self._todo
+
+    def train(self) -> list[Out]:
+        """Work on the task that waits, and tell."""
+        work, content = self.task
         try:
-            try:
-                if self._done is None:
-                    self._done = self._training(work, content, self.memory)
-            except Exception as error:  # whatever the author's code raises, the site stays up and says so
-                told = str(error) if isinstance(error, HARMLESS) else type(error).__name__
-                self._notice(f"round {work.round + 1}: {type(error).__name__}: {error}")
-                event = party.Broke(stamp, told)
-            else:
-                event = party.Trained(self._stored(work, self._done))
-            return self._happen(event)
-        except OSError as error:  # the task waits, and what came of it: there may be room the next time
-            self._notice(f"the disk refuses: {error}")
-            self._settle()
-            return []
+            done = self._done or self._training(work, content, self.memory)
+        except Exception as error:  # whatever the author's code raises, the site stays up and says so
+            return self.failed(work, error)
+        return self.finished(work, done)
+
+    def finished(self, work: Work, done: Done) -> list[Out]:
+        """Training on a task is done."""
+        if self._todo is not None and self._todo[0] is work:
+            self._done = done  # a disk that is full now may have room later
+        try:
+            return self._happen(party.Trained(self._stored(work, done)))
+        except OSError as error:
+            return self._refused(error)
+
+    def failed(self, work: Work, error: Exception) -> list[Out]:
+        """Training on a task came to nothing."""
+        told = str(error) if isinstance(error, HARMLESS) else type(error).__name__
+        self._notice(f"round {work.round + 1}: {type(error).__name__}: {error}")
+        try:
+            return self._happen(party.Broke((work.round, work.attempt), told))
+        except OSError as refusal:
+            return self._refused(refusal)
+
+    def _refused(self, error: OSError) -> list[Out]:
+        """The task waits, and what came of it: there may be room the next time."""
+        self._notice(f"the disk refuses: {error}")
+        self._settle()
+        return []
 
     def _stored(self, work: Work, done: Done) -> Deliver:
         """Make a report and its memory durable; its message."""

@@ -5,6 +5,7 @@ a frame whose hash the message announces. Every answer tells the site which of i
 it learns, whatever was lost on the way, whether to keep what it remembers of a round.
 """
 
+import hashlib
 from typing import Annotated, Literal, TypeVar
 
 import msgspec
@@ -164,6 +165,11 @@ class MessageError(InvalidArgument):
 def encode(message: Request | Answer) -> bytes:
     """A message as JSON."""
     return msgspec.json.encode(message)
+
+
+def content_hash(content: "bytes | bytearray | memoryview") -> str:
+    """What messages call a content by: SHA-256 in hexadecimal digits."""
+    return hashlib.sha256(content).hexdigest()
 
 
 def plain(text: str) -> str:

@@ -6,7 +6,6 @@ tensors it expects (`Schema`); limits are checked before anything is allocated, 
 or used as a file name, and a frame that differs from its one form by a single byte is refused.
 """
 
-import hashlib
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from msgspec import Meta
 from torch import Tensor
 
 from atoll.errors import InvalidArgument
+from atoll.net.control import content_hash
 
 Reason = Literal["truncated", "limit", "header", "name", "dtype", "shape", "layout", "schema", "value", "hash"]
 """Why a frame was refused."""
@@ -106,11 +106,6 @@ class Place:
     shape: tuple[int, ...]
     begin: int
     end: int
-
-
-def content_hash(content: "bytes | bytearray | memoryview") -> str:
-    """SHA-256 in hexadecimal digits."""
-    return hashlib.sha256(content).hexdigest()
 
 
 def schema_of(tensors: Mapping[str, Tensor]) -> Schema:
@@ -251,6 +246,28 @@ def locate(start: bytes, size: int, schema: Schema, limits: Limits | None = None
         name: Place(DTYPES[e.dtype], tuple(e.shape), 8 + length + e.data_offsets[0], 8 + length + e.data_offsets[1])
         for name, e in entries.items()
     }
+
+
+def declared(content: "bytes | bytearray | memoryview", limits: Limits | None = None) -> Schema:
+    """The tensors that a frame's header names, for whoever does not know what to expect; `decode` checks the frame.
+
+    Raises:
+        FrameError: there is no header within the limits.
+    """
+    limits = limits or Limits()
+    length = int.from_bytes(content[:8], "little")
+    if len(content) < 8 or length > limits.header or 8 + length > len(content):
+        raise FrameError("truncated", "there is no whole header within the limits.")
+    try:
+        entries = _entries.decode(content[8 : 8 + length])
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise FrameError("header", "the header is not the JSON of a frame.") from error
+    if len(entries) > limits.tensors:
+        raise FrameError("limit", f"{len(entries)} tensors are more than the limit of {limits.tensors}.")
+    for name, entry in entries.items():
+        if entry.dtype not in DTYPES or len(entry.shape) > limits.dimensions:
+            raise FrameError("dtype", f"{name[:50]!r} has a type or a shape that cannot travel.")
+    return tuple(TensorSpec(n, DTYPES[e.dtype], tuple(e.shape)) for n, e in entries.items())
 
 
 def _check_schema(entries: Mapping[str, _Entry], schema: Schema) -> None:

@@ -15,18 +15,19 @@ from collections.abc import Callable
 
 import msgspec
 import torch
+from torch import Tensor
 
 from atoll.errors import AtollError, CompositionError, NonFiniteError, RunError, invalid
 from atoll.messages import Task
 from atoll.net import coordinator as core
 from atoll.net.admission import Finding, Rules, examine
-from atoll.net.control import Answer, Ask, Cause, Decline, Deliver, Refused, Value, Work, decode_request
+from atoll.net.control import Answer, Ask, Cause, Decline, Deliver, Refused, Value, Work, content_hash, decode_request
 from atoll.net.coordinator import Entry, Plan
-from atoll.net.frames import Limits, Schema, content_hash
+from atoll.net.frames import Limits, Schema
 from atoll.net.packing import PARTS, pack_state, pack_task, report_schema, unpack_state
 from atoll.net.spool import BLOCK, Spool, reduce
 from atoll.net.storage import FileSystem, Log, write_durably
-from atoll.rounds import Process, State
+from atoll.rounds import Collected, Process, State
 from atoll.spec import identity
 from atoll.tree import Leaf, leaves
 
@@ -48,6 +49,9 @@ class Service:
         rules: what an update may be.
         limits: of frames.
         block: coordinates that are combined at a time.
+        initial: start vector [P]; default the module's own values.
+        closed: called with a round and its combined updates before the round is recorded: again for the same round
+            after a crash in between.
         notice: called with what the operator should hear of: alarms, events out of place, disks that are full.
 
     Raises:
@@ -65,6 +69,8 @@ class Service:
         rules: Rules | None = None,
         limits: Limits | None = None,
         block: int = BLOCK,
+        initial: Tensor | None = None,
+        closed: Callable[[int, Collected], None] | None = None,
         notice: Callable[[str], None] | None = None,
     ) -> None:
         self.process, self.plan, self.files = process, plan, files
@@ -82,6 +88,7 @@ class Service:
                 'messages are not carried yet. Use channel="plain", and know that the server sees every update.'
             )
         self._notice = notice or (lambda text: None)
+        self._closed = closed or (lambda round, collected: None)
         self._spool = Spool(files)
         self._log = Log(files, "journal")
         if self._log.torn:
@@ -93,7 +100,7 @@ class Service:
         self._next: tuple[State, str] | None = None
         self._todo: deque[core.Open | core.Reduce] = deque()
         self._full = False
-        self.model: State = process.init(plan.seed)
+        self.model: State = process.init(plan.seed, initial)
         entries = [_decoder.decode(record) for record in self._log]
         self.state: core.State = core.replay(plan, entries)
         self._offset, self._latest = 0.0, self.state.now
@@ -298,6 +305,7 @@ class Service:
                 f"round {task.round + 1}: the server's step made {', '.join(wild[:5])} of its state non-finite "
                 "although every update was finite. Lower the server's lr, or bound the updates' norm."
             )
+        self._closed(task.round, collected)
         return closed
 
     def _saved(self, model: State) -> str:

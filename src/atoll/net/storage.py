@@ -9,13 +9,13 @@ import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol
 
 from atoll.errors import RunError
-from atoll.mapped import Region
+
+if TYPE_CHECKING:  # a server's own process keeps files, and has no tensors
+    import torch
+    from torch import Tensor
 
 
 class FileSystem(Protocol):
@@ -65,7 +65,7 @@ class FileSystem(Protocol):
         """Remove a file, or a folder that is empty, if it is there."""
         ...
 
-    def matrix(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    def matrix(self, rows: int, columns: int, dtype: "torch.dtype") -> "Tensor":
         """A scratch matrix [rows, columns] that need not fit into memory and lasts as long as it is held."""
         ...
 
@@ -139,8 +139,10 @@ class Disk:
         with suppress(FileNotFoundError):
             full.rmdir() if full.is_dir() else full.unlink()
 
-    def matrix(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    def matrix(self, rows: int, columns: int, dtype: "torch.dtype") -> "Tensor":
         """A mapped scratch file as a matrix [rows, columns]; its name is gone at once."""
+        from atoll.mapped import Region
+
         path = self._at("scratch")
         region = Region(path)
         region.grow(rows * columns * dtype.itemsize)
@@ -175,6 +177,11 @@ def write_durably(files: FileSystem, path: str, content: bytes) -> None:
         raise
     files.rename(temporary, path)
     files.sync_folder(path.rpartition("/")[0])
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file of the machine whole or not at all; it is durable when this returns."""
+    write_durably(Disk(path.parent), path.name, content)
 
 
 MARK = b"rec\n"

@@ -1,0 +1,94 @@
+"""`atoll review`, `approve`, `deny`, `audit`: what a site's owner decides, and what has left."""
+
+import time
+from pathlib import Path
+from typing import Literal
+
+from atoll.cli.guard import console, say
+from atoll.errors import RunError
+from atoll.net.calls import Charter
+from atoll.net.home import Home, home_for
+from atoll.net.policy import Approvals, Outgoing
+
+
+def review(mark: str | None, *, home: Path | None) -> None:
+    """Show what waits for a decision, or one experiment's code; see `atoll review --help`."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    mine = home_for(home, ("site",), "review")
+    approvals = Approvals(mine.folder)
+    decided, waiting = approvals.decisions(), approvals.waiting()
+    every = {h: ("waiting", c) for h, c in waiting.items()} | {h: (d.verdict, d.charter) for h, d in decided.items()}
+    out = console()
+    if mark is not None:
+        found = approvals.find(mark)
+        state, charter = every[found]
+        for line in _told(found, state, charter):
+            out.print(line, markup=False, soft_wrap=True)
+        out.print()
+        code = mine.folder / "code" / f"{charter.code}.py"
+        if not code.exists():
+            raise RunError(f"{code} is not there: the site fetches it when the run is offered to it.")
+        out.print(code.read_text(), markup=False, soft_wrap=True)
+        return
+    if not every:
+        out.print("nothing was asked of this site yet.")
+        return
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for column in ("hash", "decision", "run", "by", "settings"):
+        table.add_column(column, overflow="fold")
+    for found, (state, charter) in every.items():
+        settings = " ".join(f"{n}={v}" for n, v in charter.settings.items())
+        table.add_row(*(Text(c) for c in (found[:12], state, charter.run, charter.by, settings)))
+    out.print(table)
+    if waiting:
+        say("Read the code with `atoll review HASH`; then `atoll approve HASH` or `atoll deny HASH`.")
+
+
+def decide(mark: str, verdict: Literal["approved", "denied"], *, home: Path | None) -> None:
+    """Approve or deny an experiment."""
+    mine = home_for(home, ("site",), "approve" if verdict == "approved" else "deny")
+    approvals = Approvals(mine.folder)
+    found = approvals.find(mark)
+    charter = approvals.known()[found]
+    if verdict == "approved":
+        code = mine.folder / "code" / f"{charter.code}.py"
+        if not code.exists():
+            raise RunError(
+                f"{code} is not there: nobody can have read it. The site fetches it when the run is offered."
+            )
+    approvals.settle(charter, verdict)
+    for line in _told(found, verdict, charter):
+        say(line)
+
+
+def audit(home: Path | None) -> None:
+    """Show what left a site, or who was let in at a server; see `atoll audit --help`."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    mine: Home = home_for(home, ("site",), "audit")
+    outgoing = Outgoing(mine.folder)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for column in ("when (UTC)", "run", "what", "round", "bytes", "tensors: shape, L2 norm"):
+        table.add_column(column, overflow="fold")
+    for left in outgoing:
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(left.at))
+        tensors = "; ".join(f"{t.name} {t.dtype} {list(t.shape)} {t.norm:.3g}" for t in left.tensors)
+        cells = (when, left.run, left.what, str(left.round or ""), f"{left.bytes:,}", tensors)
+        table.add_row(*(Text(c) for c in cells))
+    console().print(table)
+    say(f"the journal's records fit together; its head is {outgoing.head}")
+
+
+def _told(found: str, state: str, charter: Charter) -> list[str]:
+    settings = " ".join(f"{n}={v}" for n, v in charter.settings.items()) or "none: the code's own defaults"
+    return [
+        f"{state}: {found}",
+        f"  run       {charter.run}, submitted by {charter.by}",
+        f"  settings  {settings}",
+        f"  code      SHA-256 {charter.code}",
+    ]

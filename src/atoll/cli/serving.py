@@ -1,0 +1,105 @@
+"""`atoll server`, `atoll invite`, `atoll join`: the road between a server and its sites."""
+
+import asyncio
+import sys
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from atoll.cli.guard import console, say
+from atoll.errors import AtollError, InvalidArgument, invalid
+from atoll.net import calls
+from atoll.net.client import Client, Unreachable, join
+from atoll.net.enrolment import decode
+from atoll.net.home import PREFIX, Home, home_for
+
+ROLES = ("site", "researcher", "admin", "viewer")
+
+
+def server(state: Path, *, host: str, port: int, address: str | None) -> None:
+    """Serve until told to stop; see `atoll server --help`."""
+    from atoll import __version__
+    from atoll.net.server import log_to_stderr, serve
+
+    def told(reached: str, fingerprint: str) -> None:
+        out = console()
+        lines = [
+            f"Atoll {__version__}, server",
+            f"  listens on   {host}:{port or reached.rpartition(':')[2]}",
+            f"  reached as   {reached}   (what invites say; another with --address HOST:PORT)",
+            f"  fingerprint  {fingerprint}",
+            f"  state        {state}",
+            "Let sites in, from this folder, in another terminal: atoll invite NAME...",
+        ]
+        for line in lines:
+            out.print(line, markup=False, soft_wrap=True)
+        sys.stdout.flush()
+
+    log_to_stderr()
+    serve(state, host=host, port=port, address=address, told=told)
+
+
+def invite(names: list[str], *, role: str, hours: float, home: Path | None, quiet: bool) -> None:
+    """Make invites; see `atoll invite --help`."""
+    if role not in ROLES:
+        raise invalid("--role", role, f"one of {', '.join(ROLES)}")
+    made: calls.Invites = ask(home_for(home, ("admin",), "invite"), calls.MakeInvites(names, role, hours))
+    if quiet:
+        for word in made.words:
+            typer.echo(word)
+        return
+    say(f"Each of these lets one {role} in, once, within {hours:g} hours. Hand it to its owner over a private line.")
+    for name, word in zip(names, made.words, strict=True):
+        data = " --data PATH" if role == "site" else ""
+        typer.echo(f"{name}:\n  atoll join {word}{data}")
+
+
+def take_up(word: str | None, *, data: str | None, home: Path | None, task: float, memory: float, stay: bool) -> None:
+    """Join a server, and for a site take part in its runs; see `atoll join --help`."""
+    from atoll.net.server import log_to_stderr
+    from atoll.net.site import Bounds, run_site
+
+    bounds = Bounds(task=task, memory=int(memory * 2**30))
+    if data is not None and not Path(data).exists():
+        raise invalid("--data", data, "a file or a folder that is there")
+    if word is None:
+        if home is None:
+            raise InvalidArgument("give the INVITE you were sent; or --home, to go on as a party that joined already.")
+        mine = Home(home)
+    else:
+        invite = decode(sys.stdin.readline() if word == "-" else word)
+        folder = home if home is not None else Path(f"{PREFIX}{invite.name}")
+        known = (folder / "identity.json").exists()
+        mine = asyncio.run(join(invite, folder))
+        if not known:
+            say(
+                f"joined {mine.identity.address} as {mine.identity.name} ({mine.identity.role}); its key is in {folder}"
+            )
+    if mine.identity.role != "site":
+        say(f"commands given in this folder act for {mine.identity.name}: atoll submit, watch, sites, ...")
+        return
+    if not stay:
+        return
+    log_to_stderr()
+    say(f"site {mine.identity.name}: takes part in what its owner approves; Ctrl-C stops. Elsewhere: atoll review")
+    run_site(mine, data or "", bounds)
+
+
+def ask(home: Home, call: calls.Call) -> Any:
+    """Make one call.
+
+    Raises:
+        AtollError: the server will not, or cannot be reached.
+    """
+
+    async def once() -> Any:
+        client = Client(home)
+        try:
+            return await client.call(call)
+        except Unreachable as error:
+            raise AtollError(f"{error}. Is the server at {home.identity.address} running? Try: atoll doctor") from error
+        finally:
+            await client.close()
+
+    return asyncio.run(once())

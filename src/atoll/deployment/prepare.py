@@ -1,0 +1,127 @@
+"""An experiment as the process and the plan of a run over sites, or why it cannot be one."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from atoll import sampling
+from atoll.errors import CompositionError, InvalidArgument, invalid
+from atoll.experiment import Experiment, configure, load_app
+from atoll.net.admission import Rules
+from atoll.net.calls import Charter
+from atoll.net.coordinator import Plan
+from atoll.rounds import Process
+from atoll.spec import identity
+
+
+def experiment_of(app: Path, settings: Mapping[str, str]) -> Experiment:
+    """The experiment of an app file, as every party of a run builds it: one that can run over sites.
+
+    Raises:
+        InvalidArgument: as from `load_app` and `configure`; a cohort that sites cannot make; an app that must see
+            pooled data to build its model.
+        CompositionError: its algorithm needs what no site can give.
+    """
+    factory = load_app(app)
+    experiment = configure(factory, settings)
+    algorithm = experiment.algorithm
+    if algorithm.pooled:
+        raise CompositionError(f"{algorithm.name} puts all examples into one place: it can be simulated only.")
+    if algorithm.sampler is not None:
+        raise CompositionError(f"{algorithm.name} prescribes an order of clients: it can be simulated only.")
+    cohort_of(experiment)
+    if "data" in settings:
+        raise InvalidArgument(
+            f"{app} looks at its data before it builds its model, which no server can: give the experiment a recipe, "
+            "data=atoll.table(...), and build the model from what the recipe declares."
+        )
+    return experiment
+
+
+def process_of(experiment: Experiment, engine: str) -> Process:
+    """What is trained and how.
+
+    Raises:
+        InvalidArgument, CompositionError: what a run over sites would leave out in silence, or would not keep its promise.
+    """
+    for name, value in (
+        ("downlink", tuple(experiment.downlink) if isinstance(experiment.downlink, Sequence) else experiment.downlink),
+        ("server_data", experiment.server_data),
+        ("schedule", experiment.schedule),
+        ("stop", experiment.stop),
+    ):
+        if value is not None and value != ():
+            raise invalid(name, "given", "left out in a run over sites", "It acts in a simulation only.")
+    process = Process(
+        experiment.model,
+        experiment.algorithm,
+        transforms=experiment.transforms,
+        channel=experiment.channel,
+        aggregator=experiment.aggregator,
+        engine=engine,
+        workers=1,
+    )
+    if process.chain.channel.sums_only:
+        raise CompositionError(
+            f"the channel {process.chain.channel.name} is not driven over sites yet: its arithmetic alone would hide "
+            'nothing from the server. Use channel="plain", and know that the server sees every update.'
+        )
+    if process.protects_examples or process.chain.noise is not None:
+        raise CompositionError(
+            "nobody counts the noise of a run over sites yet, and a guarantee that is not counted is none: run this "
+            "experiment by atoll.simulate, or leave the noise out."
+        )
+    return process
+
+
+def identity_of(process: Process) -> str:
+    """What must be the same at the server and at every site."""
+    return identity(process.spec)
+
+
+def cohort_of(experiment: Experiment) -> int | None:
+    """The number of sites of a round; None: all that are there.
+
+    Raises:
+        InvalidArgument: the experiment asks for another kind of cohort.
+    """
+    cohort = experiment.cohort
+    if cohort is None or (isinstance(cohort, int) and not isinstance(cohort, bool)):
+        return cohort
+    if isinstance(cohort, sampling.Sampler):
+        if cohort.spec["name"] == "everyone":
+            return None
+        if cohort.spec["name"] == "fixed":
+            return int(cohort.spec["size"])
+    told = cohort.spec["name"] if isinstance(cohort, sampling.Sampler) else cohort
+    raise invalid("cohort", told, "a number of sites, or None for all, in a run over sites")
+
+
+def plan_of(experiment: Experiment, process: Process, charter: Charter) -> Plan:
+    """What the coordinator is asked for.
+
+    Raises:
+        InvalidArgument: options that contradict each other or the experiment.
+    """
+    return Plan(
+        charter.run,
+        experiment.rounds,
+        seed=experiment.seed,
+        cohort=cohort_of(experiment),
+        least=max(1, charter.least),
+        over=charter.over,
+        quorum=charter.quorum,
+        deadline=charter.deadline,
+        attempts=charter.attempts,
+        keep=process.chain.channel.seal is None,
+    )
+
+
+def rules_of(process: Process, charter: Charter) -> Rules:
+    """What an update may be.
+
+    Raises:
+        CompositionError: a bound on what the channel seals.
+    """
+    rules = Rules(charter.weight_cap, charter.norm_bound)
+    rules.check(process)
+    return rules

@@ -1,0 +1,318 @@
+"""The process of a run at the server: `net.service` over an author's experiment, told what to do by the server.
+
+The author's code runs here and in no other process of the server. This one has neither the server's keys nor a socket
+to the network; when it dies, a new one goes on where the run's journal ends. In the run's folder lie
+
+    journal, spool/, models/    of the service
+    journal.sqlite, result.*    the run as `atoll runs`, `atoll report` and `atoll compare` read it
+    objects/SHA256              what sites fetch: the app file, the frame of the task at work
+    uploads/                    reports that are on their way
+    survey/, spread/            what sites answered about their tables
+"""
+
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from contextlib import ExitStack
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from atoll.data.table import Table
+from atoll.deployment.prepare import experiment_of, identity_of, plan_of, process_of, rules_of
+from atoll.deployment.survey import Agreement
+from atoll.errors import AtollError, RunError
+from atoll.history import Record
+from atoll.journal import Journal, locked, open_journal
+from atoll.net import control, coordinator
+from atoll.net.calls import Closed
+from atoll.net.children import (
+    Answered,
+    Broken,
+    Channel,
+    Do,
+    Finish,
+    Happen,
+    Host,
+    HostCall,
+    Receive,
+    Summary,
+    Tick,
+    Told,
+    host_calls,
+)
+from atoll.net.frames import Limits
+from atoll.net.packing import pack_report
+from atoll.net.service import Service
+from atoll.net.storage import Disk, write_durably
+from atoll.result import Result
+from atoll.rounds import Collected, Process
+from atoll.spec import digest, identity
+
+PATIENCE = 60.0
+"""Seconds that a new process waits for one that is about to die to let go of the run's folder."""
+
+
+class Runner:
+    """A run in its folder.
+
+    Raises:
+        AtollError: the run cannot be loaded.
+    """
+
+    def __init__(self, host: Host) -> None:
+        self._notices: list[str] = []
+        self._closed: list[Closed] = []
+        self.folder, self.charter = Path(host.folder), host.charter
+        app = self.folder / "objects" / host.charter.code
+        experiment = experiment_of(_readable(self.folder, app), host.charter.settings)
+        self.process: Process = process_of(experiment, "loop")
+        self.experiment, self.identity = experiment, identity_of(self.process)
+        self.plan = plan_of(experiment, self.process, host.charter)
+        self.largest = _largest(self.process)
+        table = experiment.data
+        self.agreement = Agreement(table, self.plan.least, Disk(self.folder)) if isinstance(table, Table) else None
+        self._journal: Journal = open_journal(self.folder)
+        self._last = time.monotonic()
+        self.service = Service(
+            self.process,
+            self.plan,
+            Disk(self.folder),
+            now=host.now,
+            rules=rules_of(self.process, host.charter),
+            limits=Limits(bytes=self.largest),
+            initial=experiment.initial,
+            closed=self._round_closed,
+            notice=self._noticed,
+        )
+        self._begin()
+
+    # --- what it is told ----------------------------------------------------------------------------------------------
+
+    def carry_out(self, call: HostCall, blob: bytes) -> bytes:
+        """Do what the server says; the answer to a site, if there is one."""
+        service = self.service
+        match call:
+            case Receive(site, upload, now):
+                return self._received(site, blob, upload, now)
+            case Happen(event, site, reason, now):
+                self._happen(_event(event, site, reason), now)
+            case Answered(site, stage):
+                if self.agreement is not None:
+                    self.agreement.answered(site, stage, blob)
+                    if self.agreement.fault:
+                        self._noticed(self.agreement.fault)
+            case Tick(now):
+                service.tick(now)
+            case Do(now):
+                if service.busy:
+                    service.work(now)
+            case Finish():
+                self._finish()
+            case Host():
+                raise RunError("this process has a run already.")
+        return b""
+
+    def _received(self, site: str, message: bytes, upload: str, now: float) -> bytes:
+        content = b""
+        if upload:
+            content = (self.folder / "uploads" / upload).read_bytes()
+        answer, frame = self.service.receive(site, message, content, now)
+        if isinstance(answer, control.Work):
+            self._offered(answer.base, frame)
+        return control.encode(answer)
+
+    def _offered(self, base: str, frame: bytes) -> None:
+        """Put the task's frame where sites fetch it, and take away that of the task before."""
+        files = Disk(self.folder / "objects")
+        if files.size(base) < 0:
+            write_durably(files, base, frame)
+            self._last = time.monotonic()
+            for name in files.names(""):
+                if name not in (base, self.charter.code):
+                    files.remove(name)
+
+    def _happen(self, event: coordinator.Event, now: float) -> None:
+        try:
+            self.service.happen(event, now)
+        except OSError as error:
+            self._noticed(f"the disk refuses: {error}")
+            raise RunError("the server's disk refuses: try again later.") from error
+
+    # --- what it tells ------------------------------------------------------------------------------------------------
+
+    def summary(self) -> Summary:
+        """The run now."""
+        state, agreement = self.service.state, self.agreement
+        notices, self._notices = self._notices[-20:], []
+        closed, self._closed = self._closed, []
+        return Summary(
+            phase=state.phase.value,
+            reason=state.reason,
+            round=state.round,
+            rounds=self.plan.rounds,
+            attempt=state.attempt,
+            wanted=state.wanted,
+            least=self.plan.least,
+            number=state.number,
+            busy=self.service.busy,
+            stage="" if agreement is None else agreement.stage,
+            question="" if agreement is None else agreement.question,
+            identity=self.identity,
+            title=self.experiment.title,
+            largest=self.largest,
+            cohort=list(state.cohort),
+            accepted=sorted(state.accepted),
+            excluded=dict(state.excluded),
+            sites={n: s.status for n, s in state.sites.items()},
+            counted={n: s.counted for n, s in state.sites.items() if s.counted is not None},
+            closed=closed,
+            notices=notices,
+        )
+
+    def _noticed(self, text: str) -> None:
+        self._notices.append(control.plain(text))
+
+    # --- the run as it is looked at -----------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        told = next(iter(self._journal.events("run")), None)
+        if told is None:
+            versions = {name: version(name) for name in ("atoll", "torch", "numpy")}
+            spec = self._spec()
+            body = {
+                "spec": spec, "identity": identity(spec["experiment"]), "rounds": self.plan.rounds,
+                "versions": versions,
+            }  # fmt: skip
+            self._journal.append("run", body)
+        for record in self._journal.history()[-100:]:
+            if record.round <= self.service.state.round:
+                self._closed.append(_shown(record))
+
+    def _spec(self) -> dict[str, Any]:
+        start = self.process.init(self.plan.seed, self.experiment.initial)
+        return {
+            "title": self.experiment.title or self.charter.run,
+            "experiment": {
+                **self.process.spec,
+                "cohort": self.plan.cohort,
+                "seed": self.plan.seed,
+                "initial": digest(self.process.vector(start)),
+                "data": "sites",
+                "code": self.charter.code,
+                "settings": self.charter.settings,
+            },
+        }
+
+    def _round_closed(self, round: int, collected: Collected) -> None:
+        now = time.monotonic()
+        loss = collected.loss / collected.examples if collected.examples else float("nan")
+        task = self.process.open(self.service.model, self.service.state.cohort, self.service.state.population)
+        down = len(self.service.state.cohort) * self.process.bytes_down(task)
+        record = Record(
+            round=round + 1, clients=collected.count, train={"loss": loss}, bytes_up=collected.bytes_up,
+            bytes_down=down, seconds={"train": now - self._last},
+        )  # fmt: skip
+        self._last = now
+        self._journal.append("round", record.to_dict())
+        self._closed.append(_shown(record))
+
+    def _finish(self) -> None:
+        """Write the result of a run that is over."""
+        process, state = self.process, self.service.model
+        result = Result(
+            vector=process.vector(state),
+            buffers=state.buffers,
+            history=[r for r in self._journal.history() if r.round <= self.service.state.round],
+            spec=self._spec(),
+            engine={"engine": "sites", "sites": self.charter.engine},
+            notes=["Trained over sites: nothing was evaluated, since the examples stayed where they are."],
+            directory=self.folder,
+            model=process.model,
+        )
+        result.save(self.folder)
+        if next(iter(self._journal.events("finished")), None) is None:
+            finished = self.service.state.phase is coordinator.Phase.FINISHED
+            self._journal.append("finished" if finished else "interrupted", {"round": self.service.state.round})
+
+
+def _shown(record: Record) -> Closed:
+    loss = record.loss if record.loss == record.loss else None
+    return Closed(record.round, record.clients, loss, record.bytes_up, record.seconds.get("train", 0.0))
+
+
+def _event(event: str, site: str, reason: str) -> coordinator.Event:
+    match event:
+        case "joined":
+            return coordinator.Joined(site)
+        case "left":
+            return coordinator.Left(site)
+        case "revoked":
+            return coordinator.Revoked(site)
+        case "pause":
+            return coordinator.Pause(reason)
+        case "resume":
+            return coordinator.Resume()
+        case _:
+            return coordinator.Stop(reason)
+
+
+def _largest(process: Process) -> int:
+    """Bytes that a site's report can have: where codes differ in length, as many as several rows in the clear."""
+    state = process.init()
+    frame = len(pack_report(process.blank(process.open(state, ("",), 1))))
+    return frame if process.chain.facts.fixed_size else 4 * (frame + 8 * process.length) + 2**20
+
+
+def _readable(folder: Path, app: Path) -> Path:
+    """The app file under a name that Python imports and tracebacks show."""
+    named = folder / "app.py"
+    content = app.read_bytes()
+    if not named.exists() or named.read_bytes() != content:
+        write_durably(Disk(folder), "app.py", content)
+    return named
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Serve the parent on the socket that the command line names, until it is gone."""
+    channel = Channel(int(arguments[0]))
+    runner: Runner | None = None
+    with ExitStack() as held:
+        while (said := channel.receive()) is not None:
+            content, blob = said
+            try:
+                call = host_calls.decode(content)
+                answer = b""
+                if isinstance(call, Host) and runner is None:
+                    _hold(held, Path(call.folder))
+                    runner = Runner(call)
+                elif runner is None:
+                    raise RunError("there is no run yet.")
+                else:
+                    answer = runner.carry_out(call, blob)
+                channel.reply(Told(runner.summary()), answer)
+            except (AtollError, OSError, control.MessageError, msgspec.MsgspecError) as error:
+                channel.reply(Broken(type(error).__name__, str(error)[:2000]))
+            except Exception as error:  # the author's code may raise anything; the server is told, and lives on
+                traceback.print_exc()
+                channel.reply(Broken(type(error).__name__, f"{type(error).__name__}: {error}"[:2000]))
+
+
+def _hold(held: ExitStack, folder: Path) -> None:
+    """Lock the folder; a process of this run whose server was killed may be about to let go of it."""
+    until = time.monotonic() + PATIENCE
+    while True:
+        try:
+            held.enter_context(locked(folder))
+            return
+        except RunError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.1)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,380 @@
+"""Processes that run an author's code, and what is said to them: by the server for a run, by a site for its tasks.
+
+A child gets no key, no socket but the one to its parent, and an environment of listed variables. A message is two
+lengths, a JSON object of a fixed schema and a blob; what a child says is read as a stranger's. A child that hangs, dies
+or talks nonsense is ended with everything it started, and a new one is made when there is work.
+"""
+
+import asyncio
+import ctypes
+import os
+import resource
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from atoll.errors import RunError
+from atoll.net.calls import Charter, Closed
+from atoll.net.control import Count, Name, Stamp, Work
+
+HEADER = 2**25
+"""Bytes of a message without its blob."""
+
+ENVIRONMENT = (
+    "PATH", "HOME", "LANG", "LC_ALL", "TZ", "TMPDIR", "PYTHONPATH", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "ATOLL_DATA",
+    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES",
+)  # fmt: skip
+"""Variables that a child is given."""
+
+
+class _Said(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
+    pass
+
+
+class Broken(_Said, frozen=True):
+    """It cannot be done.
+
+    Attributes:
+        kind: of the error.
+        text: for the owner of the machine alone.
+    """
+
+    kind: Annotated[str, Meta(max_length=100)]
+    text: Annotated[str, Meta(max_length=4000)]
+
+
+# --- the server and the process of a run ------------------------------------------------------------------------------
+
+
+class Host(_Said, frozen=True):
+    """Load a run from its folder and go on with it.
+
+    Attributes:
+        folder: of the run.
+        charter: of the run.
+        now: seconds on the server's clock.
+    """
+
+    folder: str
+    charter: Charter
+    now: float
+
+
+class Receive(_Said, frozen=True):
+    """A message of a site, as the server has authenticated it; the blob is the message.
+
+    Attributes:
+        upload: name of the file of the report beside it; "": there is none.
+    """
+
+    site: Name
+    upload: str
+    now: float
+
+
+class Happen(_Said, frozen=True):
+    """Something happened to a site, or an operator decided something."""
+
+    event: Literal["joined", "left", "revoked", "pause", "resume", "stop"]
+    site: str
+    reason: str
+    now: float
+
+
+class Answered(_Said, frozen=True):
+    """A site answered a question about its table; the blob is what it answered."""
+
+    site: Name
+    stage: Literal["survey", "spread"]
+
+
+class Tick(_Said, frozen=True):
+    """Time has passed."""
+
+    now: float
+
+
+class Do(_Said, frozen=True):
+    """Make a task or combine a round."""
+
+    now: float
+
+
+class Finish(_Said, frozen=True):
+    """The run is over: write its result."""
+
+
+HostCall = Host | Receive | Happen | Answered | Tick | Do | Finish
+
+
+class Summary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A run between two events; names as in `coordinator.State`.
+
+    Attributes:
+        busy: whether `Do` has something to do.
+        stage, question: of preparing, as in `calls.Errand`.
+        identity: of what is trained.
+        largest: bytes of a report at most.
+        sites: status of each, as the coordinator has it.
+        closed: rounds that were closed since this process began to tell.
+        notices: what came up since the last summary.
+    """
+
+    phase: str
+    reason: str
+    round: int
+    rounds: int
+    attempt: int
+    wanted: int
+    least: int
+    number: int
+    busy: bool
+    stage: Literal["", "survey", "spread", "ready"]
+    question: str
+    identity: str
+    title: str
+    largest: int
+    cohort: list[str]
+    accepted: list[str]
+    excluded: dict[str, str]
+    sites: dict[str, str]
+    counted: dict[str, Stamp]
+    closed: list[Closed]
+    notices: list[str]
+
+
+class Told(_Said, frozen=True):
+    """The run after a call; the blob is the answer to a site, if there is one."""
+
+    summary: Summary
+
+
+HostReply = Told | Broken
+
+
+# --- a site and the process of a run's tasks --------------------------------------------------------------------------
+
+
+class Begin(_Said, frozen=True):
+    """Load an experiment.
+
+    Attributes:
+        app: path of the app file, which the site's owner has approved.
+        charter: of the run.
+        site: the site's name.
+        data: what the experiment's recipe is bound to; "": the experiment brings its own data.
+        memory: bytes of data this process may have; 0: no limit.
+        files: bytes a file it writes may have.
+    """
+
+    app: str
+    charter: Charter
+    site: Name
+    data: str
+    memory: Count
+    files: Count
+
+
+class Survey(_Said, frozen=True):
+    """Answer the first question about the table; the blob of the reply is the answer."""
+
+
+class Spread(_Said, frozen=True):
+    """Answer the second question, which is the blob."""
+
+
+class Prepare(_Said, frozen=True):
+    """Bind the data; the blob is the preprocessing that was agreed, or empty where there is none."""
+
+
+class Train(_Said, frozen=True):
+    """Work on a task; the blob is its frame, then what the client remembers."""
+
+    work: Work
+    frame: Count
+
+
+class Ready(_Said, frozen=True):
+    """It is done.
+
+    Attributes:
+        identity: of what is trained.
+        recipe: whether the data must be prepared.
+    """
+
+    identity: str
+    recipe: bool
+
+
+class Trained(_Said, frozen=True):
+    """A report; the blob is its frame, then what the client remembers if it counts."""
+
+    parts: tuple[Count, Count, Count]
+    sent: Count
+    frame: Count
+
+
+WorkerCall = Begin | Survey | Spread | Prepare | Train
+WorkerReply = Ready | Trained | Broken
+
+host_calls: msgspec.json.Decoder[HostCall] = msgspec.json.Decoder(HostCall)
+host_replies: msgspec.json.Decoder[HostReply] = msgspec.json.Decoder(HostReply)
+worker_calls: msgspec.json.Decoder[WorkerCall] = msgspec.json.Decoder(WorkerCall)
+worker_replies: msgspec.json.Decoder[WorkerReply] = msgspec.json.Decoder(WorkerReply)
+
+_T = TypeVar("_T")
+
+
+# --- the parent's side ------------------------------------------------------------------------------------------------
+
+
+class ChildDied(RunError):
+    """A child ended, hung or talked nonsense; it is gone now."""
+
+
+class Child:
+    """A process, as its parent has it; calls are answered one after the other."""
+
+    def __init__(
+        self, process: asyncio.subprocess.Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self._process, self._reader, self._writer = process, reader, writer
+
+    @staticmethod
+    async def start(module: str, *, log: Path, cwd: Path) -> "Child":
+        """Start `python -m module`, which writes what it prints to a file."""
+        ours, theirs = socket.socketpair()
+        with theirs, open(log, "ab") as out:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-P", "-m", module, str(theirs.fileno()),
+                stdin=asyncio.subprocess.DEVNULL, stdout=out, stderr=out, cwd=cwd, pass_fds=(theirs.fileno(),),
+                start_new_session=True, env={n: os.environ[n] for n in ENVIRONMENT if n in os.environ},
+            )  # fmt: skip
+        reader, writer = await asyncio.open_unix_connection(sock=ours)
+        return Child(process, reader, writer)
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can be called."""
+        return self._process.returncode is None and not self._writer.is_closing()
+
+    async def call(
+        self,
+        call: Any,
+        replies: "msgspec.json.Decoder[_T]",
+        blobs: Sequence[bytes] = (),
+        *,
+        seconds: float | None,
+        largest: int = 0,
+    ) -> tuple[_T, bytes]:
+        """Make a call; the reply and its blob.
+
+        Args:
+            call: it.
+            replies: what may be replied.
+            blobs: what goes with it, one after the other.
+            seconds: how long the reply may take; None: any time.
+            largest: bytes the reply's blob may have.
+
+        Raises:
+            ChildDied: there was no reply that could be read in time.
+        """
+        try:
+            async with asyncio.timeout(seconds):
+                header = msgspec.json.encode(call)
+                lengths = len(header).to_bytes(8, "little") + sum(map(len, blobs)).to_bytes(8, "little")
+                for part in (lengths, header, *blobs):
+                    self._writer.write(part)
+                    await self._writer.drain()
+                head = await self._reader.readexactly(16)
+                first, second = int.from_bytes(head[:8], "little"), int.from_bytes(head[8:], "little")
+                if first > HEADER or second > largest:
+                    raise ValueError(f"it announced {first} + {second} bytes, limit {HEADER} + {largest}")
+                content = await self._reader.readexactly(first)
+                blob = await self._reader.readexactly(second)
+                return replies.decode(content), blob
+        except TimeoutError:
+            await self.end()
+            raise ChildDied(f"the task's process was ended: it had not answered after {seconds:g} seconds.") from None
+        except (ValueError, msgspec.MsgspecError, RecursionError) as error:
+            await self.end()
+            raise ChildDied("the task's process was ended: its answer could not be read.") from error
+        except (OSError, asyncio.IncompleteReadError) as error:
+            with suppress(TimeoutError):  # how it ended is worth a moment
+                await asyncio.wait_for(asyncio.shield(self._process.wait()), 1.0)
+            await self.end()
+            code = self._process.returncode
+            how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+            raise ChildDied(f"the task's process died ({how}).") from error
+        except asyncio.CancelledError:
+            await self.end()
+            raise
+
+    async def end(self) -> None:
+        """End it, with everything it started."""
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._writer.close()
+        await asyncio.shield(self._process.wait())
+
+
+# --- the child's side -------------------------------------------------------------------------------------------------
+
+
+class Channel:
+    """The line to the parent, as a child has it.
+
+    Args:
+        descriptor: of the socket, from the command line.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        end_with_parent()
+        os.set_inheritable(descriptor, False)
+        self._file = socket.socket(fileno=descriptor).makefile("rwb")
+
+    def receive(self) -> tuple[bytes, bytes] | None:
+        """The next call and its blob; None when the parent is gone."""
+        head = self._file.read(16)
+        if len(head) < 16:
+            return None
+        first, second = int.from_bytes(head[:8], "little"), int.from_bytes(head[8:], "little")
+        content, blob = self._file.read(first), self._file.read(second)
+        return (content, blob) if len(content) == first and len(blob) == second else None
+
+    def reply(self, reply: Any, *blobs: bytes) -> None:
+        """Reply to the call at hand."""
+        header = msgspec.json.encode(reply)
+        self._file.write(len(header).to_bytes(8, "little") + sum(map(len, blobs)).to_bytes(8, "little"))
+        self._file.write(header)
+        for blob in blobs:
+            self._file.write(blob)
+        self._file.flush()
+
+
+def end_with_parent() -> None:
+    """Have this process killed when its parent is, where the system can do that (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() == 1:
+            os._exit(1)
+
+
+def limit(memory: int, files: int) -> None:
+    """Bound this process before it runs anybody's code.
+
+    Args:
+        memory: bytes of data; 0: no limit.
+        files: bytes of a file it writes.
+    """
+    if memory:
+        resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (files, files))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -1,0 +1,559 @@
+"""What a server knows and does, without HTTP: members, runs, and the processes that the runs live in.
+
+    key, authority.pem   the server's identity
+    roster               members and invites, `enrolment`
+    runs/NAME/           a run's folder, in the hands of its process (`deployment.runner`); of the server in it:
+      charter.json         what the run is
+      final.json           how it ended; from then on no process is needed
+      uploads/             reports on their way, appended to chunk by chunk
+
+All methods run on one event loop. What a run's process says changes what is known of the run, and wakes everybody who
+waits for news.
+"""
+
+import asyncio
+import hashlib
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import msgspec
+
+from atoll.errors import InvalidArgument, RunError, invalid
+from atoll.net import calls, control
+from atoll.net.calls import Charter, Closed, Errand, Errands, Problem, SiteView, Standing, View
+from atoll.net.children import (
+    Answered,
+    Broken,
+    Child,
+    ChildDied,
+    Do,
+    Finish,
+    Happen,
+    Host,
+    HostCall,
+    Receive,
+    Summary,
+    Tick,
+    host_replies,
+)
+from atoll.net.control import Answer, Ask, Deliver, Ended, Refused, Request, Wait
+from atoll.net.enrolment import Invite, Member, Roster, encode
+from atoll.net.news import News
+from atoll.net.storage import Disk, write_file
+
+RUNNER = "atoll.deployment.runner"
+
+HOLD = 25.0
+"""Seconds that a question is held back while there is no news: shorter than what middleboxes cut."""
+LOADING, WORKING = 600.0, 3600.0
+"""Seconds a run's process may take to load a run, and to do anything."""
+NOTICES, ROUNDS = 20, 100
+"""What of a run is shown."""
+
+log = logging.getLogger("atoll.server")
+
+
+class Denied(RunError):
+    """The server will not do it; `problem` is what the asker is told."""
+
+    def __init__(self, kind: Any, text: str, *, received: int = 0) -> None:
+        super().__init__(text)
+        self.problem = Problem(kind, text, received=received)
+
+
+class Run:
+    """A run at the server: its folder, its process, and what both told.
+
+    Args:
+        folder: of the run.
+        charter: what it is.
+        agenda: told when what sites have to know of it changes.
+    """
+
+    def __init__(self, folder: Path, charter: Charter, agenda: News) -> None:
+        self.folder, self.charter, self.news, self.agenda = folder, charter, News(), agenda
+        self.summary: Summary | None = None
+        self.trouble = ""
+        self.over = False
+        self.standings: dict[str, Standing] = {}
+        self.closed: dict[int, Closed] = {}
+        self.notices: deque[str] = deque(maxlen=NOTICES)
+        self.refusals: dict[str, str] = {}
+        self._child: Child | None = None
+        self._turn = asyncio.Lock()
+        self._keeper: asyncio.Task[None] | None = None
+        if (folder / "final.json").exists():
+            self.over = True
+            self._learn(msgspec.json.decode((folder / "final.json").read_bytes(), type=Summary))
+
+    # --- its process --------------------------------------------------------------------------------------------------
+
+    async def load(self) -> None:
+        """Start the run's process.
+
+        Raises:
+            RunError: the experiment cannot be loaded; the text says why.
+        """
+        async with self._turn:
+            await self._load()
+
+    async def _load(self) -> None:
+        if self._child is not None and self._child.alive:
+            return
+        (self.folder / "uploads").mkdir(exist_ok=True)
+        child = await Child.start(RUNNER, log=self.folder / "process.log", cwd=self.folder)
+        host = Host(str(self.folder.resolve()), self.charter, time.time())
+        try:
+            reply, _ = await child.call(host, host_replies, seconds=LOADING)
+        except ChildDied as error:
+            self._broken(str(error))
+            raise
+        if isinstance(reply, Broken):
+            await child.end()
+            self._broken(reply.text)
+            raise RunError(reply.text)
+        self._child, self.trouble = child, ""
+        self._learn(reply.summary)
+
+    def keep(self) -> None:
+        """Keep the run going from now on."""
+        if self._keeper is None and not self.over:
+            self._keeper = asyncio.get_running_loop().create_task(self._kept())
+
+    async def _kept(self) -> None:
+        """Whatever is due: work, the time, a process that died, the end."""
+        pause, ticked = 1.0, time.monotonic()
+        while not self.over:
+            try:
+                if self._child is None:
+                    await self.load()
+                    pause = 1.0
+                before = self.summary
+                assert before is not None
+                if before.phase in ("finished", "stopped"):
+                    await self._end()
+                elif before.busy:
+                    await self.ask(Do(time.time()))
+                    if self.summary is not None and self.summary.busy and self.summary.number == before.number:
+                        await asyncio.sleep(1.0)  # the disk refused: there may be room later
+                elif time.monotonic() - ticked > 1.0:
+                    ticked = time.monotonic()
+                    await self.ask(Tick(time.time()))
+                else:
+                    await self.news.wait(1.0)
+            except RunError as error:
+                log.warning("run %s: %s", self.charter.run, error)
+                await asyncio.sleep(pause)
+                pause = min(60.0, 2 * pause)
+
+    async def _end(self) -> None:
+        await self.ask(Finish())
+        assert self.summary is not None
+        write_file(self.folder / "final.json", msgspec.json.encode(self.summary))
+        self.over = True
+        if self._child is not None:
+            await self._child.end()
+            self._child = None
+        self.agenda.tell()
+        self.news.tell()
+
+    def abandon(self, reason: str) -> None:
+        """End a run whose process cannot be started: what its journal says stays as it is."""
+        blank = Summary("", "", 0, 0, 0, 0, 0, 0, False, "", "", "", "", 0, [], [], {}, {}, {}, [], [])
+        summary = msgspec.structs.replace(self.summary or blank, phase="stopped", reason=reason, busy=False)
+        write_file(self.folder / "final.json", msgspec.json.encode(_without_notices(summary)))
+        self.over, self.trouble = True, ""
+        self._learn(summary)
+        self.agenda.tell()
+
+    async def close(self) -> None:
+        """Let the run rest until the server starts again."""
+        if self._child is not None:
+            await self._child.end()  # whatever it is at: its journal tells where to go on
+        if self._keeper is not None:
+            self._keeper.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._keeper
+
+    async def ask(self, call: HostCall, blob: bytes = b"") -> bytes:
+        """Have the run's process do something; its answer to a site, if there is one.
+
+        Raises:
+            Denied: it cannot now; kind "busy".
+            RunError: it cannot; the text says why.
+        """
+        try:
+            await asyncio.wait_for(self._turn.acquire(), HOLD)
+        except TimeoutError:
+            raise Denied("busy", "the run is at work: try again.") from None
+        try:
+            if self._child is None:
+                raise Denied("busy", f"the run's process is being started again. {self.trouble}".strip())
+            # A caller that goes away must not end the run's process in the middle of what it does.
+            task = asyncio.ensure_future(
+                self._child.call(call, host_replies, (blob,), seconds=WORKING, largest=control.LONGEST)
+            )
+            try:
+                reply, answer = await asyncio.shield(task)
+            except ChildDied as error:
+                self._child = None
+                self._broken(str(error))
+                raise Denied("busy", "the run's process is being started again.") from error
+            except asyncio.CancelledError:
+                with suppress(ChildDied, asyncio.CancelledError):
+                    reply, _ = await task
+                    if not isinstance(reply, Broken):
+                        self._learn(reply.summary)
+                raise
+            if isinstance(reply, Broken):
+                raise RunError(reply.text)
+            self._learn(reply.summary)
+            return answer
+        finally:
+            self._turn.release()
+
+    def _broken(self, text: str) -> None:
+        self.trouble = control.plain(text)
+        self.notices.append(self.trouble)
+        self.news.tell()
+
+    def _learn(self, summary: Summary) -> None:
+        before, self.summary = self.summary, summary
+        for text in summary.notices:
+            self.notices.append(text)
+            log.warning("run %s: %s", self.charter.run, text)
+        self.closed |= {c.round: c for c in summary.closed}
+        self.closed = dict(sorted(self.closed.items())[-ROUNDS:])
+        if before is None or (before.stage, before.question) != (summary.stage, summary.question):
+            self.agenda.tell()
+        if before is None or _without_notices(before) != _without_notices(summary) or summary.notices:
+            self.news.tell()
+
+    # --- its sites ----------------------------------------------------------------------------------------------------
+
+    async def stand(self, site: str, standing: Standing) -> None:
+        """A site told where it stands: the coordinator hears what is new to it."""
+        if self.standings.get(site) != standing:
+            self.standings[site] = standing
+            self.news.tell()
+        if self.over or self.summary is None:
+            return
+        known = self.summary.sites.get(site)
+        wanted: Literal["joined", "left"] | None = None
+        if standing.status == "ready":
+            wanted = "joined" if known != "active" else None
+        elif known == "active":
+            wanted = "left"
+        if wanted is not None and known != "revoked":
+            await self.ask(Happen(wanted, site, standing.detail, time.time()))
+
+    async def receive(self, site: str, request: Request) -> Answer:
+        """A message of a site; a question is held back while its answer would be no news.
+
+        Raises:
+            Denied: try again later, or bring the report first.
+        """
+        until = time.monotonic() + HOLD
+        first: Answer | None = None
+        while True:
+            if self.over:
+                return self._ended(site)
+            at = self._at(site)
+            answer = await self._received(site, request)
+            held = isinstance(request, Ask) and isinstance(answer, Wait) and answer == (first or answer)
+            first = first or answer
+            if not held or time.monotonic() >= until:
+                return answer
+            while self._at(site) == at and (left := until - time.monotonic()) > 0:
+                await self.news.wait(left)
+
+    def _at(self, site: str) -> tuple[object, ...]:
+        """What a site's question depends on: while it stays the same, so does the answer."""
+        s = self.summary
+        return (self.over,) if s is None else (self.over, s.phase, s.round, s.attempt, s.sites.get(site))
+
+    async def _received(self, site: str, request: Request) -> Answer:
+        upload = ""
+        if isinstance(request, Deliver):
+            path = self.upload(site, request.sha256)
+            if path.exists() and path.stat().st_size == request.size:
+                upload = path.name
+        told = await self.ask(Receive(site, upload, time.time()), control.encode(request))
+        answer = control.decode_answer(told)
+        if isinstance(answer, Refused):
+            if answer.cause not in ("transport", "busy", "unknown site"):
+                self.refusals[site] = f"{answer.cause}: {answer.detail}"
+        elif isinstance(request, Deliver):
+            self.refusals.pop(site, None)
+        if upload and not (isinstance(answer, Refused) and answer.cause == "busy"):
+            (self.folder / "uploads" / upload).unlink(missing_ok=True)
+        return answer
+
+    def _ended(self, site: str) -> Answer:
+        summary = self.summary
+        assert summary is not None
+        return Ended(self.charter.run, summary.round, control.plain(summary.reason), summary.counted.get(site))
+
+    def upload(self, site: str, sha256: str) -> Path:
+        """Where a site's report is put together; no name of a site becomes a path."""
+        owner = hashlib.sha256(site.encode()).hexdigest()[:32]
+        return self.folder / "uploads" / f"{owner}.{sha256}"
+
+    def append(self, site: str, sha256: str, size: int, offset: int, chunk: bytes) -> int:
+        """Take a chunk of a report whose digest was checked; how many bytes of it are there.
+
+        Raises:
+            Denied: larger than a report can be, or not the next chunk.
+        """
+        if self.over or self.summary is None:
+            raise Denied("busy" if not self.over else "unknown", "the run takes no reports now.")
+        if not 0 < size <= self.summary.largest:
+            raise Denied("large", f"a report of {size} bytes; one has at most {self.summary.largest}.")
+        path = self.upload(site, sha256)
+        owner = path.name.partition(".")[0]
+        for other in path.parent.glob(f"{owner}.*"):  # a site has one report on its way
+            if other != path:
+                other.unlink(missing_ok=True)
+        there = path.stat().st_size if path.exists() else 0
+        if there > size:
+            path.unlink()
+            there = 0
+        if offset != there:
+            raise Denied("partial", f"{there} bytes are there.", received=there)
+        if offset + len(chunk) > size:
+            raise Denied("large", "more bytes than were announced.")
+        with open(path, "ab") as file:
+            file.write(chunk)
+        return there + len(chunk)
+
+    # --- what is shown ------------------------------------------------------------------------------------------------
+
+    def errand(self) -> Errand | None:
+        """What sites have to know of it; None while it is not known, or over."""
+        summary = self.summary
+        if summary is None or self.over:
+            return None
+        return Errand(self.charter, summary.identity, summary.stage, summary.question)
+
+    def view(self, seen: dict[str, float]) -> View:
+        """The run as watchers see it.
+
+        Args:
+            seen: when members were heard last, on the monotonic clock.
+        """
+        s, charter = self.summary, self.charter
+        names = sorted({*self.standings, *(s.sites if s else ())})
+        phase = "broken" if s is None or (self.trouble and not self.over) else s.phase
+        if s is not None and phase == "gathering" and s.stage in ("survey", "spread"):
+            phase = "preparing"
+        return View(
+            version=self.news.version,
+            run=charter.run,
+            title=s.title if s else "",
+            phase=phase,
+            reason=self.trouble or (s.reason if s else ""),
+            round=min(s.round + 1, s.rounds) if s else 0,
+            rounds=s.rounds if s else 0,
+            attempt=s.attempt if s else 0,
+            wanted=s.wanted if s else 0,
+            least=s.least if s else charter.least,
+            sites=[self._site(name, seen) for name in names],
+            closed=list(self.closed.values()),
+            notices=list(self.notices),
+            by=charter.by,
+            at=charter.at,
+        )
+
+    def _site(self, name: str, seen: dict[str, float]) -> SiteView:
+        s, standing = self.summary, self.standings.get(name, Standing("left", "not heard of since the server started"))
+        doing = why = ""
+        if s is not None and not self.over:
+            if name in s.accepted:
+                doing = "delivered"
+            elif name in s.excluded:
+                doing, why = "excluded", s.excluded[name]
+            elif name in s.cohort:
+                doing = "asked"
+        status = "revoked" if s is not None and s.sites.get(name) == "revoked" else standing.status
+        heard = time.monotonic() - seen[name] if name in seen else None
+        counted = s.counted.get(name) if s is not None else None
+        return SiteView(name, status, standing.detail, doing, why or self.refusals.get(name, ""), counted, heard)
+
+
+def _without_notices(summary: Summary) -> Summary:
+    return msgspec.structs.replace(summary, notices=[], closed=[])
+
+
+class Hub:
+    """A server.
+
+    Args:
+        folder: of its state.
+        fingerprint: of its key, for invites.
+        address: as others reach it, for invites.
+    """
+
+    def __init__(self, folder: Path, fingerprint: str, address: str) -> None:
+        self.folder, self.fingerprint, self.address = folder, fingerprint, address
+        self.roster = Roster(Disk(folder))
+        self.agenda = News()
+        self.seen: dict[str, float] = {}
+        self.runs: dict[str, Run] = {}
+        (folder / "runs").mkdir(exist_ok=True)
+        for path in sorted((folder / "runs").glob("*/charter.json")):
+            charter = msgspec.json.decode(path.read_bytes(), type=Charter)
+            self.runs[charter.run] = Run(path.parent, charter, self.agenda)
+
+    async def start(self) -> None:
+        """Go on with every run that is not over."""
+        for run in self.runs.values():
+            run.keep()
+
+    async def close(self) -> None:
+        """Let all runs rest."""
+        await asyncio.gather(*(run.close() for run in self.runs.values()))
+
+    def run(self, name: str) -> Run:
+        """A run by its name.
+
+        Raises:
+            Denied: there is none.
+        """
+        if name not in self.runs:
+            raise Denied("unknown", f"there is no run {name!r}; `atoll runs --server` lists them.")
+        return self.runs[name]
+
+    async def call(self, member: Member, call: calls.Call) -> calls.Reply:
+        """Answer a call of somebody who may make it.
+
+        Raises:
+            Denied, InvalidArgument, RunError: it cannot be done; the text says why.
+        """
+        match call:
+            case calls.Agenda(known, standings):
+                return await self._agenda(member.name, known, standings)
+            case calls.Statistic(run, stage, content):
+                await self.run(run).ask(Answered(member.name, stage), content.encode())
+                return calls.Done()
+            case calls.MakeInvites(names, role, hours):
+                return self._invites(names, role, hours, member.name)
+            case calls.Revoke(name):
+                return await self._revoke(name, member.name)
+            case calls.ListMembers():
+                return self._members()
+            case calls.Submit(charter, code):
+                return await self._submit(member.name, charter, code)
+            case calls.ListRuns():
+                views = [run.view(self.seen) for run in self.runs.values()]
+                return calls.RunList(sorted(views, key=lambda v: -v.at))
+            case calls.Control(run, action, reason):
+                return await self._control(member, run, action, reason)
+            case calls.Watch(run, known):
+                watched = self.run(run)
+                if watched.news.version == known and not watched.over:
+                    await watched.news.wait(HOLD)
+                return watched.view(self.seen)
+
+    async def _agenda(self, site: str, known: int, standings: dict[str, Standing]) -> Errands:
+        for name, standing in standings.items():
+            if name in self.runs:
+                with suppress(Denied):  # it tells again
+                    await self.runs[name].stand(site, standing)
+        if self.agenda.version == known:
+            await self.agenda.wait(HOLD)
+        errands = [run.errand() for run in self.runs.values()]
+        return Errands(self.agenda.version, [e for e in errands if e is not None])
+
+    def _invites(self, names: Sequence[str], role: Any, hours: float, by: str) -> calls.Invites:
+        for name in names:
+            if self.roster.active(name) is not None:
+                raise invalid("NAME", name, "free", f"It is enrolled; shut it out first: atoll revoke {name!r}")
+        if len(set(names)) < len(names):
+            raise invalid("NAME", list(names), "names that are all different")
+        words: list[str] = []
+        for name in names:
+            token = self.roster.invite(name, role, hours=hours, by=by, now=time.time())
+            words.append(encode(Invite(self.address, self.fingerprint, name, role, token)))
+        return calls.Invites(words)
+
+    async def _revoke(self, name: str, by: str) -> calls.Done:
+        self.roster.revoke(name, by=by, now=time.time())
+        for run in self.runs.values():
+            if not run.over and run.summary is not None and name in run.summary.sites:
+                await run.ask(Happen("revoked", name, "", time.time()))
+        self.agenda.tell()
+        return calls.Done()
+
+    def _members(self) -> calls.Members:
+        now = time.monotonic()
+        return calls.Members([
+            calls.Present(
+                m.name, m.role, m.revoked, m.since, hashlib.sha256(m.key.encode()).hexdigest()[:16],
+                now - self.seen[m.name] if m.name in self.seen else None,
+            )
+            for m in self.roster.members.values()
+        ])  # fmt: skip
+
+    async def _submit(self, by: str, charter: Charter, code: str) -> calls.Submitted:
+        content = code.encode()
+        if hashlib.sha256(content).hexdigest() != charter.code:
+            raise InvalidArgument("the code is not the one whose hash the charter names.")
+        if charter.run in self.runs:
+            raise invalid("--name", charter.run, "new", "Runs keep their names for good.")
+        sites = [m.name for m in self.roster.members.values() if m.role == "site" and not m.revoked]
+        least = charter.least or len(sites)
+        if not least:
+            raise InvalidArgument("no site has joined yet: invite some, or say how many to wait for with --sites.")
+        charter = msgspec.structs.replace(charter, least=least, by=by, at=time.time())
+        folder = self.folder / "runs" / charter.run
+        if folder.exists():
+            raise invalid("--name", charter.run, "new", f"{folder} exists.")
+        (folder / "objects").mkdir(parents=True)
+        write_file(folder / "objects" / charter.code, content)
+        run = Run(folder, charter, self.agenda)
+        try:
+            await run.load()
+        except RunError:
+            await run.close()
+            _remove(folder)
+            raise
+        write_file(folder / "charter.json", msgspec.json.encode(charter))
+        self.runs[charter.run] = run
+        run.keep()
+        self.agenda.tell()
+        return calls.Submitted(charter.run)
+
+    async def _control(self, member: Member, name: str, action: str, reason: str) -> calls.Done:
+        run = self.run(name)
+        if member.role == "researcher" and run.charter.by != member.name:
+            raise Denied("role", f"{name} is a run of {run.charter.by}: a researcher steers its own runs alone.")
+        if run.over:
+            assert run.summary is not None
+            raise InvalidArgument(f"{name} is over: {run.summary.reason}")
+        phase = run.summary.phase if run.summary else ""
+        if action == "resume" and phase != "paused":
+            raise InvalidArgument(f"{name} is not paused, it is {phase or 'not loaded'}.")
+        if action == "pause" and phase == "paused":
+            raise InvalidArgument(f"{name} is paused already: {run.summary.reason if run.summary else ''}")
+        told = reason or f"{action} by {member.name}."
+        if action == "stop" and run.trouble:
+            run.abandon(told)
+            return calls.Done()
+        await run.ask(Happen(cast(Any, action), "", told, time.time()))
+        return calls.Done()
+
+
+def _remove(folder: Path) -> None:
+    """Remove a run that never began."""
+    for path in sorted(folder.rglob("*"), key=lambda p: -len(p.parts)):
+        if path.is_dir() and not path.is_symlink():
+            path.rmdir()
+        else:
+            path.unlink()
+    os.rmdir(folder)

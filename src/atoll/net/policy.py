@@ -1,0 +1,209 @@
+"""What a site's owner allows: which code may run on the site's data, and what may leave.
+
+An experiment is its app file and its settings, both by content: `experiment_hash`. It runs when its owner has approved
+this very hash, and not before. Files in the site's folder:
+
+    approvals.json     hash -> what was decided, and when
+    waiting/HASH.json  what waits for a decision; the code is beside it, in code/SHA256.py
+    left               a log of everything that left: names, shapes, bytes, norms
+"""
+
+import hashlib
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import torch
+
+from atoll.errors import InvalidArgument, RunError, invalid
+from atoll.net.calls import Charter
+from atoll.net.control import Hash, Line
+from atoll.net.frames import FrameError, Limits, declared, decode
+from atoll.net.storage import Disk, Log, write_file
+
+Verdict = Literal["waiting", "approved", "denied"]
+
+
+def experiment_hash(charter: Charter) -> str:
+    """SHA-256 of what is approved: the app file's hash and the settings."""
+    said = msgspec.json.encode({"code": charter.code, "settings": dict(sorted(charter.settings.items()))})
+    return hashlib.sha256(said).hexdigest()
+
+
+class Decision(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What an owner decided.
+
+    Attributes:
+        verdict: whether the experiment may run.
+        at: seconds since 1970.
+        charter: what was shown.
+    """
+
+    verdict: Literal["approved", "denied"]
+    at: float
+    charter: Charter
+
+
+class Approvals:
+    """Decisions of a site's owner, in its folder.
+
+    Args:
+        folder: of the site.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def decisions(self) -> dict[str, Decision]:
+        """All of them, by hash.
+
+        Raises:
+            RunError: the file is damaged: nothing is approved then.
+        """
+        path = self._folder / "approvals.json"
+        if not path.exists():
+            return {}
+        try:
+            return msgspec.json.decode(path.read_bytes(), type=dict[Hash, Decision])
+        except msgspec.MsgspecError as error:
+            raise RunError(f"{path} is damaged, and nothing is approved: restore it, or remove it.") from error
+
+    def verdict(self, charter: Charter) -> Verdict:
+        """What was decided of an experiment."""
+        found = self.decisions().get(experiment_hash(charter))
+        return "waiting" if found is None else found.verdict
+
+    def ask(self, charter: Charter) -> None:
+        """Put an experiment before the owner."""
+        folder = self._folder / "waiting"
+        folder.mkdir(exist_ok=True)
+        path = folder / f"{experiment_hash(charter)}.json"
+        if not path.exists():
+            write_file(path, msgspec.json.encode(charter))
+
+    def waiting(self) -> dict[str, Charter]:
+        """Experiments without a decision, by hash."""
+        decided = self.decisions()
+        found: dict[str, Charter] = {}
+        for path in sorted((self._folder / "waiting").glob("*.json")):
+            if path.stem not in decided:
+                found[path.stem] = msgspec.json.decode(path.read_bytes(), type=Charter)
+        return found
+
+    def known(self) -> dict[str, Charter]:
+        """Every experiment that was put before the owner, by hash."""
+        return {h: d.charter for h, d in self.decisions().items()} | self.waiting()
+
+    def find(self, start: str) -> str:
+        """The hash that begins so.
+
+        Raises:
+            InvalidArgument: none begins so, or more than one, or too little of it was given.
+        """
+        known = self.known()
+        fitting = [h for h in known if h.startswith(start)]
+        if len(start) < 8 or len(fitting) != 1:
+            raise invalid(
+                "HASH", start, "the first eight characters or more of one that `atoll review` shows",
+                f"There are: {', '.join(h[:12] for h in known) or 'none'}.",
+            )  # fmt: skip
+        return fitting[0]
+
+    def settle(self, charter: Charter, verdict: Literal["approved", "denied"]) -> None:
+        """Write a decision down."""
+        decided = self.decisions() | {experiment_hash(charter): Decision(verdict, time.time(), charter)}
+        self._folder.mkdir(parents=True, exist_ok=True)
+        write_file(self._folder / "approvals.json", msgspec.json.encode(decided))
+
+
+# --- what leaves ------------------------------------------------------------------------------------------------------
+
+
+class Sent(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A tensor that left: L2 norm of its values, taken as numbers."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    norm: float
+
+
+class Left(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An entry of the site's own journal.
+
+    Attributes:
+        at: seconds since 1970.
+        run: whose.
+        what: "update", "survey" or "spread".
+        round: from 1; 0: before the first.
+        attempt: at the round.
+        bytes: that left.
+        sha256: of them.
+        tensors: what an update is made of.
+    """
+
+    at: float
+    run: Line
+    what: Literal["update", "survey", "spread"]
+    round: int
+    attempt: int
+    bytes: int
+    sha256: str
+    tensors: list[Sent]
+
+
+class Outgoing:
+    """Looks at everything that is to leave, and writes it down first.
+
+    Args:
+        folder: of the site.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._log = Log(Disk(folder), "left")
+
+    @property
+    def head(self) -> str:
+        """Hash of the whole journal."""
+        return self._log.head
+
+    def __iter__(self) -> Iterator[Left]:
+        return (msgspec.json.decode(record, type=Left) for record in self._log)
+
+    def write(self, left: Left) -> None:
+        """Enter what leaves; durable before it does."""
+        self._log.append(msgspec.json.encode(left))
+
+
+def inspect(frame: bytes, largest: int) -> list[Sent]:
+    """What a report is made of, when it is one: nothing but a client's codes, its weight and two sums, all finite.
+
+    Args:
+        frame: as the process that ran the author's code gave it.
+        largest: bytes it may have.
+
+    Raises:
+        InvalidArgument: it is something else, and may not leave.
+    """
+    limits = Limits(bytes=largest)
+    try:
+        tensors = decode(frame, declared(frame, limits), limits)
+    except FrameError as error:
+        raise InvalidArgument(f"the report is no frame: {error}") from error
+    names = [n for n in tensors if n not in ("weight", "metrics")]
+    codes = names == ["wire"] or all(n.startswith("wire/") for n in names)
+    metrics, weight = tensors.get("metrics"), tensors.get("weight")
+    if not names or not codes or metrics is None or weight is None:
+        raise InvalidArgument("the report holds other things than codes, a weight and two sums.")
+    if metrics.dtype != torch.float64 or tuple(metrics.shape) != (1, 2) or weight.numel() > 1:
+        raise InvalidArgument("the report's weight and sums are not one number and two.")
+    sent: list[Sent] = []
+    for name, tensor in tensors.items():
+        norm = float(torch.linalg.vector_norm(tensor.double())) if tensor.numel() else 0.0
+        if not math.isfinite(norm):
+            raise InvalidArgument(f"{name} is not finite.")
+        sent.append(Sent(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), norm))
+    return sent

@@ -1,0 +1,505 @@
+"""The server's door: HTTPS, who is heard, and how much of it.
+
+    GET  /v1/authority                          the certificate of the server's authority; for everybody
+    POST /v1/enrol                              `calls.Enrol`, signed by the newcomer's key
+    POST /v1/call                               a `calls.Call`
+    POST /v1/message                            a `control.Request` of a site
+    GET  /v1/objects/RUN/SHA256                 what sites fetch, from an offset on (Range)
+    PUT  /v1/uploads/RUN/SHA256?size=&offset=   the next chunk of a report
+
+A request is looked at from the outside in: how large it says it is, whose signature it has (over headers that hold the
+content's digest), whether it is fresh, whether its sender may do this; only then is a byte of its content kept. Every
+answer to a signed request is signed. Who has not shown a signature has little of everything: connections, requests,
+time. Everybody must get on: headers and contents that trickle are cut off.
+"""
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import re
+import resource
+import signal
+import socket
+import sys
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import h11
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from atoll.errors import AtollError, InvalidArgument, RunError
+from atoll.net import calls, control, signing
+from atoll.net.calls import ROLES, TRAINERS, Problem, Received, Welcome
+from atoll.net.enrolment import EnrolmentError, Member
+from atoll.net.home import Home, Identity, settle
+from atoll.net.hub import Denied, Hub
+from atoll.net.keys import authority, authority_key, fingerprint, key_at, public_key, public_text, server_context
+from atoll.net.signing import Fresh, SignatureError
+from atoll.net.storage import write_file
+
+CHUNK = 2**22
+"""Bytes of an upload's chunk at most."""
+SMALL = 2**14
+"""Bytes a newcomer may send."""
+HEADERS = 2**14
+"""Bytes of headers."""
+STALL = 20.0
+"""Seconds in which headers must be there, and within which some of a content must come."""
+SLOWEST = 4096
+"""Bytes a second that a content must bring on average, once it had `STALL` seconds."""
+STRANGERS = 64
+"""Connections from one address that have shown no signature."""
+CONNECTIONS = 8192
+"""Connections at all."""
+TRIES, REFILL = 30.0, 1.0
+"""Requests of strangers from one address: at once, and more for every second."""
+OFTEN = 60.0
+"""Seconds in which one kind of refusal of one member is written down once."""
+
+STATUS = {
+    "signature": 401, "epoch": 401, "replay": 409, "fenced": 409, "role": 403, "revoked": 403, "invite": 403,
+    "argument": 422, "unknown": 404, "large": 413, "slow": 408, "busy": 503, "partial": 409,
+}  # fmt: skip
+
+log = logging.getLogger("atoll.server")
+
+
+class Door:
+    """What stands between HTTP and a hub.
+
+    Args:
+        hub: behind it.
+        home: of the server's own identity: its key signs answers.
+    """
+
+    def __init__(self, hub: Hub, folder: Path) -> None:
+        self.hub, self._key = hub, key_at(folder / "key")
+        self._authority = (folder / "authority.pem").read_bytes()
+        self.fresh = Fresh()
+        self._tries: dict[str, tuple[float, float]] = {}
+        self._written: dict[tuple[str, str], float] = {}
+        self.trusted: set[tuple[str, int]] = set()
+        self.app = Starlette(
+            routes=[
+                Route("/v1/authority", self._own, methods=["GET"]),
+                Route("/v1/enrol", self._enrol, methods=["POST"]),
+                Route("/v1/call", self._heard(self._call, calls.LONGEST), methods=["POST"]),
+                Route("/v1/message", self._heard(self._message, calls.LONGEST), methods=["POST"]),
+                Route("/v1/objects/{run}/{sha256}", self._heard(self._object, None), methods=["GET"]),
+                Route("/v1/uploads/{run}/{sha256}", self._heard(self._upload, CHUNK), methods=["PUT"]),
+            ],
+            lifespan=self._life,
+        )
+
+    @contextlib.asynccontextmanager
+    async def _life(self, app: Starlette) -> AsyncGenerator[None]:
+        await self.hub.start()
+        try:
+            yield
+        finally:
+            await self.hub.close()
+
+    # --- strangers ----------------------------------------------------------------------------------------------------
+
+    async def _own(self, request: Request) -> Response:
+        if not self._may_try(request):
+            return _plain(503, "too many requests: try again later.")
+        return Response(self._authority, media_type="application/x-pem-file")
+
+    async def _enrol(self, request: Request) -> Response:
+        if not self._may_try(request):
+            return _plain(503, "too many requests: try again later.")
+        seen = _seen(request)
+        try:
+            body = await _read(request, SMALL)
+            wanted = calls.decode(calls.Enrol, body)
+            key = public_key(wanted.key)
+            name, _ = signing.verify_request(seen, lambda n: key if n == wanted.name else None, content=True)
+            signing.check_content(seen.headers, body)
+        except Denied as denied:
+            return self._refused(seen, denied.problem)
+        except (control.MessageError, InvalidArgument, SignatureError):
+            return _plain(401, "not the request of a newcomer.")
+        try:
+            member = self.hub.roster.enrol(name, wanted.key, wanted.token, now=time.time())
+        except (EnrolmentError, InvalidArgument) as error:
+            self._note(control.plain(name), f"enrolment refused: {error}")
+            return self._refused(seen, Problem("invite", str(error)))
+        except OSError as error:
+            log.error("the disk refuses: %s", error)
+            return self._refused(seen, Problem("busy", "the server's disk refuses: try again later."))
+        log.info("%s joined as %s", member.name, member.role)
+        self.hub.agenda.tell()
+        return self._answer(seen, 200, calls.encode(Welcome(member.name, member.role)))
+
+    def _may_try(self, request: Request) -> bool:
+        """A small budget for every address."""
+        host, now = request.client.host if request.client else "", time.monotonic()
+        left, at = self._tries.get(host, (TRIES, now))
+        left = min(TRIES, left + (now - at) * REFILL)
+        if len(self._tries) > 10_000:
+            self._tries = {h: v for h, v in self._tries.items() if now - v[1] < TRIES / REFILL}
+        self._tries[host] = (max(0.0, left - 1), now)
+        return left >= 1
+
+    # --- members ------------------------------------------------------------------------------------------------------
+
+    def _heard(
+        self, handle: Callable[[Request, Member, bytes], Awaitable[Any]], largest: int | None
+    ) -> Callable[[Request], Awaitable[Response]]:
+        """A handler that is reached by members alone; None: a request has no content."""
+
+        async def handler(request: Request) -> Response:
+            seen = _seen(request)
+            try:
+                name, nonce = signing.verify_request(seen, self.hub.roster.key, content=largest is not None)
+            except SignatureError:
+                if not self._may_try(request):
+                    return _plain(503, "too many requests: try again later.")
+                return self._stranger(request, seen)
+            member = self.hub.roster.active(name)
+            assert member is not None
+            why = self.fresh.take(name, nonce, alone=member.role == "site")
+            if why == "epoch":
+                return self._refused(seen, Problem("epoch", "sign with this epoch.", self.fresh.epoch))
+            if why:
+                self._note(name, f"a request was not fresh: {why}")
+                text = {
+                    "replay": "this request was made before.",
+                    "fenced": "another program acts for this party, started later or from a copy of its folder.",
+                }[why]
+                return self._refused(seen, Problem("replay" if why == "replay" else "fenced", text))
+            if request.client is not None:
+                self.trusted.add((request.client.host, request.client.port))
+            self.hub.seen[name] = time.monotonic()
+            try:
+                body = b""
+                if largest is not None:
+                    body = await _read(request, largest)
+                    signing.check_content(seen.headers, body)
+                given = await handle(request, member, body)
+            except Denied as denied:
+                if denied.problem.kind in ("role", "large"):
+                    self._note(name, str(denied))
+                return self._refused(seen, denied.problem)
+            except SignatureError as error:
+                self._note(name, str(error))
+                return self._refused(seen, Problem("signature", str(error)))
+            except (control.MessageError, InvalidArgument) as error:
+                return self._refused(seen, Problem("argument", str(error)[:2000]))
+            except AtollError as error:
+                return self._refused(seen, Problem("argument", str(error)[:2000]))
+            except OSError as error:
+                log.error("the disk refuses: %s", error)
+                return self._refused(seen, Problem("busy", "the server's disk refuses: try again later."))
+            if isinstance(given, Response):
+                self._sign(seen, given, None)
+                return given
+            return self._answer(seen, 200, given)
+
+        return handler
+
+    def _stranger(self, request: Request, seen: signing.Request) -> Response:
+        """Turn somebody away whose signature is of no member; of one who was shut out, say so."""
+        claimed = re.search(r'keyid="([^"]{1,200})"', seen.headers.get("signature-input", ""))
+        member = self.hub.roster.members.get(claimed.group(1)) if claimed else None
+        if member is not None and member.revoked:
+            key = public_key(member.key)
+            with contextlib.suppress(SignatureError):
+                signing.verify_request(seen, lambda n: key if n == member.name else None, content=False)
+                self._note(member.name, "a revoked member asked for something")
+                return self._refused(seen, Problem("revoked", f"{member.name} was shut out of this server."))
+        return _plain(401, "the signature is missing or wrong.")
+
+    async def _call(self, request: Request, member: Member, body: bytes) -> bytes:
+        call = calls.decode_call(body)
+        if member.role not in ROLES[type(call)]:
+            raise Denied("role", f"a {member.role} may not ask for {type(call).__name__}.")
+        return calls.encode(await self.hub.call(member, call))
+
+    async def _message(self, request: Request, member: Member, body: bytes) -> bytes:
+        _trains(member)
+        message = control.decode_request(body)
+        run = self.hub.run(message.run)
+        return control.encode(await run.receive(member.name, message))
+
+    async def _object(self, request: Request, member: Member, body: bytes) -> Response:
+        _trains(member)
+        run, sha256 = self._named(request)
+        path = run.folder / "objects" / sha256
+        try:
+            size = path.stat().st_size
+        except FileNotFoundError:
+            raise Denied("unknown", "there is no such object now.") from None
+        found = re.fullmatch(r"bytes=(\d{1,18})-", request.headers.get("range", "bytes=0-"))
+        start = int(found.group(1)) if found else -1
+        if not 0 <= start < max(1, size):
+            raise Denied("argument", "no part of the object.")
+        headers = {"content-length": str(size - start), "content-type": "application/octet-stream"}
+        return StreamingResponse(_parts(path, start), 206 if start else 200, headers)
+
+    async def _upload(self, request: Request, member: Member, body: bytes) -> bytes:
+        _trains(member)
+        run, sha256 = self._named(request)
+        numbers = [request.query_params.get(n, "") for n in ("size", "offset")]
+        if not all(re.fullmatch(r"[0-9]{1,18}", n) for n in numbers):
+            raise Denied("argument", "size and offset must be numbers.")
+        return calls.encode(Received(run.append(member.name, sha256, int(numbers[0]), int(numbers[1]), body)))
+
+    def _named(self, request: Request) -> tuple[Any, str]:
+        sha256 = request.path_params["sha256"]
+        if not re.fullmatch(r"[0-9a-f]{64}", sha256):
+            raise Denied("argument", "not a hash.")
+        return self.hub.run(request.path_params["run"]), sha256
+
+    # --- answers ------------------------------------------------------------------------------------------------------
+
+    def _note(self, name: str, why: str) -> None:
+        """Keep a refusal for the audit; of the same kind one a minute."""
+        now = time.monotonic()
+        if now - self._written.get((name, why), -OFTEN) >= OFTEN:
+            if len(self._written) > 10_000:
+                self._written.clear()
+            self._written[name, why] = now
+            log.warning("%s: %s", name, why)
+            self.hub.roster.note(name, control.plain(why), now=time.time())
+
+    def _refused(self, seen: signing.Request, problem: Problem) -> Response:
+        return self._answer(seen, STATUS[problem.kind], calls.encode(problem))
+
+    def _answer(self, seen: signing.Request, status: int, body: bytes) -> Response:
+        response = Response(body, status, media_type="application/json")
+        self._sign(seen, response, body)
+        return response
+
+    def _sign(self, seen: signing.Request, response: Response, body: bytes | None) -> None:
+        signing.sign_answer(self._key, signing.Answer(response.status_code, response.headers, seen), body)
+
+
+def _trains(member: Member) -> None:
+    if member.role not in TRAINERS:
+        raise Denied("role", f"a {member.role} takes no part in rounds.")
+
+
+def _seen(request: Request) -> signing.Request:
+    """A request as its signature sees it: as it came."""
+    scope = request.scope
+    query = scope["query_string"].decode("ascii", "replace")
+    path = scope["raw_path"].decode("ascii", "replace")
+    return signing.Request(request.method, f"https://atoll{path}{'?' + query if query else ''}", request.headers)
+
+
+async def _read(request: Request, largest: int) -> bytes:
+    """A request's content, when it says its length, keeps to it, and gets on.
+
+    Raises:
+        Denied: it does not.
+    """
+    length = request.headers.get("content-length", "")
+    if not re.fullmatch(r"[0-9]{1,18}", length):
+        raise Denied("argument", "the content's length must be said.")
+    if int(length) > largest:
+        raise Denied("large", f"a content of {length} bytes; at most {largest} are taken here.")
+    body, began = bytearray(), time.monotonic()
+    stream = request.stream()
+    try:
+        while True:
+            part = await asyncio.wait_for(anext(stream, None), STALL)
+            if part is None:
+                return bytes(body)
+            body += part
+            if len(body) < SLOWEST * (time.monotonic() - began - STALL):
+                raise TimeoutError
+    except TimeoutError:
+        raise Denied("slow", "the content does not get on.") from None
+    except ClientDisconnect:
+        raise Denied("slow", "the sender went away.") from None
+
+
+async def _parts(path: Path, start: int) -> AsyncIterator[bytes]:
+    with open(path, "rb") as file:
+        file.seek(start)
+        while part := await asyncio.to_thread(file.read, 2**20):
+            yield part
+
+
+def _plain(status: int, text: str) -> Response:
+    return Response(text, status, {"connection": "close"}, media_type="text/plain")
+
+
+# --- connections ------------------------------------------------------------------------------------------------------
+
+
+def guarded(door: Door) -> type[H11Protocol]:
+    """Uvicorn's HTTP/1.1 with a time in which headers must come, and few connections for strangers."""
+    strangers: Counter[str] = Counter()
+
+    class Guarded(H11Protocol):
+        _timer: asyncio.TimerHandle | None = None
+        _host = ""
+        _port = 0
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self._host, self._port = self.client or ("", 0)
+            strangers[self._host] += 1
+            waiting = strangers[self._host] - sum(host == self._host for host, _ in door.trusted)
+            if waiting > STRANGERS:
+                transport.close()
+            self._wait()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            strangers[self._host] -= 1
+            door.trusted.discard((self._host, self._port))
+            if self._timer is not None:
+                self._timer.cancel()
+            super().connection_lost(exc)
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self._wait()
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            self._wait()
+
+        def _wait(self) -> None:
+            """Give headers a time; uvicorn looks at connections that rest between two requests."""
+            asking = self.conn.their_state is h11.IDLE and self.timeout_keep_alive_task is None
+            if asking and self._timer is None:
+                self._timer = self.loop.call_later(STALL, self.transport.close)
+            elif not asking and self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+
+    return Guarded
+
+
+# --- the program ------------------------------------------------------------------------------------------------------
+
+
+def establish(folder: Path, address: str) -> Home:
+    """Make a server's folder, or read it; the home of its first administrator.
+
+    Args:
+        folder: of the server's state.
+        address: as others reach it.
+    """
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    key = key_at(folder / "key", make=True)
+    if not (folder / "authority.pem").exists():
+        write_file(folder / "authority.pem", authority(key))
+    pem = (folder / "authority.pem").read_bytes()
+    print_ = fingerprint(key.public_key())
+    if fingerprint(authority_key(pem)) != print_:
+        raise RunError(f"{folder / 'authority.pem'} is not of this server's key: restore the folder from a backup.")
+    admin = folder / "admin"
+    admin.mkdir(exist_ok=True, mode=0o700)
+    own = key_at(admin / "key", make=True)
+    hub = Hub(folder, print_, address)
+    if hub.roster.active("admin") is None:
+        token = hub.roster.invite("admin", "admin", hours=1, by="the server", now=time.time())
+        hub.roster.enrol("admin", public_text(own.public_key()), token, now=time.time())
+    return settle(admin, Identity("admin", "admin", address, print_), pem)
+
+
+def serve(folder: Path, *, host: str, port: int, address: str | None, told: Callable[[str, str], None]) -> None:
+    """Serve until a signal says to stop.
+
+    Args:
+        folder: of the server's state.
+        host: what to listen on.
+        port: likewise; 0: any free one.
+        address: as others reach it, host:port; None: that of the last start, or what is listened on.
+        told: called with the address and the fingerprint when the server listens.
+
+    Raises:
+        RunError: another server works in the folder, or the port is taken.
+    """
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with open(folder / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunError(f"another server works in {folder}: stop it first, or name another folder.") from None
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection is a file
+        listener = _listening(host, port)
+        bound = listener.getsockname()[1]
+        home = establish(folder, address or _address(folder, host, bound))
+        hub = Hub(folder, home.identity.fingerprint, home.identity.address)
+        door = Door(hub, folder)
+        config = configured(door, folder)
+        told(home.identity.address, home.identity.fingerprint)
+        server = _Server(config)
+        server.run(sockets=[listener])
+
+
+def configured(door: Door, folder: Path) -> uvicorn.Config:
+    """How a door is served: HTTP/1.1 under TLS, with bounds on everything."""
+    config = uvicorn.Config(
+        door.app, http=guarded(door), ws="none", lifespan="on", log_config=None, access_log=False,
+        proxy_headers=False, server_header=False, limit_concurrency=CONNECTIONS, timeout_keep_alive=75,
+        timeout_graceful_shutdown=3, h11_max_incomplete_event_size=HEADERS,
+    )  # fmt: skip
+    config.load()
+    config.ssl = server_context(key_at(folder / "key"), folder)
+    return config
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Any:
+        """A signal that asks to stop is obeyed, and the program ends well."""
+        before = {s: signal.signal(s, self.handle_exit) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for each, handler in before.items():
+                signal.signal(each, handler)
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise RunError(
+            f"cannot listen on {host}:{port}: {error.strerror}. Name another with --host and --port; ports below 1024 "
+            "need permission."
+        ) from error
+
+
+def _address(folder: Path, host: str, port: int) -> str:
+    """As others reach the server, when nobody said it."""
+    if (folder / "admin" / "identity.json").exists():
+        before = Home(folder / "admin").identity.address
+        if before.rpartition(":")[2] == str(port):
+            return before
+    if host in ("0.0.0.0", "::", ""):
+        host = socket.getfqdn()
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def log_to_stderr(level: int = logging.INFO) -> None:
+    """Structured lines for the server's and the site's log: no secret is ever given to a logger."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Lines("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    logging.getLogger("atoll").addHandler(handler)
+    logging.getLogger("atoll").setLevel(level)
+    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+
+
+class _Lines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        """One line, whatever is in the message."""
+        return control.plain(super().format(record)[:1000])

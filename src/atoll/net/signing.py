@@ -1,0 +1,246 @@
+"""Signatures of requests and answers (RFC 9421), and what makes a request fresh.
+
+A request is signed by its sender's Ed25519 key over method, path, query and the digest of its content (RFC 9530); an
+answer by the server's key over its status, the digest of its content and the request it answers, so that no answer
+can stand for another. Whoever ends TLS between the two can neither change nor forge them.
+
+Fresh is what this server process has not seen. Every request carries `EPOCH.LIFE.PROCESS.NUMBER`:
+
+    EPOCH    drawn by the server when it starts: what was sent to an earlier life of it is void
+    LIFE     counted by the sender on its own disk, at every start
+    PROCESS  drawn by the sender when it starts
+    NUMBER   counted by the sender with every request
+
+Of one process a number is taken once. Clocks play no part.
+"""
+
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from http_message_signatures.algorithms import ED25519  # pyright: ignore[reportPrivateImportUsage]
+from http_message_signatures.digests import ContentDigest
+from http_message_signatures.exceptions import HTTPMessageSignaturesException
+from http_message_signatures.resolvers import HTTPSignatureKeyResolver
+from http_message_signatures.signatures import HTTPMessageSigner, HTTPMessageVerifier
+
+from atoll.errors import AtollError
+
+TAG = "atoll"
+REQUEST = ("@method", "@path", "@query")
+ANSWER = ("@status", '"@method";req', '"@path";req', '"@query";req', '"signature";req')
+SERVER = "server"
+"""The server's name as a signer; nobody can be enrolled by it."""
+
+
+class SignatureError(AtollError):
+    """A message that is not signed as it must be."""
+
+
+@dataclass(slots=True)
+class Request:
+    """A request as its signature sees it; of the address only path and query are signed."""
+
+    method: str
+    url: str
+    headers: Any
+
+
+@dataclass(slots=True)
+class Answer:
+    """An answer as its signature sees it."""
+
+    status_code: int
+    headers: Any
+    request: Any
+
+
+class _Keys(HTTPSignatureKeyResolver):
+    def __init__(self, public: Callable[[str], Ed25519PublicKey | None], private: Ed25519PrivateKey | None) -> None:
+        self._public, self._private = public, private
+
+    def resolve_public_key(self, key_id: str) -> Ed25519PublicKey | None:
+        return self._public(key_id)
+
+    def resolve_private_key(self, key_id: str) -> Ed25519PrivateKey:
+        assert self._private is not None
+        return self._private
+
+
+class _Verifier(HTTPMessageVerifier):
+    def validate_created_and_expires(self, sig_input: Any, max_age: Any = None) -> None:
+        """Clocks are not looked at: what is fresh is settled by numbers."""
+
+
+def _nobody(key_id: str) -> None:
+    return None
+
+
+def sign_request(key: Ed25519PrivateKey, name: str, message: Any, nonce: str, body: bytes | None) -> None:
+    """Sign a request in place; its content, if it has one, gets a digest.
+
+    Args:
+        key: the sender's.
+        name: the sender's.
+        message: with `method`, `url` and `headers`.
+        nonce: from `Numbers.next`.
+        body: the content; None for a request without.
+    """
+    signer = HTTPMessageSigner(signature_algorithm=ED25519, key_resolver=_Keys(_nobody, key))
+    signer.sign(message, key_id=name, nonce=nonce, tag=TAG, label=TAG, covered_component_ids=REQUEST, body=body)
+
+
+def verify_request(message: Any, public: Callable[[str], Ed25519PublicKey | None], *, content: bool) -> tuple[str, str]:
+    """Who signed a request, and its nonce. Its content is not looked at: `check_content` does, once it was read.
+
+    Args:
+        message: with `method`, `url` and `headers`.
+        public: name -> public key, or None.
+        content: whether a digest of the content must be signed as well.
+
+    Raises:
+        SignatureError: it is not signed as it must be.
+    """
+    required = (*REQUEST, "content-digest") if content else REQUEST
+    found = _verified(message, public, required, None)
+    if not isinstance(found.nonce, str):
+        raise SignatureError("the request has no number.")
+    return str(found.parameters["keyid"]), found.nonce
+
+
+def check_content(headers: Any, body: bytes) -> None:
+    """Whether a content is the one whose digest was signed.
+
+    Raises:
+        SignatureError: it is not.
+    """
+    try:
+        ContentDigest.verify(", ".join(v for n, v in headers.items() if n.lower() == "content-digest"), body)
+    except HTTPMessageSignaturesException as error:
+        raise SignatureError("the content is not the one that was signed.") from error
+
+
+def sign_answer(key: Ed25519PrivateKey, answer: Answer, body: bytes | None) -> None:
+    """Sign an answer in place.
+
+    Args:
+        key: the server's.
+        answer: its request is signed.
+        body: the content; None where the receiver knows its hash already.
+    """
+    signer = HTTPMessageSigner(signature_algorithm=ED25519, key_resolver=_Keys(_nobody, key))
+    signer.sign(answer, key_id=SERVER, tag=TAG, label=TAG, covered_component_ids=ANSWER, body=body)
+
+
+def verify_answer(answer: Any, key: Ed25519PublicKey, body: bytes | None) -> None:
+    """Whether the server gave this answer to this very request.
+
+    Args:
+        answer: with `status_code`, `headers` and `request`.
+        key: the server's.
+        body: the content; None where its hash is known already.
+
+    Raises:
+        SignatureError: it did not.
+    """
+    required = ANSWER if body is None else (*ANSWER, "content-digest")
+    found = _verified(answer, lambda name: key if name == SERVER else None, required, body)
+    assert found.parameters["keyid"] == SERVER
+
+
+def _verified(
+    message: Any, public: Callable[[str], Ed25519PublicKey | None], required: tuple[str, ...], body: bytes | None
+) -> Any:
+    verifier = _Verifier(signature_algorithm=ED25519, key_resolver=_Keys(public, None))
+    try:
+        found = verifier.verify(message, max_age=None, expect_tag=TAG, require_components=required, body=body)
+    except Exception as error:  # hostile headers may break a parser in any way, and must break nothing else
+        raise SignatureError("the signature is missing or wrong.") from error
+    if len(found) != 1:
+        raise SignatureError("there is more than one signature.")
+    return found[0]
+
+
+# --- what is fresh ----------------------------------------------------------------------------------------------------
+
+WINDOW = 4096
+"""Numbers below the highest seen that may still come: requests overtake each other."""
+PROCESSES = 64
+"""Processes of one sender that are told apart at a time."""
+
+
+class Numbers:
+    """What a sender puts into its requests.
+
+    Args:
+        life: of the sender, from its disk.
+    """
+
+    def __init__(self, life: int) -> None:
+        self.epoch = "-"
+        self._life, self._process, self._number = life, secrets.token_hex(8), 0
+
+    def next(self) -> str:
+        """Of the next request."""
+        self._number += 1
+        return f"{self.epoch}.{self._life}.{self._process}.{self._number}"
+
+
+class _Seen:
+    def __init__(self) -> None:
+        self.highest, self.numbers = 0, set[int]()
+
+    def take(self, number: int) -> bool:
+        if number <= self.highest - WINDOW or number in self.numbers:
+            return False
+        self.highest = max(self.highest, number)
+        self.numbers.add(number)
+        if len(self.numbers) > 2 * WINDOW:
+            self.numbers = {n for n in self.numbers if n > self.highest - WINDOW}
+        return True
+
+
+class Fresh:
+    """What this server process has seen of every sender.
+
+    Attributes:
+        epoch: of this process.
+    """
+
+    def __init__(self) -> None:
+        self.epoch = secrets.token_hex(16)
+        self._seen: dict[str, dict[tuple[int, str], _Seen]] = {}
+
+    def take(self, name: str, nonce: str, *, alone: bool) -> str:
+        """ "" for a request that is fresh; else why it is not: "epoch", "replay" or "fenced".
+
+        Args:
+            name: the sender's.
+            nonce: of the request.
+            alone: whether only the newest process of this sender is heard.
+        """
+        parts = nonce.split(".")
+        if len(parts) != 4 or len(nonce) > 200 or not (parts[1].isascii() and parts[1].isdecimal()):
+            return "replay"
+        epoch, life, process, number = parts
+        if epoch != self.epoch:
+            return "epoch"
+        if not (number.isascii() and number.isdecimal()) or len(number) > 18 or len(life) > 18:
+            return "replay"
+        seen = self._seen.setdefault(name, {})
+        mine = (int(life), process)
+        if mine not in seen:
+            newest = max((k[0] for k in seen), default=-1)
+            if alone and int(life) <= newest:
+                return "fenced"  # an earlier process, or a copy of the sender that has counted as far
+            if len(seen) >= PROCESSES:
+                oldest = min(seen)
+                if mine < oldest:
+                    return "replay"
+                del seen[oldest]
+            seen[mine] = _Seen()
+        elif alone and mine != max(seen):
+            return "fenced"
+        return "" if seen[mine].take(int(number)) else "replay"

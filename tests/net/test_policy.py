@@ -1,0 +1,138 @@
+"""What an owner has not approved does not run, and what is no report does not leave."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save
+
+from atoll.errors import InvalidArgument, RunError
+from atoll.net import policy
+from atoll.net.calls import Charter
+from atoll.net.frames import encode
+from atoll.net.policy import Approvals, Left, Outgoing, Sent, experiment_hash, inspect
+
+pytestmark = pytest.mark.usefixtures("unsynced")
+
+CODE = "0" * 64
+CHARTER = Charter("heart", CODE, {"lr": "0.1", "rounds": "5"})
+
+
+def test_nothing_is_approved_that_the_owner_has_not_seen(tmp_path: Path) -> None:
+    approvals = Approvals(tmp_path)
+    assert approvals.verdict(CHARTER) == "waiting"
+    with pytest.raises(InvalidArgument, match="none"):
+        approvals.find(experiment_hash(CHARTER))
+    approvals.ask(CHARTER)
+    mark = approvals.find(experiment_hash(CHARTER)[:8])
+    assert approvals.waiting() == {mark: CHARTER}
+    approvals.settle(approvals.known()[mark], "approved")
+    assert approvals.verdict(CHARTER) == "approved" and not approvals.waiting()
+    approvals.settle(CHARTER, "denied")
+    assert Approvals(tmp_path).verdict(CHARTER) == "denied"
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        Charter("heart", "0" * 63 + "1", CHARTER.settings),
+        Charter("heart", CODE, {"lr": "0.1"}),
+        Charter("heart", CODE, {"lr": "0.2", "rounds": "5"}),
+        Charter("heart", CODE, {"lr": "0.1", "rounds": "5", "x": ""}),
+        Charter("heart", CODE, {"l": "r0.1", "rounds": "5"}),
+    ],
+)
+def test_another_byte_of_code_or_settings_is_another_experiment(tmp_path: Path, other: Charter) -> None:
+    approvals = Approvals(tmp_path)
+    approvals.settle(CHARTER, "approved")
+    assert approvals.verdict(other) == "waiting"
+
+
+def test_the_same_experiment_in_another_run_is_approved_already(tmp_path: Path) -> None:
+    approvals = Approvals(tmp_path)
+    approvals.settle(CHARTER, "approved")
+    again = Charter("heart 2", CODE, {"rounds": "5", "lr": "0.1"}, deadline=3.0, by="somebody")
+    assert approvals.verdict(again) == "approved"
+
+
+@pytest.mark.parametrize("mark", ["", "0", "abcdefg"])
+def test_too_little_of_a_hash_is_refused(tmp_path: Path, mark: str) -> None:
+    approvals = Approvals(tmp_path)
+    approvals.ask(CHARTER)
+    with pytest.raises(InvalidArgument, match="first eight"):
+        approvals.find(mark)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"x": 1}', '{"' + "0" * 64 + '": {"verdict": "yes"}}'])
+def test_a_damaged_file_approves_nothing(tmp_path: Path, content: str) -> None:
+    (tmp_path / "approvals.json").write_text(content)
+    with pytest.raises(RunError, match="nothing is approved"):
+        Approvals(tmp_path).verdict(CHARTER)
+
+
+# --- what leaves ------------------------------------------------------------------------------------------------------
+
+
+def report(**more: torch.Tensor) -> dict[str, torch.Tensor]:
+    parts = {
+        "wire": torch.tensor([[3.0, 4.0]]),
+        "weight": torch.ones(1, 1, dtype=torch.float64),
+        "metrics": torch.ones(1, 2, dtype=torch.float64),
+    }
+    return parts | more
+
+
+def test_a_report_is_told_by_names_shapes_and_norms() -> None:
+    found = {s.name: s for s in inspect(encode(report()), 10_000)}
+    assert found["wire"] == Sent("wire", "float32", (1, 2), 5.0)
+    coded = report()
+    del coded["wire"]
+    coded |= {"wire/q": torch.ones(1, 4, dtype=torch.uint8), "wire/scale": torch.ones(1, 1)}
+    assert [s.norm for s in inspect(encode(coded), 10_000) if s.name == "wire/q"] == [2.0]
+
+
+def without(name: str) -> bytes:
+    parts = report()
+    del parts[name]
+    return encode(parts)
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        b"", b"\x80\x04.", b"{}", encode(report())[:-1], encode(report()) + b"x",
+        encode(report(patients=torch.ones(3))), encode(report(**{"wire/x": torch.ones(1, 1)})),
+        without("wire"), without("weight"), without("metrics"),
+        encode(report(wire=torch.tensor([[float("nan")]]))),
+        encode(report(metrics=torch.ones(1, 3, dtype=torch.float64))), encode(report(metrics=torch.ones(1, 2))),
+        encode(report(weight=torch.ones(5, 1, dtype=torch.float64))),
+        save(report(), {"note": "a patient's name"}),
+        len(b := json.dumps({"wire": {"dtype": "F32", "shape": [2**50], "data_offsets": [0, 2**52]}}).encode())
+        .to_bytes(8, "little") + b,
+    ],
+)  # fmt: skip
+def test_what_is_no_report_does_not_leave(frame: bytes) -> None:
+    with pytest.raises(InvalidArgument):
+        inspect(frame, 10_000)
+
+
+def test_a_report_that_is_too_large_does_not_leave() -> None:
+    with pytest.raises(InvalidArgument, match="limit"):
+        inspect(encode(report()), 100)
+
+
+def test_the_journal_of_what_left_is_whole_or_refused(tmp_path: Path) -> None:
+    outgoing = Outgoing(tmp_path)
+    sent = Left(1.0, "heart", "update", 1, 1, 240, CODE, [Sent("wire", "float32", (1, 2), 5.0)])
+    for _ in range(3):
+        outgoing.write(sent)
+    assert list(Outgoing(tmp_path)) == [sent] * 3 and len(Outgoing(tmp_path).head) == 64
+    path = tmp_path / "left"
+    path.write_bytes(path.read_bytes().replace(b'"bytes":240', b'"bytes":241', 1))
+    with pytest.raises(RunError, match="damaged"):
+        Outgoing(tmp_path)
+
+
+def test_policy_says_what_a_verdict_is() -> None:
+    assert policy.Verdict.__args__ == ("waiting", "approved", "denied")  # type: ignore[attr-defined]

@@ -1,0 +1,191 @@
+"""Signatures hold what they say, and a request is taken once."""
+
+from typing import Any
+
+import httpx
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from atoll.net import signing
+from atoll.net.signing import Fresh, Numbers, SignatureError
+
+KEY, SERVER, OTHER = (Ed25519PrivateKey.from_private_bytes(bytes([n]) * 32) for n in (1, 2, 3))
+URL = "https://atoll/v1/call?a=b"
+
+
+def public(name: str) -> Any:
+    return KEY.public_key() if name == "hospital a" else None
+
+
+def signed(body: bytes | None = b"body", *, key: Ed25519PrivateKey = KEY) -> signing.Request:
+    request = signing.Request("POST", URL, httpx.Headers())
+    signing.sign_request(key, "hospital a", request, "e.1.p.1", body)
+    return request
+
+
+def test_a_request_tells_who_signed_it_and_its_number() -> None:
+    request = signed()
+    assert signing.verify_request(request, public, content=True) == ("hospital a", "e.1.p.1")
+    signing.check_content(request.headers, b"body")
+    with pytest.raises(SignatureError):
+        signing.check_content(request.headers, b"bodY")
+
+
+def changed(**change: Any) -> signing.Request:
+    request = signed()
+    for name, value in change.items():
+        if name == "drop":
+            del request.headers[value]
+        elif name == "header":
+            request.headers[value[0]] = request.headers[value[0]].replace(*value[1:])
+        else:
+            setattr(request, name, value)
+    return request
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"method": "PUT"},
+        {"url": "https://atoll/v1/calls?a=b"},
+        {"url": "https://atoll/v1/call?a=c"},
+        {"url": "https://atoll/v1/call"},
+        {"drop": "signature"},
+        {"drop": "signature-input"},
+        {"drop": "content-digest"},
+        {"header": ("signature-input", "e.1.p.1", "e.1.p.2")},
+        {"header": ("signature-input", "hospital a", "hospital b")},
+        {"header": ("signature-input", '"content-digest"', "")},
+        {"header": ("signature-input", 'tag="atoll"', 'tag="other"')},
+        {"header": ("signature-input", "ed25519", "hmac-sha256")},
+        {"header": ("content-digest", "sha-256", "sha-512")},
+        {"headers": httpx.Headers({"signature": "\x00", "signature-input": "=;="})},
+    ],
+    ids=str,
+)
+def test_whatever_is_changed_in_a_request_is_noticed(change: dict[str, Any]) -> None:
+    with pytest.raises(SignatureError):
+        signing.verify_request(changed(**change), public, content=True)
+
+
+def test_another_key_is_refused() -> None:
+    with pytest.raises(SignatureError):
+        signing.verify_request(signed(key=OTHER), public, content=True)
+
+
+def test_a_second_signature_is_refused() -> None:
+    request = signed()
+    for name in ("signature", "signature-input"):
+        request.headers[name] = f"{request.headers[name]}, b{request.headers[name]}"
+    with pytest.raises(SignatureError):
+        signing.verify_request(request, public, content=True)
+
+
+def test_clocks_play_no_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sender whose clock is days ahead or behind is heard."""
+    import datetime
+
+    from http_message_signatures import signatures
+
+    for days in (-4000, 4000):
+        real = datetime.datetime
+
+        class Skewed(real):
+            @classmethod
+            def now(cls, tz: Any = None) -> Any:
+                return real.now(tz) + datetime.timedelta(days=days)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(signatures.datetime, "datetime", Skewed)
+            request = signed()
+        assert signing.verify_request(request, public, content=True)[0] == "hospital a"
+
+
+def answered(request: signing.Request, body: bytes | None = b"answer", key: Ed25519PrivateKey = SERVER) -> Any:
+    answer = signing.Answer(200, {}, request)
+    signing.sign_answer(key, answer, body)
+    return answer
+
+
+def test_an_answer_belongs_to_its_request() -> None:
+    request = signed()
+    answer = answered(request)
+    signing.verify_answer(answer, SERVER.public_key(), b"answer")
+    for wrong in (
+        lambda: signing.verify_answer(answer, OTHER.public_key(), b"answer"),
+        lambda: signing.verify_answer(answer, SERVER.public_key(), b"another"),
+        lambda: signing.verify_answer(signing.Answer(404, answer.headers, request), SERVER.public_key(), b"answer"),
+        lambda: signing.verify_answer(
+            signing.Answer(200, answer.headers, signed(b"other")), SERVER.public_key(), b"answer"
+        ),
+        lambda: signing.verify_answer(signing.Answer(200, {}, request), SERVER.public_key(), b"answer"),
+    ):
+        with pytest.raises(SignatureError):
+            wrong()
+
+
+def test_an_answer_without_a_digest_does_not_stand_for_a_content() -> None:
+    request = signed()
+    answer = answered(request, None)
+    signing.verify_answer(answer, SERVER.public_key(), None)
+    with pytest.raises(SignatureError):
+        signing.verify_answer(answer, SERVER.public_key(), b"anything")
+
+
+# --- what is fresh ----------------------------------------------------------------------------------------------------
+
+
+def test_a_number_is_taken_once_in_any_order() -> None:
+    fresh = Fresh()
+    taken = [fresh.take("a", f"{fresh.epoch}.1.p.{n}", alone=True) for n in (3, 1, 2, 3, 1)]
+    assert taken == ["", "", "", "replay", "replay"]
+    assert fresh.take("b", f"{fresh.epoch}.1.p.3", alone=True) == "", "every sender counts for itself"
+
+
+def test_what_is_far_behind_is_a_replay_and_memory_is_bounded() -> None:
+    fresh = Fresh()
+    for n in range(1, 3 * signing.WINDOW):
+        assert fresh.take("a", f"{fresh.epoch}.1.p.{n}", alone=False) == ""
+    assert fresh.take("a", f"{fresh.epoch}.1.p.5", alone=False) == "replay"
+    assert len(fresh._seen["a"][1, "p"].numbers) <= 2 * signing.WINDOW
+
+
+def test_what_was_sent_to_an_earlier_life_of_the_server_is_void() -> None:
+    before, after = Fresh(), Fresh()
+    assert after.take("a", f"{before.epoch}.1.p.1", alone=True) == "epoch"
+
+
+@pytest.mark.parametrize(
+    "nonce", ["", "a.b", "E.x.p.1", "E.1.p.x", "E.1.p.-1", "E.1.p.1.2", "E.1.p.²", "E.1.p." + "9" * 30]
+)
+def test_what_is_no_number_is_refused(nonce: str) -> None:
+    fresh = Fresh()
+    assert fresh.take("a", nonce.replace("E", fresh.epoch), alone=True) in ("replay", "epoch")
+
+
+def test_the_newest_program_of_a_site_is_heard_alone() -> None:
+    fresh = Fresh()
+
+    def take(life: int, process: str, n: int, alone: bool = True) -> str:
+        return fresh.take("a", f"{fresh.epoch}.{life}.{process}.{n}", alone=alone)
+
+    assert take(1, "p", 1) == ""
+    assert take(1, "copy", 1) == "fenced", "a copy of the folder has counted as far"
+    assert take(2, "q", 1) == "", "it was started again"
+    assert take(1, "p", 2) == "fenced"
+    assert take(2, "q", 2) == ""
+
+
+def test_operators_may_have_several_programs() -> None:
+    fresh = Fresh()
+    sent = ((1, 1), (2, 1), (1, 2), (1, 1))
+    taken = [fresh.take("a", f"{fresh.epoch}.{life}.p.{n}", alone=False) for life, n in sent]
+    assert taken == ["", "", "", "replay"]
+
+
+def test_a_sender_counts_up_and_tells_its_life() -> None:
+    numbers = Numbers(7)
+    numbers.epoch = "e"
+    first, second = numbers.next().split("."), numbers.next().split(".")
+    assert first[:2] == second[:2] == ["e", "7"] and first[2] == second[2] and (first[3], second[3]) == ("1", "2")
+    assert Numbers(7).next().split(".")[2] != first[2]

@@ -1,0 +1,222 @@
+"""Objects on their way: by signed chunks, taken up where they broke off, and never more than can be."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from doors import House, problem, run
+
+from atoll.net import client, control
+from atoll.net.calls import Charter
+from atoll.net.children import Summary
+from atoll.net.client import Turned, Unreachable
+from atoll.net.control import content_hash
+from atoll.net.hub import Denied, Run
+from atoll.net.news import News
+
+pytestmark = pytest.mark.usefixtures("unsynced")
+
+CONTENT = bytes(i * 7 % 251 for i in range(10_000))
+SHA256 = content_hash(CONTENT)
+
+
+def summary(**more: Any) -> Summary:
+    blank: dict[str, Any] = {
+        "phase": "collecting", "reason": "", "round": 0, "rounds": 2, "attempt": 1, "wanted": 1, "least": 1,
+        "number": 1, "busy": False, "stage": "", "question": "", "identity": "", "title": "", "largest": 20_000,
+        "cohort": ["s"],
+        "accepted": [], "excluded": {}, "sites": {"s": "active"}, "counted": {}, "closed": [], "notices": [],
+    }  # fmt: skip
+    return Summary(**(blank | more))
+
+
+@pytest.fixture
+def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> House:
+    monkeypatch.setattr(client, "CHUNK", 1000)
+    house = House(tmp_path)
+    folder = tmp_path / "server" / "runs" / "r"
+    for name in ("objects", "uploads"):
+        (folder / name).mkdir(parents=True)
+    made = Run(folder, Charter("r", "0" * 64, {}), News())
+    made.summary = summary()
+    house.hub.runs["r"] = made
+    return house
+
+
+def hosted(house: House) -> Run:
+    return house.hub.runs["r"]
+
+
+def there(house: House, site: str = "s") -> bytes:
+    path = hosted(house).upload(site, SHA256)
+    return path.read_bytes() if path.exists() else b""
+
+
+def test_an_upload_arrives_whole_and_an_object_is_fetched(house: House) -> None:
+    (hosted(house).folder / "objects" / SHA256).write_bytes(CONTENT)
+
+    async def both() -> bytes:
+        line = house.client("s")
+        await line.upload("r", CONTENT)
+        return await line.fetch("r", SHA256, limit=10_000)
+
+    assert run(both()) == CONTENT and there(house) == CONTENT
+
+
+class Breaking(httpx.AsyncBaseTransport):
+    """A line that breaks at every n-th request: before it is sent, or after it was heard."""
+
+    def __init__(self, inner: httpx.AsyncBaseTransport, every: int, after: bool) -> None:
+        self.inner, self.every, self.after, self.count = inner, every, after, 0
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        self.count += 1
+        breaks = self.count % self.every == 0
+        if breaks and not self.after:
+            raise httpx.ConnectError("reset")
+        answer = await self.inner.handle_async_request(request)
+        if breaks:
+            await answer.aclose()
+            raise httpx.ReadError("reset")
+        return answer
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("every", [2, 3, 5])
+def test_an_upload_is_taken_up_where_it_broke_off(house: House, every: int, after: bool) -> None:
+    line = house.client("s")
+    line._http = httpx.AsyncClient(
+        transport=Breaking(httpx.ASGITransport(app=house.door.app), every, after), base_url="https://h:1"
+    )
+    run(line.upload("r", CONTENT))
+    assert there(house) == CONTENT
+
+
+def test_an_upload_that_another_program_began_is_gone_on_with(house: House) -> None:
+    assert hosted(house).append("s", SHA256, len(CONTENT), 0, CONTENT[:3500]) == 3500
+    run(house.client("s").upload("r", CONTENT))
+    assert there(house) == CONTENT
+
+
+def test_a_line_that_never_gets_on_is_given_up(house: House) -> None:
+    line = house.client("s")
+    line._http = httpx.AsyncClient(
+        transport=Breaking(httpx.ASGITransport(app=house.door.app), 1, False), base_url="https://h:1"
+    )
+    for work in (line.upload("r", CONTENT), line.fetch("r", SHA256, limit=10_000)):
+        with pytest.raises(Unreachable, match="cannot be reached"):
+            run(work)
+
+
+def test_a_download_is_taken_up_and_held_against_its_hash(house: House) -> None:
+    (hosted(house).folder / "objects" / SHA256).write_bytes(CONTENT)
+    line = house.client("s")
+    real, calls = line._http.send, list[str]()
+
+    async def send(request: httpx.Request, **more: Any) -> httpx.Response:
+        calls.append(request.headers.get("range", ""))
+        answer = await real(request, **more)
+        if answer.status_code in (200, 206) and len(calls) < 6:
+            parts = answer.aiter_raw
+
+            async def some() -> Any:
+                async for part in parts():
+                    yield part[:1500]
+                    raise httpx.ReadError("reset")
+
+            answer.aiter_raw = some  # type: ignore[method-assign]
+        return answer
+
+    line._http.send = send  # type: ignore[method-assign]
+    assert run(line.fetch("r", SHA256, limit=10_000)) == CONTENT
+    assert calls[-1].startswith("bytes=") and len(set(calls)) > 3
+    (hosted(house).folder / "objects" / SHA256).write_bytes(CONTENT[:-1] + b"?")
+    with pytest.raises(Unreachable, match="SHA-256 differs"):
+        run(house.client("s").fetch("r", SHA256, limit=10_000))
+    with pytest.raises(Turned, match="limit 100"):
+        run(house.client("s").fetch("r", SHA256, limit=100))
+    with pytest.raises(Turned, match="no such object"):
+        run(house.client("s").fetch("r", "1" * 64, limit=100))
+
+
+@pytest.mark.parametrize(
+    ("size", "offset", "chunk", "kind"),
+    [
+        (20_001, 0, b"x", "large"), (0, 0, b"x", "large"), (2, 0, b"xxx", "large"), (10, 5, b"x", "partial"),
+        (10**17, 0, b"x", "large"),
+    ],
+)  # fmt: skip
+def test_a_chunk_that_cannot_be_is_refused_and_nothing_is_kept(
+    house: House, size: int, offset: int, chunk: bytes, kind: str
+) -> None:
+    with pytest.raises(Denied) as refused:
+        hosted(house).append("s", SHA256, size, offset, chunk)
+    assert refused.value.problem.kind == kind and not there(house)
+
+
+def test_chunks_come_once_and_in_order(house: House) -> None:
+    hosted(house).append("s", SHA256, 10, 0, b"abc")
+    for offset in (0, 1, 4):
+        with pytest.raises(Denied) as refused:
+            hosted(house).append("s", SHA256, 10, offset, b"abc")
+        assert refused.value.problem.received == 3
+    assert hosted(house).append("s", SHA256, 10, 3, b"defghij") == 10 and there(house) == b"abcdefghij"
+
+
+def test_a_site_has_one_report_on_its_way_and_no_others(house: House) -> None:
+    hosted(house).append("s", "1" * 64, 10, 0, b"old")
+    hosted(house).append("t", SHA256, 10, 0, b"others")
+    hosted(house).append("s", SHA256, 10, 0, b"new")
+    assert there(house) == b"new" and there(house, "t") == b"others"
+    assert len(list((hosted(house).folder / "uploads").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    "query", ["", "size=1", "size=-1&offset=0", "size=1&offset=x", "size=²&offset=0", "size=1e3&offset=0"]
+)
+def test_size_and_offset_must_be_numbers(house: House, query: str) -> None:
+    answer = run(house.send("s", b"x", path=f"/v1/uploads/r/{SHA256}?{query}", method="PUT"))
+    assert problem(answer).kind == "argument"
+
+
+def test_a_chunk_that_changed_on_the_way_is_refused(house: House) -> None:
+    path = f"/v1/uploads/r/{SHA256}?size=3&offset=0"
+    answer = run(house.send("s", b"abc", path=path, method="PUT", sent=b"abd"))
+    assert problem(answer).kind == "signature" and not there(house)
+
+
+# --- questions that are held back -------------------------------------------------------------------------------------
+
+
+def test_a_question_is_answered_when_there_is_news(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, asked = hosted(house), list[int]()
+    answers = [control.Wait("r", 0, None), control.Wait("r", 0, None), control.Wait("r", 1, (0, 1))]
+
+    async def received(site: str, request: Any) -> control.Answer:
+        asked.append(1)
+        return answers[min(len(asked), 3) - 1]
+
+    monkeypatch.setattr(made, "_received", received)
+
+    async def hold() -> control.Answer:
+        held = asyncio.ensure_future(made.receive("s", control.Ask("r", "s")))
+        for number, attempt in enumerate((1, 2, 3), 1):  # the first news is none for this site
+            await asyncio.sleep(0.05)
+            assert not held.done() and len(asked) == max(1, number - 1)
+            made.summary = summary(attempt=attempt, number=number)
+            made.news.tell()
+        return await asyncio.wait_for(held, 60.0)
+
+    assert run(hold()) == answers[2] and len(asked) == 3
+
+
+def test_a_run_that_is_over_tells_what_it_counted(house: House) -> None:
+    made = hosted(house)
+    made.over, made.summary = True, summary(phase="finished", round=2, reason="done", counted={"s": (1, 3)})
+    told = run(house.client("s").say(control.Ask("r", "s")))
+    assert told == control.Ended("r", 2, "done", (1, 3))
+    assert run(house.client("t").say(control.Ask("r", "t"))).counted is None
+    with pytest.raises(Turned):
+        run(house.client("s").upload("r", CONTENT))
