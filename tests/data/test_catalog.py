@@ -19,7 +19,8 @@ import torch
 from atoll import datasets
 from atoll.data import frames
 from atoll.data.catalog import mnist as mnist_function
-from atoll.data.catalog.mnist import CHECKSUMS, decode_idx, locate
+from atoll.data.catalog.fetching import locate
+from atoll.data.catalog.mnist import CHECKSUMS, decode_idx
 from atoll.errors import DataError, InvalidArgument
 
 # --- cards -----------------------------------------------------------------------------------------------------------
@@ -215,19 +216,19 @@ def test_a_download_is_checked_and_kept(
     monkeypatch.delenv("ATOLL_DATA", raising=False)
     monkeypatch.setattr(pooch, "os_cache", lambda _: tmp_path / "cache")
     (folder / "a").write_bytes(b"one")
-    assert locate(sums(a=b"one"), url) == {"a": b"one"}
+    assert locate("mnist", sums(a=b"one"), url) == {"a": b"one"}
     (folder / "a").unlink()
-    assert locate(sums(a=b"one"), url) == {"a": b"one"}
+    assert locate("mnist", sums(a=b"one"), url) == {"a": b"one"}
     (folder / "b").write_bytes(b"tampered")
     with pytest.raises(DataError, match="b is not at hand"):
-        locate(sums(b=b"two"), url)
+        locate("mnist", sums(b=b"two"), url)
 
 
 def test_no_network_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ATOLL_DATA", str(tmp_path))
     monkeypatch.setattr(pooch, "os_cache", lambda _: tmp_path / "cache")
     with pytest.raises(DataError, match=r"does not hold all four files.*cannot be downloaded.*set ATOLL_DATA"):
-        locate(CHECKSUMS, "http://127.0.0.1:9/")
+        locate("mnist", CHECKSUMS, "http://127.0.0.1:9/")
 
 
 @pytest.mark.parametrize("inner", ["", "mnist"])
@@ -235,9 +236,9 @@ def test_a_folder_is_read_and_checked(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("ATOLL_DATA", str(tmp_path))
     (tmp_path / inner).mkdir(exist_ok=True)
     (tmp_path / inner / "a").write_bytes(b"one")
-    assert locate(sums(a=b"one"), "http://127.0.0.1:9/") == {"a": b"one"}
-    with pytest.raises(DataError, match=r"not MNIST's canonical file.*Fashion-MNIST"):
-        locate(sums(a=b"two"), "http://127.0.0.1:9/")
+    assert locate("mnist", sums(a=b"one"), "http://127.0.0.1:9/") == {"a": b"one"}
+    with pytest.raises(DataError, match=r"not the canonical file of mnist.*Fashion-MNIST"):
+        locate("mnist", sums(a=b"two"), "http://127.0.0.1:9/", twin="Fashion-MNIST")
 
 
 def small_mnist(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,7 +252,7 @@ def small_mnist(monkeypatch: pytest.MonkeyPatch) -> None:
         idx(np.arange(20) % 10),
     ]
     module = sys.modules[mnist_function.__module__]
-    monkeypatch.setattr(module, "locate", lambda *_: dict(zip(CHECKSUMS, contents, strict=True)))
+    monkeypatch.setattr(module, "locate", lambda *_, **__: dict(zip(CHECKSUMS, contents, strict=True)))
 
 
 def test_mnist_is_scaled_and_dealt_out(monkeypatch: pytest.MonkeyPatch) -> None:
