@@ -18,7 +18,7 @@ import torch
 from atoll.bench import figures, workloads
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-NAMES = ("flamby_heart", "long_run", "mnist_2nn", "robustness", "round_time", "scale")
+NAMES = ("flamby_heart", "long_run", "mnist_2nn", "recipes", "robustness", "round_time", "scale")
 SPEED = ("run", "scaling", "environments", "figures", "workloads", "networks", "modules", "harness", "digest")
 MNIST_FILES = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz")
 
