@@ -10,7 +10,11 @@ from atoll.data.catalog import (
     lending_club,
     lending_club_frame,
     mnist,
+    movielens,
     names,
+    smartwatch,
+    spoken_digits,
+    traffic_signs,
 )
 
 __all__ = [
@@ -23,5 +27,9 @@ __all__ = [
     "lending_club",
     "lending_club_frame",
     "mnist",
+    "movielens",
     "names",
+    "smartwatch",
+    "spoken_digits",
+    "traffic_signs",
 ]

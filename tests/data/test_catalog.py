@@ -19,14 +19,18 @@ import torch
 from atoll import datasets
 from atoll.data import frames
 from atoll.data.catalog import mnist as mnist_function
-from atoll.data.catalog.mnist import CHECKSUMS, decode_idx, locate
+from atoll.data.catalog.fetching import locate
+from atoll.data.catalog.mnist import CHECKSUMS, decode_idx
+from atoll.data.catalog.signs import decode_ppm
+from atoll.data.catalog.spoken import mel_bank
 from atoll.errors import DataError, InvalidArgument
 
 # --- cards -----------------------------------------------------------------------------------------------------------
 
 
 def test_every_name_has_a_card_and_a_loader() -> None:
-    assert set(datasets.names()) == {"heart_disease", "lending_club", "breast_cancer", "digits", "mnist"}
+    own = {"heart_disease", "lending_club", "breast_cancer", "digits", "mnist"}
+    assert set(datasets.names()) == own | {"smartwatch", "spoken_digits", "movielens", "traffic_signs"}
     for name in datasets.names():
         card = datasets.card(name)
         assert card.name == name and callable(getattr(datasets, name))
@@ -38,6 +42,7 @@ def test_every_name_has_a_card_and_a_loader() -> None:
 def test_the_attribution_names_both_licences() -> None:
     text = files("atoll.data.catalog").joinpath("files", "ATTRIBUTION.md").read_text(encoding="utf-8")
     assert "CC BY 4.0" in text and "Janosi" in text and "modeldata authors" in text and "MIT" in text
+    assert "smartwatch_exercises.npz" in text and "David M. Burns" in text and "BSD 3-Clause" in text
 
 
 # --- heart disease --------------------------------------------------------------------------------------------------
@@ -215,19 +220,19 @@ def test_a_download_is_checked_and_kept(
     monkeypatch.delenv("ATOLL_DATA", raising=False)
     monkeypatch.setattr(pooch, "os_cache", lambda _: tmp_path / "cache")
     (folder / "a").write_bytes(b"one")
-    assert locate(sums(a=b"one"), url) == {"a": b"one"}
+    assert locate("mnist", sums(a=b"one"), url) == {"a": b"one"}
     (folder / "a").unlink()
-    assert locate(sums(a=b"one"), url) == {"a": b"one"}
+    assert locate("mnist", sums(a=b"one"), url) == {"a": b"one"}
     (folder / "b").write_bytes(b"tampered")
     with pytest.raises(DataError, match="b is not at hand"):
-        locate(sums(b=b"two"), url)
+        locate("mnist", sums(b=b"two"), url)
 
 
 def test_no_network_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ATOLL_DATA", str(tmp_path))
     monkeypatch.setattr(pooch, "os_cache", lambda _: tmp_path / "cache")
-    with pytest.raises(DataError, match=r"does not hold all four files.*cannot be downloaded.*set ATOLL_DATA"):
-        locate(CHECKSUMS, "http://127.0.0.1:9/")
+    with pytest.raises(DataError, match=r"does not hold all of it.*cannot be downloaded.*set ATOLL_DATA"):
+        locate("mnist", CHECKSUMS, "http://127.0.0.1:9/")
 
 
 @pytest.mark.parametrize("inner", ["", "mnist"])
@@ -235,9 +240,9 @@ def test_a_folder_is_read_and_checked(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("ATOLL_DATA", str(tmp_path))
     (tmp_path / inner).mkdir(exist_ok=True)
     (tmp_path / inner / "a").write_bytes(b"one")
-    assert locate(sums(a=b"one"), "http://127.0.0.1:9/") == {"a": b"one"}
-    with pytest.raises(DataError, match=r"not MNIST's canonical file.*Fashion-MNIST"):
-        locate(sums(a=b"two"), "http://127.0.0.1:9/")
+    assert locate("mnist", sums(a=b"one"), "http://127.0.0.1:9/") == {"a": b"one"}
+    with pytest.raises(DataError, match=r"not the canonical file of mnist.*Fashion-MNIST"):
+        locate("mnist", sums(a=b"two"), "http://127.0.0.1:9/", twin="Fashion-MNIST")
 
 
 def small_mnist(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,7 +256,7 @@ def small_mnist(monkeypatch: pytest.MonkeyPatch) -> None:
         idx(np.arange(20) % 10),
     ]
     module = sys.modules[mnist_function.__module__]
-    monkeypatch.setattr(module, "locate", lambda *_: dict(zip(CHECKSUMS, contents, strict=True)))
+    monkeypatch.setattr(module, "locate", lambda *_, **__: dict(zip(CHECKSUMS, contents, strict=True)))
 
 
 def test_mnist_is_scaled_and_dealt_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,3 +294,116 @@ def test_the_official_mnist() -> None:
         5949,
     ]
     assert abs(float(data.train.fields["x"].mean(dtype=torch.float64)) - 0.1306604) < 1e-6
+
+
+# --- what people and vehicles recorded --------------------------------------------------------------------------------
+
+
+def at_hand(name: str) -> None:
+    """Skip where a data set that cannot be fetched is not here."""
+    try:
+        getattr(datasets, name)()
+    except DataError as error:
+        pytest.skip(str(error))
+
+
+def test_smartwatch_windows_share_no_sample_with_the_test() -> None:
+    data = datasets.smartwatch(window=64, step=64, seed=3)
+    assert data.clients == tuple(f"wearer-{i:02d}" for i in range(1, 11))
+    assert data.test is not None
+    rows = [
+        {row.tobytes() for row in split.fields["x"].numpy().transpose(0, 2, 1).reshape(-1, 6)}
+        for split in (data.train, data.test)
+    ]
+    assert not rows[0] & rows[1]
+    assert set(data.train.fields["y"].tolist()) == set(data.test.fields["y"].tolist()) == set(range(7))
+    for client in data.clients:
+        assert len(set(data[client].train["y"].tolist())) == 7, "every wearer did every exercise"
+    assert (
+        datasets.smartwatch().train.sizes.sum() + len(datasets.smartwatch().test)
+        == datasets.card("smartwatch").examples
+    )
+
+
+def test_smartwatch_windows_lie_one_step_apart() -> None:
+    one, two = datasets.smartwatch(window=50, step=25), datasets.smartwatch(window=50, step=25, seed=1)
+    x = one["wearer-01"].train["x"]
+    assert torch.equal(x[0, :, 25:], x[1, :, :25])
+    assert one.fingerprint() != two.fingerprint(), "the seed moves the test"
+    assert one.fingerprint() == datasets.smartwatch(window=50, step=25).fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [({"window": 0}, "window"), ({"window": 10**6}, "window"), ({"step": 0}, "step"), ({"test": 0.9}, "test")],
+)
+def test_smartwatch_refuses(options: dict[str, object], names: str) -> None:
+    with pytest.raises(InvalidArgument, match=names):
+        datasets.smartwatch(**options)
+
+
+def test_mel_bands_are_triangles_that_meet() -> None:
+    bank = mel_bank(20)
+    assert bank.shape == (20, 129) and bool((bank >= 0).all()) and float(bank.max()) <= 1
+    peaks = bank.argmax(dim=1).tolist()
+    assert peaks == sorted(set(peaks)), "higher bands are higher"
+    inner = bank.sum(dim=0)[peaks[0] + 1 : peaks[-1]]
+    assert torch.allclose(inner, torch.ones_like(inner), atol=1e-5), "what one loses the next gains"
+
+
+def test_spoken_digits() -> None:
+    at_hand("spoken_digits")
+    data = datasets.spoken_digits(mels=16)
+    assert data.clients == ("george", "jackson", "lucas", "nicolas", "theo", "yweweler")
+    assert data.test is not None
+    assert data.train.sizes.tolist() == [400] * 6 and data.test.sizes.tolist() == [100] * 6
+    x = data.train.fields["x"]
+    assert x.shape == (2400, 1, 16, 63)
+    assert float(x.mean(dim=(1, 2, 3)).abs().max()) < 1e-4
+    assert torch.bincount(data["theo"].test["y"]).tolist() == [10] * 10
+
+
+def test_movielens() -> None:
+    at_hand("movielens")
+    data = datasets.movielens()
+    assert data.test is not None
+    assert len(data.clients) == 943 and len(data.train) + len(data.test) == 100_000
+    seen = set(zip(data["7"].train["x"][:, 0].tolist(), data["7"].train["y"].tolist(), strict=True))
+    assert not {film for film, _ in seen} & set(data["7"].test["x"][:, 0].tolist()), "a film is rated once"
+    assert data.train.fields["x"].min() == 0 and data.train.fields["x"].max() <= 1681
+    assert set(data.train.fields["y"].tolist()) == {1.0, 2.0, 3.0, 4.0, 5.0}
+
+
+def test_movielens_that_is_not_at_hand_or_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATOLL_DATA", str(tmp_path))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(DataError, match=r"grouplens.*recbole"):
+        datasets.movielens()
+    (tmp_path / "u.data").write_text("1\t1\t5\t0\n2\t3\t4\t0\n")
+    with pytest.raises(DataError, match="does not hold the 100,000 ratings"):
+        datasets.movielens()
+
+
+def test_traffic_signs() -> None:
+    at_hand("traffic_signs")
+    data = datasets.traffic_signs(12, seed=2)
+    assert data.test is not None and data.holdout is not None
+    assert len(data.clients) == 12 and len(data.holdout["y"]) == 4210
+    assert len(data.train) + len(data.test) + 4210 == datasets.card("traffic_signs").examples
+    pictures = [{p.numpy().tobytes() for p in split.fields["x"]} for split in (data.train, data.test)]
+    assert not pictures[0] & pictures[1]
+    assert float(data.train.fields["x"].max()) == 1.0 and data.train.fields["x"].shape[1:] == (3, 32, 32)
+
+
+def test_pictures_of_another_kind_are_refused() -> None:
+    whole = b"P6\n# a comment\n32 32\n255\n" + bytes(range(256)) * 12
+    assert decode_ppm(whole, "a")[:, 0, 0].tolist() == [0, 1, 2]
+    for broken in (whole[:-1], whole + b"0", whole.replace(b"32 32", b"31 32"), b"P5" + whole[2:]):
+        with pytest.raises(DataError, match="a is not a PPM picture"):
+            decode_ppm(broken, "a")
+
+
+def test_what_cannot_be_fetched_says_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATOLL_DATA", str(tmp_path))
+    with pytest.raises(DataError, match=r"free-spoken-digit-dataset\.zip is not at hand.*doi\.org"):
+        datasets.spoken_digits()

@@ -1,6 +1,6 @@
 """An experiment as the process and the plan of a run over sites, or why it cannot be one."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from atoll import sampling

@@ -107,6 +107,63 @@ _CARDS = (
             "Published federated results differ in the partition: 100 clients of 600 images, IID or two shards each.",
         ),
     ),
+    Card(
+        name="smartwatch",
+        title="Shoulder exercises from smart-watches: windows of acceleration and rotation, 50 Hz",
+        source="Burns, Leung, Hardisty, Whyne, Henry and McLachlin 2018, arXiv:1802.01489, by way of seglearn",
+        licence="BSD 3-Clause",
+        clients="10 wearers with 14 recordings each: 7 exercises with either arm",
+        target="the exercise, 0 to 6: PEN, ABD, FEL, IR, ER, TRAP, ROW",
+        examples=3203,
+        access="bundled",
+        traps=(
+            "Windows overlap: cut at random, the test would hold samples of training. Here a stretch of every "
+            "recording is the test.",
+            "A new wearer is harder than another stretch of a known one: leave wearers out to know how much.",
+        ),
+    ),
+    Card(
+        name="spoken_digits",
+        title="Free Spoken Digit Dataset: recordings of ten digits, as log-mel spectrograms",
+        source="Jackson et al. 2018, doi:10.5281/zenodo.1342401",
+        licence="CC BY-SA 4.0",
+        clients="6 speakers with 500 recordings each: 50 of each digit",
+        target="the digit, 0 to 9",
+        examples=3000,
+        access="download",
+        traps=(
+            "Recordings of one speaker were made in one sitting: test a model on speakers it has not heard, too.",
+            "Silence was cut off at both ends: how long a recording is tells something about the digit.",
+        ),
+    ),
+    Card(
+        name="movielens",
+        title="MovieLens-100k: stars for films, every user a client",
+        source="Harper and Konstan 2015, doi:10.1145/2827872; GroupLens",
+        licence="research only, not to be passed on",
+        clients="943 users with 20 to 737 ratings each",
+        target="1 to 5 stars",
+        examples=100000,
+        access="download",
+        traps=(
+            "Published errors differ in the cut: by time is harder than at random. Here it is at random, user by user.",
+            "A model that knows means of users and films is hard to beat: root mean squared error about 0.96.",
+        ),
+    ),
+    Card(
+        name="traffic_signs",
+        title="GTSRB: German traffic signs, every third picture at 32 x 32 pixels, seen by a fleet",
+        source="Stallkamp, Schlipsing, Salmen and Igel 2012, doi:10.1016/j.neunet.2012.02.016",
+        licence="free for research",
+        clients="vehicles that drive past tracks, one physical sign each; the official test is the holdout",
+        target="the kind of sign, 0 to 42",
+        examples=17710,
+        access="download",
+        traps=(
+            "Pictures of a track show one sign: cut picture by picture, the test would be known by heart.",
+            "Kinds differ in number of signs by a factor of ten.",
+        ),
+    ),
 )
 
 _BY_NAME: Mapping[str, Card] = MappingProxyType({entry.name: entry for entry in _CARDS})

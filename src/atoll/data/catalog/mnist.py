@@ -1,11 +1,8 @@
 """MNIST from a folder or, once, from its mirror; read with every check the format allows."""
 
 import gzip
-import hashlib
-import os
 import zlib
 from collections.abc import Mapping
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -15,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from atoll.data.catalog.dealing import dealt
+from atoll.data.catalog.fetching import locate
 from atoll.data.dataset import FederatedDataset
-from atoll.data.frames import need
 from atoll.data.packed import Split
 from atoll.errors import DataError
 
@@ -68,7 +65,7 @@ def mnist(
 
     Source: LeCun, Cortes and Burges; the partition of McMahan et al. 2017 is partition="shards", clients=100.
     """
-    found = locate(CHECKSUMS, URL)
+    found = locate("mnist", CHECKSUMS, URL, twin="Fashion-MNIST")
     images, labels, held, held_labels = (decode_idx(found[name], name) for name in CHECKSUMS)
     data = dealt(
         partition,
@@ -102,61 +99,6 @@ def _shaped(images: NDArray[np.uint8], flat: bool) -> Tensor:
 
 def _scaled(split: Split) -> Split:
     return Split({**split.fields, "x": split.fields["x"].to(torch.float32).div_(255.0)}, split.offsets)
-
-
-def locate(checksums: Mapping[str, str], url: str) -> dict[str, bytes]:
-    """The contents of the files: from ATOLL_DATA, else from the user's cache, else downloaded into it.
-
-    Args:
-        checksums: SHA-256 of each file, hex.
-        url: where the files are, with a final slash.
-
-    Returns:
-        The bytes of each file, checked.
-
-    Raises:
-        DataError: when a file has another checksum or cannot be downloaded.
-    """
-    folder = os.environ.get("ATOLL_DATA")
-    if folder:
-        for place in (Path(folder) / "mnist", Path(folder)):
-            if all((place / name).is_file() for name in checksums):
-                return {name: _checked(place / name, digest) for name, digest in checksums.items()}
-    return _downloaded(checksums, url, folder)
-
-
-def _checked(path: Path, digest: str) -> bytes:
-    content = path.read_bytes()
-    found = hashlib.sha256(content).hexdigest()
-    if found != digest:
-        raise DataError(
-            f"{str(path)!r} is not MNIST's canonical file: SHA-256 {found[:16]}..., expected {digest[:16]}.... It may "
-            "be damaged, compressed again, or another data set under the same name (Fashion-MNIST). Replace it, or "
-            "unset ATOLL_DATA to download the file."
-        )
-    return content
-
-
-def _downloaded(checksums: Mapping[str, str], url: str, folder: str | None) -> dict[str, bytes]:
-    pooch = need("pooch", "pooch", "Downloading mnist", extra="datasets")
-    cache = Path(pooch.os_cache("atoll")) / "mnist"
-    store = pooch.create(
-        path=cache, base_url=url, registry={name: f"sha256:{digest}" for name, digest in checksums.items()}
-    )
-    out: dict[str, bytes] = {}
-    for name, digest in checksums.items():
-        try:
-            out[name] = _checked(Path(store.fetch(name)), digest)
-        except (OSError, ValueError) as error:
-            if isinstance(error, DataError):
-                raise
-            looked = f"ATOLL_DATA={folder} does not hold all four files" if folder else "ATOLL_DATA is not set"
-            raise DataError(
-                f"mnist: {name} is not at hand ({looked}, nothing in {str(cache)!r}) and cannot be downloaded from "
-                f"{url}{name}: {error}. Connect to the network, or put the files {', '.join(checksums)} in a folder "
-                "and set ATOLL_DATA to it."
-            ) from error
-    return out
 
 
 def decode_idx(content: bytes, name: str) -> NDArray[np.uint8]:
