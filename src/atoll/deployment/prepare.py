@@ -41,7 +41,7 @@ def process_of(experiment: Experiment, engine: str) -> Process:
     """What is trained and how.
 
     Raises:
-        InvalidArgument, CompositionError: what a run over sites would leave out in silence, or would not keep its promise.
+        InvalidArgument, CompositionError: what a run over sites would leave out in silence, or not protect.
     """
     for name, value in (
         ("downlink", tuple(experiment.downlink) if isinstance(experiment.downlink, Sequence) else experiment.downlink),

@@ -211,7 +211,7 @@ class Runner:
         now = time.monotonic()
         loss = collected.loss / collected.examples if collected.examples else float("nan")
         task = self.process.open(self.service.model, self.service.state.cohort, self.service.state.population)
-        down = len(self.service.state.cohort) * self.process.bytes_down(task)
+        down = self.process.bytes_down(self.service.model, task)
         record = Record(
             round=round + 1, clients=collected.count, train={"loss": loss}, bytes_up=collected.bytes_up,
             bytes_down=down, seconds={"train": now - self._last},
