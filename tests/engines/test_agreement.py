@@ -202,6 +202,10 @@ def test_pipelines_work_with_every_algorithm_on_every_engine(method: Method, tra
         with pytest.raises(CompositionError, match=said):
             Process(kind.model(), algorithm, **options)  # type: ignore[arg-type]
         return
+    if algorithm.pooled and transform == "secure_sum":
+        with pytest.raises(CompositionError, match="needs 3 clients in a sum, but there are 1"):
+            run(kind.model(), data, algorithm, Loop(), **options)
+        return
     _, _, expected = run(kind.model(), data, algorithm, Loop(), **options)
     for engine in ("rows, tile of 3", "single"):
         _, _, found = run(kind.model(), data, algorithm, ENGINES[engine](), **options)
