@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from reporting import Findings, Table, finish, parser, pyplot
-from robustness import images, model
+from robustness import SIDE, images, model
 from torch import nn
 
 import atoll
@@ -107,7 +107,7 @@ def setting(task: str, seed: int, synthetic: bool) -> tuple[atoll.Model, Any, An
     if task == "network":
         return cnn(), atoll.datasets.mnist(5, seed=seed), atoll.local_sgd(lr=0.1, steps=10, batch_size=16)
     if task == "MNIST":
-        return model(), images(seed, synthetic=synthetic), atoll.local_sgd(lr=0.1, steps=10, batch_size=32)
+        return model(SIDE), images(seed, SIDE, synthetic), atoll.local_sgd(lr=0.1, steps=10, batch_size=32)
     data = atoll.datasets.heart_disease(seed=seed)
     return logistic(data[data.clients[0]].train["x"].shape[1]), data, atoll.local_sgd(lr=0.05, steps=10, batch_size=16)
 

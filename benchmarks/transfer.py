@@ -10,6 +10,7 @@ import os
 import sys
 import time
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -53,14 +54,14 @@ def signs(path: Path, frames: int, tests: int) -> tuple[list[tuple[Tensor, Tenso
         return vehicles, (read(held), torch.tensor([labels[Path(n).name] for n in held]))
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run it."""
     command = parser(__doc__ or "")
     command.add_argument("--size", type=int, default=64, help="pixels at which images go through the network")
     command.add_argument("--frames", type=int, default=30, help="training frames of each kind of sign")
     command.add_argument("--tests", type=int, default=1000, help="test frames")
     command.add_argument("--rounds", type=int, default=30, help="rounds of federated averaging")
-    options = command.parse_args()
+    options = command.parse_args(arguments)
     if options.quick:
         options.size, options.frames, options.tests, options.rounds = 32, 2, 20, 2
     vehicles, test = signs(Path(os.environ["ATOLL_DATA"]) / FILE, options.frames, options.tests)
@@ -116,7 +117,7 @@ def main() -> int:
         apart < NEAR,
         {"settings": vars(options) | {"out": None}, "seconds": seconds, "heads": numbers},
     )
-    return finish("transfer", findings, quick=options.quick, out=options.out, arguments=None)
+    return finish("transfer", findings, quick=options.quick, out=options.out, arguments=arguments)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ LAYERS = (
     ("asynchronous", "result", "net", "releases", "example_releases"),
     ("simulation",),
     ("experiment", "transfer"),
-    ("study", "tuning", "bench", "conformance", "deployment"),
+    ("study", "bench", "conformance", "deployment"),
+    ("tuning",),
     ("cli",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -70,11 +70,14 @@ def test_readme_and_results_cover_every_benchmark() -> None:
     scripts = {path.stem for path in BENCHMARKS.glob("*.py")} - {"reporting"}
     assert scripts == set(NAMES)
     for name in NAMES:
-        assert f"{name}.py" in readme
-        assert f"results/{name}.md" in readme
+        (row,) = (line for line in readme.splitlines() if line.startswith(f"| `{name}.py` |"))
+        if "no full run is recorded yet" in row:
+            assert not (BENCHMARKS / "results" / f"{name}.json").exists()
+            continue
+        assert f"results/{name}.md" in row
         body = json.loads((BENCHMARKS / "results" / f"{name}.json").read_text())
         assert body["quick"] is False
-        assert body["passed"] is True
+        assert body["passed"] is True or "not met" in row, "what failed is told to have failed"
         assert (BENCHMARKS / "results" / f"{name}.md").exists()
 
 

@@ -194,7 +194,7 @@ def test_pipelines_work_with_every_algorithm_on_every_engine(method: Method, tra
         else {"transforms": (TRANSFORMS[transform](),)}
     )
     algorithm = method.build(method.plan(epochs=1, batch_size=4))
-    if algorithm.scalars:
+    if algorithm.scalars and transform != "entropy_code":  # which codes bytes, and mixes no numbers
         name = "" if transform == "secure_sum" else TRANSFORMS[transform]().name
         said = (
             f"{name} treats what a client sends as one vector" if name else "secure_sum cuts every number at one clip"

@@ -22,7 +22,7 @@ def test_line_has_round_loss_metric_time_and_rate():
 
 def test_line_of_a_round_that_refused_somebody():
     record = Record(2, 4, {"loss": 0.5}, refused={"c1": {"reason": "too long"}}, refusals=3)
-    assert line_for(record, 5, 0.0) == "round 2/5  loss 0.500  3 refused  0 ms"
+    assert line_for(record, 5, 0.0) == "round 2/5  loss 0.500  3 refused  0 µs"
 
 
 def test_line_of_a_round_that_was_not_evaluated():

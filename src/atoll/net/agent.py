@@ -225,7 +225,7 @@ class Trainer:
         self._process, self._data, self._limits = process, data, limits
         (self._site,) = data.clients
         start = process.init()
-        self._template = process.open(start, (self._site,), 1)
+        self._template = process.open(start, (self._site,), 1, kind="evaluate")  # for what it is made of alone
         self._layout, self._dtype = start.memory.layout, process.model.dtype
 
     def __call__(self, work: Work, content: bytes, memory: bytes) -> Done:

@@ -1,7 +1,9 @@
 """Shoulder exercises from smart-watches, cut into windows."""
 
 import io
+import zipfile
 from importlib.resources import files
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,10 +44,7 @@ def smartwatch(*, window: int = 128, step: int = 64, test: float = 0.3, seed: in
         raise invalid("step", step, "a number of samples of at least 1")
     if not 0 < test <= 0.5:
         raise invalid("test", test, "a fraction in (0, 0.5]")
-    with np.load(
-        io.BytesIO(files("atoll.data.catalog").joinpath("files", "smartwatch_exercises.npz").read_bytes())
-    ) as f:
-        signals, lengths, labels, wearers = (f[n] for n in ("signals", "lengths", "exercise", "subject"))
+    signals, lengths, labels, wearers = _recordings("signals", "lengths", "exercise", "subject")
     shortest = int(test * int(lengths.min()))
     if isinstance(window, bool) or not isinstance(window, int) or not 1 <= window <= shortest:
         raise invalid("window", window, f"a number of samples from 1 to {shortest}", f"test={test:g} of a recording.")
@@ -69,6 +68,14 @@ def smartwatch(*, window: int = 128, step: int = 64, test: float = 0.3, seed: in
         test={_name(n): _joined(v) for n, v in held.items()},
         name="smartwatch",
     )
+
+
+def _recordings(*names: str) -> list[NDArray[Any]]:
+    """Arrays of the bundled file; it holds no objects, and none would be made."""
+    content = files("atoll.data.catalog").joinpath("files", "smartwatch_exercises.npz").read_bytes()
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        read = [io.BytesIO(archive.read(f"{name}.npy")) for name in names]
+    return [np.lib.format.read_array(file, allow_pickle=False) for file in read]
 
 
 def _windows(samples: NDArray[np.float32], window: int, step: int) -> NDArray[np.float32]:
