@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import atoll
 from atoll import privacy, releases, sampling, simulation
 from atoll.errors import BudgetSpent, InvalidArgument, RunError
 from atoll.journal import open_journal
+from atoll.study import study
 from atoll.transforms import clip_norm, gaussian_noise
 
 CLIENTS, ROUNDS = 12, 6
@@ -429,3 +431,45 @@ def test_clients_and_examples_are_two_statements() -> None:
     assert [s["unit"] for s in result.privacy] == ["client", "example"]
     assert result.privacy[1]["clients"]["c0"] == pytest.approx(of_client(6, 2)), "who took part stays a secret"
     assert len(privacy.explain(result).splitlines()) == 2
+
+
+@pytest.mark.parametrize("method", [atoll.fine_tune, lambda p: atoll.fedper(p, private=("bias",)), atoll.local_only])
+def test_personal_models_are_no_part_of_a_saved_private_result(method: Any, tmp_path: Path) -> None:
+    run(algorithm=method(atoll.local_sgd(0.1)), rounds=1, directory=tmp_path / "run")
+    loaded = atoll.Result.load(tmp_path / "run", model())
+    assert not loaded.personalised and "privacy" in loaded.notes[-1]
+    with pytest.raises(RunError, match="no personal models"):  # nor is it told who was visited
+        loaded.personal("c0")
+
+
+def test_models_that_are_made_anew_are_not_saved_uncounted(tmp_path: Path) -> None:
+    plan = atoll.local_sgd(
+        0.1, steps=2, batch_size=4,
+        privacy=privacy.example_level(clip=1.0, noise_multiplier=2.0, delta=1e-3, accountant="rdp"),
+    )  # fmt: skip
+    kept: dict[str, bool] = {}
+    for name, method in (("fine_tune", atoll.fine_tune(plan)), ("ditto", atoll.ditto(plan, lam=0.1))):
+        atoll.simulate(
+            model(), data(tests=False), algorithm=method, rounds=1, cohort=1, progress=False, directory=tmp_path / name
+        )
+        kept[name] = atoll.Result.load(tmp_path / name, model()).personalised
+    assert kept == {"fine_tune": False, "ditto": True}  # what was trained in a round was counted in it
+
+
+def test_sampling_counts_only_where_cohorts_are_drawn_in_secret() -> None:
+    with pytest.raises(InvalidArgument, match=r"cohort='poisson'.*drawn in secret"):
+        run(cohort=replace(sampling.poisson(0.5), secret=None))
+
+
+def test_whoever_judges_by_clients_own_examples_refuses_client_level_privacy() -> None:
+    def make(*, seed: int, lr: float) -> atoll.Experiment:
+        return atoll.Experiment(
+            model=model(), data=data(), algorithm=atoll.fedavg(atoll.local_sgd(lr)), rounds=1, seed=seed,
+            transforms=(clip_norm(1.0), gaussian_noise(2.0)),
+            aggregator=atoll.aggregators.mean(weights="uniform", denominator="expected"),
+        )  # fmt: skip
+
+    with pytest.raises(InvalidArgument, match="test examples, which no noise of gaussian_noise protects"):
+        study(make, {"a": {"lr": 0.1}}, (0, 1))
+    with pytest.raises(InvalidArgument, match="validation examples, which no noise of gaussian_noise protects"):
+        atoll.tune(make, {"lr": [0.1, 0.2]}, search="grid")

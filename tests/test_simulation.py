@@ -213,6 +213,19 @@ def test_a_finished_run_can_be_extended(tmp_path: Path) -> None:
     assert [r.test for r in result.history] == [r.test for r in whole.history]
 
 
+def test_a_run_that_goes_on_knows_whose_sum_was_shown_before(tmp_path: Path) -> None:
+    """Two sums that differ by one client tell of that client, wherever the run was stopped between them."""
+    channel = atoll.transforms.secure_sum(clip=1.0, weight_cap=30, dropouts={"mask": 0.05})
+    algorithm = atoll.fedavg(atoll.local_sgd(0.1))
+    given: dict[str, object] = {"algorithm": algorithm, "cohort": None, "channel": channel, "seed": 5}
+    whole = run(**given)
+    said = [any("that of a round before" in note for note in record.notes) for record in whole.history]
+    before = said.index(True)
+    assert before > 0
+    run(rounds=before, directory=tmp_path, **given)
+    assert [r.notes for r in run(directory=tmp_path, resume=True, **given).history] == [r.notes for r in whole.history]
+
+
 def test_a_run_is_not_taken_back(tmp_path: Path) -> None:
     run(rounds=3, directory=tmp_path)
     with pytest.raises(AtollError, match=r"rounds=1 .* at least 3, where this run is"):

@@ -201,6 +201,8 @@ def local_sgd(
         raise invalid("work", work, "callable(client, round) -> share of the steps")
     if privacy is not None and not isinstance(privacy, ExampleLevel):
         raise invalid("privacy", privacy, "made by atoll.privacy.example_level(clip=..., noise_multiplier=...)")
+    if privacy is not None and clip is not None:
+        raise invalid("clip", clip, "left out with privacy=", "example_level(clip=...) clips every example's gradient.")
     epochs, steps, batch_size = (None if n is None else int(n) for n in (epochs, steps, batch_size))
     beta1, beta2 = (float(b) for b in betas)
     return Plan(

@@ -54,6 +54,12 @@ def terms_of(process: Process, sampler: Sampler, population: int, rounds: int) -
             "everybody.",
         )  # fmt: skip
     sampling, rate = sampler.chance(population)
+    if sampling != "none" and sampler.secret is None:
+        raise invalid(
+            "cohort", sampler.spec.get("name"), f"counted as {sampling!r} only where cohorts are drawn in secret",
+            "Give the sampler secret=(source, population) -> indices; a cohort that anybody can draw again from the "
+            'run\'s seed counts as chance=lambda population: ("none", 1.0).',
+        )  # fmt: skip
     delta = check_delta(usual_delta(population) if noise.delta is None else noise.delta, population)
     accountant = noise.accountant or default_accountant([Event(1.0, sampling, rate)])
     check_known(accountant, sampling)

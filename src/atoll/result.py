@@ -136,7 +136,8 @@ class Result:
         """Write parameters (safetensors) and history (JSON) to a directory; returns it.
 
         Personal models are saved of the clients that were visited; of methods that keep nothing and make a model for
-        whoever asks, of all clients, up to 1,000 of them. A note says where they were not saved.
+        whoever asks, of all clients, up to 1,000 of them; of a run with differential privacy only those that its
+        epsilon covers. A note says where they were not saved.
         """
         from safetensors.torch import save
 
@@ -216,11 +217,16 @@ class Result:
         anybody = process.algorithm.personal is not None and process.algorithm.client_init is None
         count = len(data) if anybody else len(state.memory)
         size = count * (self.vector.nbytes + self.buffers.nbytes)
-        if size > PERSONAL_BYTES or (anybody and count > PERSONAL_CLIENTS):
+        # Whole clients' secrets are their models and who was visited; models that are made anew are releases that
+        # nobody counts.
+        uncounted = process.chain.noise is not None or (anybody and process.protects_examples)
+        if uncounted or size > PERSONAL_BYTES or (anybody and count > PERSONAL_CLIENTS):
             self._saved = "not"
             note = (
-                f"the personal models of {count:,} clients ({size / 2**30:.1f} GiB) were not saved: resume the run, or "
-                "save those of some clients with result.personal(client)."
+                "the clients' personal models were not saved: the privacy that is told of this run does not cover them."
+                if uncounted
+                else f"the personal models of {count:,} clients ({size / 2**30:.1f} GiB) were not saved: resume the "
+                "run, or save those of some clients with result.personal(client)."
             )
             if note not in self.notes:
                 self.notes.append(note)

@@ -686,6 +686,7 @@ class Process:
                 good &= _finite(rows)
                 rows = rows.clone()  # a tile's own memory is used again by the next
             else:
+                split = self.chain.seen_size(length, split)[1]
                 clear = Clear(Change((len(rows), split), rows[:, :split]), rows[:, split:])
                 total = self._added(clear, weight, split, good)
                 rows = None
@@ -1392,7 +1393,8 @@ class Collector:
                 sent = process.aggregator.fine(ruling.rows, ruling.weights)
                 rows, claimed = ruling.rows[sent].double(), ruling.weights[sent].double()
                 self._count = len(rows)
-                self._total = torch.cat((claimed @ rows[:, :width], rows[:, width:].sum(dim=0)))
+                split = process.chain.seen_size(length, width)[1]
+                self._total = torch.cat((claimed @ rows[:, :split], rows[:, split:].sum(dim=0)))
                 self._weight = float(claimed.sum())
             else:
                 ruled = ruling
@@ -1448,7 +1450,7 @@ class Collector:
             )  # fmt: skip
         total, self._total = self._total, None
         if total is None:
-            total = torch.zeros(process.chain.summed_size(process.length, process.split), dtype=torch.float64)
+            total = torch.zeros(process.chain.seen_size(process.length, process.split)[0], dtype=torch.float64)
         collected = process.released(task, total, expected, release)
         return replace(collected, aggregator=self._state, bytes_up=self._bytes)
 

@@ -537,7 +537,14 @@ class _Run:
         tensors, values = encode_leaves({**dict(leaves(tree)), "private": state.private})
         state.memory.flush()
         checkpoint = Checkpoint(
-            state.round, tensors, {"values": values, "memory": state.memory.index, "served": dict(state.served)}
+            state.round,
+            tensors,
+            {
+                "values": values,
+                "memory": state.memory.index,
+                "served": dict(state.served),
+                "summed": [sorted(members) for members in self.summed],
+            },
         )
         write_checkpoint(self.directory, self.journal, checkpoint)
         state.memory.pin()
@@ -553,6 +560,7 @@ class _Run:
         tree = rebuild(_tree(state), stored)
         told = checkpoint.values.get("served", {})
         self.state = replace(state, round=checkpoint.round, private=stored["private"], served=told, **tree)
+        self.summed = tuple(frozenset(members) for members in checkpoint.values.get("summed", ()))
         self._use_memory(checkpoint.values["memory"])
         # The client memory keeps only the rows this checkpoint refers to, so no other may be resumed from again.
         discard_checkpoints(self.directory, keep=checkpoint.round)

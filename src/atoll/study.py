@@ -272,6 +272,7 @@ def study(
                     f"the experiment of arm {arm!r} has no test examples: a study compares clients on theirs. Give "
                     "it a dataset that was cut with test=0.2 or so, bound to its source."
                 )
+            check_open(experiment, "a study compares clients on their test examples")
             result = experiment.simulate(**{"progress": False, "evaluate_every": experiment.rounds, **run})
             cuts[str(data.fingerprint())] = None
             ratio = len(data.test) / len(data.train)
@@ -294,6 +295,20 @@ def study(
         overlap = ratio if len(cuts) > 1 else 0.0
     fixed = {a: {m: {c: tuple(v) for c, v in of.items()} for m, of in every.items()} for a, every in values.items()}
     return Study(tuple(arms), clients, metrics, tuple(seeds), fixed, better, confidence, overlap, specs)
+
+
+def check_open(experiment: "Experiment", what: str) -> None:
+    """Refuse client-level privacy where metrics on clients' own examples are told.
+
+    Raises:
+        InvalidArgument: the experiment asks for it.
+    """
+    for stage in experiment.transforms if isinstance(experiment.transforms, Sequence) else ():
+        if getattr(stage, "noise", None) is not None:
+            raise InvalidArgument(
+                f"{what}, which no noise of {stage.name} protects: leave {stage.name} out and work with data that are "
+                "no secret, or run experiment.simulate on its own and look at a holdout."
+            )
 
 
 def interval(values: Sequence[float], *, confidence: float = 0.95, overlap: float = 0.0) -> Interval:

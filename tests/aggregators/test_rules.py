@@ -131,6 +131,7 @@ def test_weights_that_are_none_are_refused(weights: Any) -> None:
         ({"cap": 0.0}, "cap=0.0"),
         ({"cap": float("inf")}, "cap=inf.*finite"),
         ({"cap": True}, "cap=True"),
+        ({"cap": 5.0, "clip": 2.0}, "cap=5.0.*left out with clip="),
         ({"denominator": "expected"}, 'denominator=.expected.*weights="uniform"'),
     ],
 )

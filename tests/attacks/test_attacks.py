@@ -261,6 +261,20 @@ def test_an_absurd_weight_is_left_out_of_the_mean(factor: float) -> None:
         assert float(aggregators.mean()(rows, weights)) == pytest.approx(float(honest.mean()))
 
 
+@pytest.mark.parametrize("engine", ["loop", "auto"])
+def test_clipped_weights_stay_clipped_under_an_attack(engine: str) -> None:
+    plan = local_sgd(0.1, steps=1, batch_size=None)
+    data = atoll.FederatedDataset.from_arrays(
+        {f"c{i}": (torch.ones(4 + i, 1), torch.tensor([[1.0, float(i)]]).repeat(4 + i, 1)) for i in range(4)}
+    )
+    rule = aggregators.mean(clip=5)
+    found: list[Tensor] = []
+    for one in (rule, apply(rule, attacks.sign_flip(), fraction=0.0)):
+        run = Process(scalar_model(), fedavg(plan), aggregator=one, engine=engine)
+        found.append(run.vector(run.next(run.init(), data)[0]))
+    torch.testing.assert_close(found[1], found[0])
+
+
 def test_what_is_not_finite_is_left_out_by_every_rule() -> None:
     rows, attack = drawn(), attacks.non_finite()
     _, honest, _ = split(rows, 0.3)

@@ -191,3 +191,16 @@ def test_arguments_outside_their_range(wrong: dict[str, Any], said: str) -> None
     with pytest.raises(InvalidArgument, match=r"privacy=1\.0"):
         atoll.local_sgd(0.1, privacy=1.0)  # type: ignore[arg-type]
     assert privacy.example_level is example_level
+
+
+@pytest.mark.parametrize("name", ["perceptron", next(n for n in KINDS if "embedding" in n or "convolution" in n)])
+def test_an_empty_minibatch_is_noise_alone(name: str) -> None:
+    own = plan(steps=12, batch_size=1)  # of twelve Poisson samples with one example expected some are empty
+    slow, _ = trained(MODELS[name], Loop(), own)
+    fast, _ = trained(MODELS[name], Vectorized(), own)
+    torch.testing.assert_close(fast, slow, rtol=1e-3, atol=1e-4)
+
+
+def test_a_step_s_clip_and_an_example_s_do_not_go_together() -> None:
+    with pytest.raises(InvalidArgument, match=r"clip=2\.0.*left out with privacy="):
+        plan(clip=2.0)

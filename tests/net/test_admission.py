@@ -70,6 +70,21 @@ def test_weight_and_norm_are_told() -> None:
         assert found(process, task, given) == Finding("", "", 7.0, 5.0)
 
 
+def test_where_nobody_is_weighed_a_claimed_weight_hides_no_norm() -> None:
+    process, task = opened(aggregator=aggregators.mean(weights="uniform"))
+    given = blank(process, task)
+    given["wire"][0, 0], given["weight"] = 1e3, torch.full((1, 1), 1e30, dtype=torch.float64)
+    assert found(process, task, given, Rules(norm_bound=1.0)).detail == "its norm 1000 is above the bound of 1."
+
+
+def test_the_norm_is_that_of_the_row_in_units_of_the_model() -> None:
+    process, task = opened(transforms=(transforms.rand_k(0.5), transforms.adaptive_clip(20.0)))
+    given = blank(process, task)
+    given["wire"][0, 0] = 0.5  # of the clip norm
+    assert found(process, task, given).norm == pytest.approx(10.0)
+    assert found(process, task, given, Rules(norm_bound=9.0)).detail == "its norm 10 is above the bound of 9."
+
+
 def test_a_report_says_what_the_schema_expects() -> None:
     for parts in PARTS.values():
         process, task = opened(**parts)

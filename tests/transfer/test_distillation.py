@@ -205,3 +205,15 @@ def test_public_inputs_that_are_not_finite() -> None:
     x[3, 1] = torch.nan
     with pytest.raises(DataError, match="NaN or infinite"):
         run("fedmd", public=x)
+
+
+@pytest.mark.parametrize("argument", ["plan", "digest"])
+def test_noise_that_nobody_counts_is_refused(argument: str) -> None:
+    noisy = local_sgd(0.1, privacy=atoll.privacy.example_level(clip=1.0, noise_multiplier=1.0))
+    data = FederatedDataset.from_arrays({"a": (torch.zeros(3, 4), torch.zeros(3, dtype=torch.long))})
+    plans: dict[str, Any] = {"plan": local_sgd(0.1), "digest": local_sgd(0.1)} | {argument: noisy}
+    with pytest.raises(InvalidArgument, match=rf"{argument}\.privacy=.*nobody counts"):
+        atoll.distill(
+            {"one": atoll.Model(nn.Linear(4, 2), "cross_entropy")}, data, groups={"a": "one"},
+            public=torch.zeros(5, 4), rounds=1, **plans,
+        )  # fmt: skip

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from problems import quadratics, scalar_model
+from problems import points, quadratics, scalar_model
 from torch import Tensor
 
 import atoll
@@ -13,7 +13,7 @@ from atoll import aggregators
 from atoll.errors import CompositionError, InvalidArgument
 from atoll.privacy.noise import deviation
 from atoll.rounds import Process
-from atoll.transforms import adaptive_clip, clip_norm, gaussian_noise, rotate
+from atoll.transforms import adaptive_clip, clip_norm, gaussian_noise, rand_k, rotate
 
 MEAN = aggregators.mean(weights="uniform", denominator="expected")
 
@@ -34,6 +34,17 @@ def test_the_norm_follows_the_formula_exactly_without_noise() -> None:
     state, _ = run.next(run.init(), norms(0.1, 0.4, 0.5, 3.0))
     assert float(state.transforms[0]) == pytest.approx(0.5 * math.exp(-0.3 * (0.75 - 0.25)), rel=1e-9)
     assert float(run.vector(state)) == pytest.approx((0.1 + 0.4 + 0.5 + 0.5) / 4, rel=1e-9)
+
+
+@pytest.mark.parametrize("aggregator", [MEAN, aggregators.mean()])
+def test_behind_a_stage_that_shortens_rows_the_bits_are_still_not_weighted(aggregator: Any) -> None:
+    data = points([1.0] * 4, [0.1, 0.2, 0.3, 3e4], [2, 2, 2, 40])
+    model = atoll.Model(torch.nn.Linear(1, 4).double(), loss=lambda output, target: output.sum(dim=1) * target[:, 1])
+    plan = atoll.local_sgd(1e-3, steps=1, batch_size=None)
+    given: dict[str, Any] = {"aggregator": aggregator, "engine": "loop"}
+    run = Process(model, atoll.fedavg(plan), transforms=(rand_k(0.5), adaptive_clip(0.5, quantile=0.25)), **given)
+    state, _ = run.next(run.init(), data, expected=4.0)
+    assert float(state.transforms[1]) == pytest.approx(0.5 * math.exp(-0.2 * (0.75 - 0.25)), rel=1e-9)
 
 
 @pytest.mark.parametrize("start", [1e-3, 50.0])

@@ -39,6 +39,10 @@ def mean(
             raise invalid("clip", clip, "a finite number above 0, in units of the weights")
         if weights == "uniform":
             raise invalid("clip", clip, 'left out with weights="uniform"', "Everybody weighs 1.")
+        if cap != CAP:
+            raise invalid(
+                "cap", cap, "left out with clip=", "Whatever is above clip counts as clip: nobody is refused."
+            )
     if denominator == "expected" and weights != "uniform" and clip is None:
         raise invalid(
             "denominator", denominator, '"realised" unless weights="uniform" or clipped',

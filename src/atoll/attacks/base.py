@@ -244,6 +244,7 @@ def _attacked(
         behind,
         behind.rooted,
         behind.cap,
+        behind.clip,
     )
 
 

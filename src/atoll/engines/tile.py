@@ -235,7 +235,7 @@ class Rows(Cohort):
         def summed(client: int, y: Tensor, held: Tensor, places: Tensor, step: int, clip: float) -> Tensor:
             total = torch.zeros(len(y), dtype=torch.float64)
             widest = TOGETHER if how.program is not None or how.batched else 1
-            for some in places.split(widest):
+            for some in places.split(widest) if len(places) else ():  # a Poisson sample may be empty
                 parts: list[Part] = [t.expand(len(some), *t.shape) for t in layout.view(y).values()]
                 own = Buffers(model, held.expand(len(some), -1).clone()).take(slice(None))
                 batch = self._gather((some + int(self._begin[client]))[:, None])

@@ -13,7 +13,9 @@ from atoll.messages import Task
 from atoll.net.control import Deliver
 from atoll.net.frames import FrameError, Limits, Schema
 from atoll.net.packing import unpack_report
+from atoll.random import client_keys
 from atoll.rounds import Process
+from atoll.transforms.chain import keys_of
 
 
 class Finding(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -116,6 +118,10 @@ def examine(
         return Finding("content", "it claims more bytes than it has.")
     try:
         partial = process.combine(task, report)
+        row = partial.total
+        if row is not None:
+            keys = keys_of(task.seed, task.round, client_keys(()), process.split)
+            row = process.chain.decode_sum(row, task.shared, process.length, keys)
     except Exception as error:  # hostile codes may break a decoder in any way, and must break nothing else
         return Finding("content", f"it cannot be decoded ({type(error).__name__}).")
     for told in partial.refused.values():
@@ -125,9 +131,10 @@ def examine(
     norm = 0.0
     if partial.rows is not None:
         norm = _norm(partial.rows[0])
-    elif partial.total is not None:
-        split = partial.parts[0] + partial.parts[1]
-        norm = math.hypot(_norm(partial.total[:split]) / (weight or 1.0), _norm(partial.total[split:]))
+    elif row is not None:
+        split = process.split
+        counted = float(partial.weight)  # what the row was multiplied by, which need not be what the client claims
+        norm = math.hypot(_norm(row[:split]) / (counted or 1.0), _norm(row[split:]))
     if not math.isfinite(norm):
         return Finding("content", "its norm is not finite.")
     if rules.norm_bound is not None and norm > rules.norm_bound:

@@ -152,6 +152,11 @@ def distill(
         raise invalid("method", method, '"fedmd" or "feddf"')
     for name, own in (("plan", plan), ("digest", digest)):
         check_plan(own, name)
+        if own.privacy is not None:
+            raise invalid(
+                f"{name}.privacy", own.privacy, "None: nobody counts here what answers and models spend",
+                "Protect examples in atoll.simulate, which keeps a ledger.",
+            )  # fmt: skip
     temperature = check_number("temperature", temperature, strict=True)
     check_count("rounds", rounds)
     check_count("evaluate_every", evaluate_every, least=0)

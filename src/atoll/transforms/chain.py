@@ -163,9 +163,9 @@ class Chain:
         """What is added to the sum of the clients' rows."""
         return next((stage.noise for stage in self.stages if stage.noise is not None), None)
 
-    def summed_size(self, length: int, split: int) -> int:
-        """Length of the sum that `decode_sum` takes, of rows that the server sees."""
-        return self.sizes(length, split)[self._summed][0]
+    def seen_size(self, length: int, split: int) -> tuple[int, int]:
+        """Length of the rows that `decode_each` gives and `decode_sum` takes, and where their summed part begins."""
+        return self.sizes(length, split)[self._summed]
 
     @property
     def facts(self) -> Facts:

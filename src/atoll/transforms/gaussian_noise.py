@@ -32,7 +32,7 @@ def gaussian_noise(
     """Add Gaussian noise to the sum of the clients' rows, which stages before it have clipped.
 
     Needs `clip_norm` or `adaptive_clip` before it, and `aggregators.mean(weights="uniform", denominator="expected")`,
-    or capped weights. `atoll.simulate` counts what the rounds that were run spent, by the sampler that drew the
+    or weights with a `clip`. `atoll.simulate` counts what the rounds that were run spent, by the sampler that drew the
     cohorts.
 
     Args:
