@@ -17,6 +17,7 @@ import asyncio
 import contextlib
 import fcntl
 import logging
+import os
 import re
 import resource
 import signal
@@ -440,6 +441,7 @@ def serve(folder: Path, *, host: str, port: int, address: str | None, told: Call
     Raises:
         RunError: another server works in the folder, or the port is taken.
     """
+    os.umask(0o077)  # sites' updates lie here
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     with open(folder / "lock", "w") as lock:
         try:
