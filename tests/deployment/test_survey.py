@@ -93,6 +93,23 @@ def test_tables_that_do_not_fit_are_told_and_can_be_mended(tmp_path: Any) -> Non
     assert made.stage == "spread" and not made.fault
 
 
+def test_a_site_with_the_longest_name_can_answer(tmp_path: Any) -> None:
+    made, name = Agreement(RECIPE, 1, Disk(tmp_path)), "a" * 200
+    made.answered(name, "survey", first_answer(cells("a")))
+    assert list(made.merged) == [name]
+    made.answered(name, "spread", second_answer(cells("a"), made.question.encode()))
+    assert made.stage == "ready"
+
+
+def test_sums_that_overflow_are_told_and_can_be_mended(tmp_path: Any) -> None:
+    made = Agreement(RECIPE, 2, Disk(tmp_path))
+    for name in "ab":
+        made.answered(name, "survey", lied(columns__age__total=1.7e308))
+    assert made.stage == "survey" and "age" in made.fault
+    made.answered("b", "survey", first_answer(cells("b")))
+    assert made.stage == "spread" and not made.fault
+
+
 def lied(**change: Any) -> bytes:
     told = msgspec.json.decode(first_answer(cells("a")))
     for path, value in change.items():

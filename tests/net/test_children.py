@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -95,6 +96,27 @@ def test_a_child_that_hangs_is_ended_with_what_it_started(module: Path) -> None:
             return
         time.sleep(0.05)
     raise AssertionError("what it started lives on")
+
+
+FIRST = """
+import asyncio, os, sys
+from pathlib import Path
+from atoll.net.children import Child, Survey, worker_replies
+async def once():
+    child = await Child.start("childish", log=Path("log"), cwd=Path("."))
+    print(os.getpid(), (await child.call(Survey(), worker_replies, (b"fine",), seconds=60.0, largest=100))[1])
+asyncio.run(once())
+"""
+
+
+def test_a_parent_may_be_the_first_process_as_in_a_container(module: Path) -> None:
+    made = subprocess.run(["unshare", "-rpf", "true"], capture_output=True)
+    if made.returncode:
+        pytest.skip("this machine gives no process a namespace of its own")
+    done = subprocess.run(
+        ["unshare", "-rpf", sys.executable, "-c", FIRST], cwd=module, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout == "1 b'answer'\n", done.stderr
 
 
 @pytest.mark.parametrize("what", ["write", "memory"])

@@ -9,10 +9,12 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from doors import ADDRESS, NAMES, House, problem, run
 
+from atoll.errors import RunError
 from atoll.net import calls, client, control, enrolment, server
 from atoll.net.calls import ROLES, Charter, Done
 from atoll.net.client import Turned, Unreachable
-from atoll.net.keys import public_text
+from atoll.net.home import home_for, settle
+from atoll.net.keys import key_at, public_text
 
 pytestmark = pytest.mark.usefixtures("unsynced")
 
@@ -133,6 +135,17 @@ def test_the_older_of_two_programs_of_a_site_is_told_so(house: House, listening:
         run(both())
 
 
+def test_who_is_let_in_again_under_its_old_name_is_heard(house: House, tmp_path: Path) -> None:
+    run(house.client("s").call(calls.Agenda(-1, {})))
+    house.hub.roster.revoke("s", by="admin", now=2.0)
+    token = house.hub.roster.invite("s", "site", hours=1, by="admin", now=3.0)
+    (tmp_path / "again").mkdir()
+    key = key_at(tmp_path / "again" / "key", make=True)
+    house.hub.roster.enrol("s", public_text(key.public_key()), token, now=4.0)
+    house.homes["s"] = settle(tmp_path / "again", house.homes["s"].identity, house.authority)
+    assert run(house.client("s").call(calls.Agenda(-1, {}))).runs == []
+
+
 def test_who_was_shut_out_is_told_so_and_others_are_not(house: House) -> None:
     house.hub.roster.revoke("s", by="admin", now=2.0)
     body = calls.encode(calls.Agenda(-1, {}))
@@ -224,6 +237,48 @@ def test_no_path_leads_out_of_a_runs_objects(house: House, name: str) -> None:
         assert answer.status_code in (404, 422, 405) and b"PRIVATE" not in answer.content
 
 
+def test_refusals_do_not_fill_the_log(house: House) -> None:
+    """Neither lengths nor names that a sender chooses make a refusal another one."""
+    before = (house.folder / "server" / "roster").stat().st_size
+
+    async def knock() -> None:
+        for i in range(20):
+            over = str(control.LONGEST + i)
+            assert (await house.send("s", b"x", sent=b"x", headers={"content-length": over})).status_code == 413
+            key = Ed25519PrivateKey.generate()
+            body = calls.Enrol(f"n{i}", public_text(key.public_key()), "x" * 43)
+            assert (await knocks(house, body, key)).status_code == 403
+
+    run(knock())
+    refused = [e for e in house.hub.roster.entries() if isinstance(e, enrolment.Refused)]
+    assert len(refused) == 2 and (house.folder / "server" / "roster").stat().st_size < before + 2000
+
+
+def test_one_member_cannot_take_all_of_the_servers_time(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "AT_ONCE", 3)
+    held = asyncio.Event()
+
+    async def call(member: Any, call: Any) -> Any:
+        if member.name == "s":
+            await held.wait()
+        return Done()
+
+    monkeypatch.setattr(house.hub, "call", call)
+    body = calls.encode(calls.Agenda(-1, {}))
+
+    async def ask() -> None:
+        nonces = [f"{house.door.fresh.epoch}.1000.p.{i}" for i in range(5)]
+        asked = [asyncio.ensure_future(house.send("s", body, nonce=n)) for n in nonces[:4]]
+        done, _ = await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
+        assert [problem(d.result()).kind for d in done] == ["busy"]
+        assert (await house.send("t", body)).status_code == 200
+        held.set()
+        assert sorted(a.status_code for a in await asyncio.gather(*asked)) == [200, 200, 200, 503]
+        assert (await house.send("s", body, nonce=nonces[4])).status_code == 200
+
+    run(ask())
+
+
 # --- newcomers --------------------------------------------------------------------------------------------------------
 
 
@@ -286,3 +341,10 @@ def test_an_answer_that_was_changed_on_the_way_is_no_answer(house: House, monkey
     assert len(run(house.client("admin").call(calls.ListMembers())).members) == len(NAMES)
     with pytest.raises(Unreachable, match="not the server"):
         run(tampered())
+
+
+def test_no_command_acts_for_a_party_of_another_role(house: House) -> None:
+    """It would be refused, but be counted as the site's newest program before: the one at work would be shut out."""
+    with pytest.raises(RunError, match="is of a site"):
+        home_for(house.folder / "s", ("admin", "viewer"), "watch")
+    assert home_for(house.folder / "v", ("admin", "viewer"), "watch").identity.name == "v"

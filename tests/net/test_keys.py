@@ -39,6 +39,28 @@ def test_a_missing_key_is_not_made_by_accident(tmp_path: Path) -> None:
     assert not (tmp_path / "key").exists()
 
 
+def test_a_second_certificate_beside_the_known_one_is_not_trusted(tmp_path: Path) -> None:
+    """Whoever stands between may add its own to the one that fits the fingerprint."""
+    first, second = (keys.authority(keys.key_at(tmp_path / n, make=True)) for n in "ab")
+    assert len(keys.client_context(first + second).get_ca_certs()) == 1
+
+
+def test_a_key_is_made_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("os.fsync", full)
+        with pytest.raises(OSError, match="space"):
+            keys.key_at(tmp_path / "key", make=True)
+    assert not (tmp_path / "key").exists()
+    made = keys.key_at(tmp_path / "key", make=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["key"]
+    with pytest.raises(FileExistsError):
+        keys.write_secret(tmp_path / "key", b"")
+    assert keys.key_at(tmp_path / "key").private_bytes_raw() == made.private_bytes_raw()
+
+
 def test_public_keys_have_one_form(tmp_path: Path) -> None:
     key = keys.key_at(tmp_path / "key", make=True).public_key()
     text = keys.public_text(key)
@@ -52,7 +74,8 @@ def test_the_authority_has_the_servers_key_and_a_changed_one_is_refused(tmp_path
     key = keys.key_at(tmp_path / "key", make=True)
     pem = keys.authority(key)
     assert keys.fingerprint(keys.authority_key(pem)) == keys.fingerprint(key.public_key())
-    for wrong in (b"", b"x", pem[:-40], pem.replace(b"A", b"B", 3)):
+    other = keys.authority(keys.key_at(tmp_path / "other", make=True))
+    for wrong in (b"", b"x", pem[:-40], pem.replace(b"A", b"B", 3), pem + other, b"x\n" + pem):
         with pytest.raises(InvalidArgument):
             keys.authority_key(wrong)
 

@@ -1,17 +1,20 @@
 """What an owner has not approved does not run, and what is no report does not leave."""
 
+import asyncio
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save
 
 from atoll.errors import InvalidArgument, RunError
-from atoll.net import policy
+from atoll.net import policy, site
 from atoll.net.calls import Charter
 from atoll.net.frames import encode
-from atoll.net.policy import Approvals, Left, Outgoing, Sent, experiment_hash, inspect
+from atoll.net.policy import Approvals, Left, Outgoing, Sent, experiment_hash, inspect, source
+from atoll.net.site import Part
 
 pytestmark = pytest.mark.usefixtures("unsynced")
 
@@ -69,6 +72,64 @@ def test_a_damaged_file_approves_nothing(tmp_path: Path, content: str) -> None:
     (tmp_path / "approvals.json").write_text(content)
     with pytest.raises(RunError, match="nothing is approved"):
         Approvals(tmp_path).verdict(CHARTER)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"# coding: utf-7\n# harmless +AAo-print('not in a comment')\n",
+        b"#!/usr/bin/python\n# -*- coding: latin-1 -*-\n",
+        b"# coding: nothing\n",
+        b"x = '\xff'\n",
+        b"\xef\xbb\xbf# coding: latin-1\n",
+    ],
+)
+def test_code_that_python_reads_otherwise_than_its_owner_is_refused(content: bytes) -> None:
+    with pytest.raises(InvalidArgument, match="the code"):
+        source(content)
+
+
+@pytest.mark.parametrize("content", ["x = 'é'\n", "# coding: utf-8\nx = 1\n", "\ufeffx = 1\n", "# coding: UTF-8\n", ""])
+def test_code_is_read_as_it_is(content: str) -> None:
+    assert source(content.encode()) == content.removeprefix("\ufeff")
+
+
+def taking_part(folder: Path, took: list[str]) -> Part:
+    """A site's part in a run, which is approved, and of which nothing else is there."""
+    part = Part.__new__(Part)
+    part.site = SimpleNamespace(approvals=Approvals(folder))  # type: ignore[assignment]
+    part.run, part.charter, part._training, part._child = "heart", CHARTER, None, None
+
+    async def nothing() -> Path:
+        return folder
+
+    async def take_part() -> None:
+        took.append("begun")
+        try:
+            await asyncio.sleep(60.0)
+        except asyncio.CancelledError:
+            took.append("ended")
+            raise
+
+    part._code, part._approved, part._take_part = nothing, nothing, take_part  # type: ignore[assignment]
+    return part
+
+
+def test_an_approval_that_is_taken_back_ends_what_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(site, "LOOK", 0.01)
+    approvals, took = Approvals(tmp_path), list[str]()
+    approvals.settle(CHARTER, "approved")
+
+    async def both() -> None:
+        going = asyncio.ensure_future(taking_part(tmp_path, took).go())
+        await asyncio.sleep(0.1)
+        assert took == ["begun"] and not going.done()
+        approvals.settle(CHARTER, "denied")
+        with pytest.raises(site.Withdrawn):
+            await asyncio.wait_for(going, 20.0)
+
+    asyncio.run(both())
+    assert took == ["begun", "ended"]
 
 
 # --- what leaves ------------------------------------------------------------------------------------------------------

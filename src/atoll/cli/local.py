@@ -5,6 +5,7 @@ once, since there is one owner; and what a site needs of a pooled table it takes
 """
 
 import asyncio
+import os
 import subprocess
 import sys
 import time
@@ -27,7 +28,7 @@ from atoll.net.signing import SERVER
 PATIENCE = 120.0
 """Seconds a server may take to start on a busy machine."""
 
-_PROGRAM = "from atoll.net.children import end_with_parent as e; e(); from atoll.cli import main; main()"
+_PROGRAM = "from atoll.net.children import end_with_parent as e; e({}); from atoll.cli import main; main()"
 
 
 def over_sites(
@@ -87,8 +88,9 @@ def _program(programs: ExitStack, log: Path, *words: object) -> "subprocess.Pope
     """Start `atoll WORDS`; it is ended at the end."""
     out = programs.enter_context(log.open("ab"))
     program = subprocess.Popen(
-        [sys.executable, "-P", "-c", _PROGRAM, *map(str, words)], stdin=subprocess.DEVNULL, stdout=out, stderr=out
-    )
+        [sys.executable, "-P", "-c", _PROGRAM.format(os.getpid()), *map(str, words)],
+        stdin=subprocess.DEVNULL, stdout=out, stderr=out,
+    )  # fmt: skip
 
     def end() -> None:
         program.terminate()

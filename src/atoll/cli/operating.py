@@ -56,6 +56,9 @@ def _charter(run: str, code: str, settings: Mapping[str, str], options: Mapping[
 
 
 def _text(code: bytes, path: Path) -> str:
+    from atoll.net.policy import source
+
+    source(code)  # a site would refuse it
     try:
         return code.decode("utf-8")
     except UnicodeDecodeError as error:

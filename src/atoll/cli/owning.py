@@ -8,7 +8,7 @@ from atoll.cli.guard import console, say
 from atoll.errors import RunError
 from atoll.net.calls import Charter
 from atoll.net.home import Home, home_for
-from atoll.net.policy import Approvals, Outgoing
+from atoll.net.policy import Approvals, Outgoing, source
 
 
 def review(mark: str | None, *, home: Path | None) -> None:
@@ -31,7 +31,11 @@ def review(mark: str | None, *, home: Path | None) -> None:
         code = mine.folder / "code" / f"{charter.code}.py"
         if not code.exists():
             raise RunError(f"{code} is not there: the site fetches it when the run is offered to it.")
-        out.print(code.read_text(), markup=False, soft_wrap=True)
+        text = source(code.read_bytes()).replace("\r\n", "\n")
+        seen = visible(text, keep="\n\t")
+        out.print(seen, markup=False, soft_wrap=True)
+        if seen != text:
+            say("Careful: the code holds characters that a screen hides or acts upon; here they are written as \\x1b.")
         return
     if not every:
         out.print("nothing was asked of this site yet.")
@@ -41,7 +45,7 @@ def review(mark: str | None, *, home: Path | None) -> None:
         table.add_column(column, overflow="fold")
     for found, (state, charter) in every.items():
         settings = " ".join(f"{n}={v}" for n, v in charter.settings.items())
-        table.add_row(*(Text(c) for c in (found[:12], state, charter.run, charter.by, settings)))
+        table.add_row(*(Text(visible(c)) for c in (found[:12], state, charter.run, charter.by, settings)))
     out.print(table)
     if waiting:
         say("Read the code with `atoll review HASH`; then `atoll approve HASH` or `atoll deny HASH`.")
@@ -86,9 +90,20 @@ def audit(home: Path | None) -> None:
 
 def _told(found: str, state: str, charter: Charter) -> list[str]:
     settings = " ".join(f"{n}={v}" for n, v in charter.settings.items()) or "none: the code's own defaults"
-    return [
+    lines = (
         f"{state}: {found}",
         f"  run       {charter.run}, submitted by {charter.by}",
         f"  settings  {settings}",
         f"  code      SHA-256 {charter.code}",
-    ]
+    )
+    return [visible(line) for line in lines]
+
+
+def visible(text: str, keep: str = "") -> str:
+    """Text of strangers for a screen: what would move the cursor, hide or turn text around is written out.
+
+    Args:
+        text: any.
+        keep: characters that may stay.
+    """
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode("ascii") for c in text)

@@ -6,6 +6,7 @@ that had answered when enough had, in the order of their names, so that the resu
 has the bits of a simulation over the same clients. Whoever comes later is told what was agreed.
 """
 
+import math
 from collections.abc import Sequence
 from functools import reduce
 from typing import Literal, TypeVar
@@ -17,6 +18,9 @@ from atoll.data.preprocessing import Preprocessing, Survey, agree, means_of, spr
 from atoll.data.table import Table
 from atoll.errors import AtollError, DataError
 from atoll.net.storage import FileSystem, write_durably
+
+ENDING = "="
+"""Of a file with a site's answer: no site's name has it, and no file has it that is still being written."""
 
 Stage = Literal["survey", "spread", "ready"]
 
@@ -86,7 +90,7 @@ class Agreement:
             DataError: it is no such answer.
             OSError: it could not be kept.
         """
-        name = f"{stage}/{site.encode().hex()}"
+        name = _path(stage, site)
         if stage != self.stage or (stage == "spread" and (site not in self.merged or self._files.size(name) >= 0)):
             return
         if stage == "survey":
@@ -111,11 +115,14 @@ class Agreement:
                 if len(there) >= self._least:
                     found = self._found(there)
                     means = means_of(found, self._table.options(list(found.columns)))
+                    odd = [name for name, mean in means.items() if not math.isfinite(mean)]
+                    if odd:
+                        raise DataError(f"the mean of {', '.join(odd[:5])} is not finite.")
                     write_durably(self._files, "merged", msgspec.json.encode(there))
                     write_durably(self._files, "means", msgspec.json.encode(means))
             if self.stage == "spread" and set(self.merged) <= set(self._there("spread")):
                 found = self._found(self.merged)
-                answers = [_read(_sums, self._files.read(f"spread/{s.encode().hex()}")) for s in self.merged]
+                answers = [_read(_sums, self._files.read(_path("spread", s))) for s in self.merged]
                 means = _read(_sums, self._files.read("means"))
                 squares = reduce(spread(means).merge, answers)
                 made = agree(found, squares, self._table.options(list(found.columns)))
@@ -125,16 +132,20 @@ class Agreement:
             self.fault = f"the sites' tables do not fit together: {error}"
 
     def _there(self, stage: str) -> list[str]:
-        return sorted(bytes.fromhex(n).decode() for n in self._files.names(stage) if not n.endswith(".part"))
+        return sorted(n[:-1] for n in self._files.names(stage) if n.endswith(ENDING))
 
     def _found(self, sites: Sequence[str]) -> Survey:
-        answers = {s: _read(_surveys, self._files.read(f"survey/{s.encode().hex()}")) for s in sites}
+        answers = {s: _read(_surveys, self._files.read(_path("survey", s))) for s in sites}
         first = next(iter(answers))
         for site, answer in answers.items():
             odd = sorted(answers[first].columns.keys() ^ answer.columns.keys())
             if odd:
                 raise DataError(f"columns that {first} or {site} has and the other has not: {', '.join(odd[:5])}.")
         return reduce(survey().merge, answers.values())
+
+
+def _path(stage: str, site: str) -> str:
+    return f"{stage}/{site}{ENDING}"
 
 
 def _checked(answer: Survey) -> None:

@@ -30,6 +30,7 @@ from atoll.net.children import (
     limit,
     worker_calls,
 )
+from atoll.net.control import content_hash
 
 
 class Worker:
@@ -38,6 +39,8 @@ class Worker:
     def __init__(self, begin: Begin) -> None:
         limit(begin.memory, begin.files)
         app = Path(begin.app)
+        if content_hash(app.read_bytes()) != begin.charter.code:
+            raise RunError(f"{app} is not what was approved: it changed on this disk.")
         self._begin = begin
         self._experiment = experiment_of(app, begin.charter.settings)
         self._process = process_of(self._experiment, begin.charter.engine)

@@ -89,10 +89,15 @@ def home_for(given: Path | None, roles: tuple[Role, ...], what: str, where: Path
         where: default the working directory.
 
     Raises:
-        RunError: there is none, or more than one.
+        RunError: there is none, or more than one, or the one given is of another role.
     """
     if given is not None:
-        return Home(given)
+        home = Home(given)
+        if home.identity.role not in roles:  # the server would refuse it, and a site's own program would be fenced off
+            raise RunError(
+                f"`atoll {what}` acts for a party of role {' or '.join(roles)}; {given} is of a {home.identity.role}."
+            )
+        return home
     here = where or Path()
     found = [p.parent for way in ("*", "*/*") for p in sorted(here.glob(f"{PREFIX}{way}/identity.json"))]
     fitting = [h for h in map(Home, found) if h.identity.role in roles]

@@ -17,7 +17,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -74,10 +74,12 @@ class Run:
         folder: of the run.
         charter: what it is.
         agenda: told when what sites have to know of it changes.
+        shut_out: whether a member was shut out of the server.
     """
 
-    def __init__(self, folder: Path, charter: Charter, agenda: News) -> None:
+    def __init__(self, folder: Path, charter: Charter, agenda: News, shut_out: Callable[[str], bool]) -> None:
         self.folder, self.charter, self.news, self.agenda = folder, charter, News(), agenda
+        self._shut_out = shut_out
         self.summary: Summary | None = None
         self.trouble = ""
         self.over = False
@@ -136,6 +138,8 @@ class Run:
                     pause = 1.0
                 before = self.summary
                 assert before is not None
+                for site in [s for s, status in before.sites.items() if status != "revoked" and self._shut_out(s)]:
+                    await self.ask(Happen("revoked", site, "", time.time()))
                 if before.phase in ("finished", "stopped"):
                     await self._end()
                 elif before.busy:
@@ -147,7 +151,7 @@ class Run:
                     await self.ask(Tick(time.time()))
                 else:
                     await self.news.wait(1.0)
-            except RunError as error:
+            except (RunError, OSError) as error:  # a full disk, or no room for a process: there may be later
                 log.warning("run %s: %s", self.charter.run, error)
                 await asyncio.sleep(pause)
                 pause = min(60.0, 2 * pause)
@@ -226,7 +230,7 @@ class Run:
     def _learn(self, summary: Summary) -> None:
         before, self.summary = self.summary, summary
         for text in summary.notices:
-            self.notices.append(text)
+            self.notices.append(control.plain(text))
             log.warning("run %s: %s", self.charter.run, text)
         self.closed |= {c.round: c for c in summary.closed}
         self.closed = dict(sorted(self.closed.items())[-ROUNDS:])
@@ -355,9 +359,9 @@ class Run:
         return View(
             version=self.news.version,
             run=charter.run,
-            title=s.title if s else "",
+            title=control.plain(s.title) if s else "",
             phase=phase,
-            reason=self.trouble or (s.reason if s else ""),
+            reason=control.plain(self.trouble or (s.reason if s else "")),
             round=min(s.round + 1, s.rounds) if s else 0,
             rounds=s.rounds if s else 0,
             attempt=s.attempt if s else 0,
@@ -408,7 +412,7 @@ class Hub:
         (folder / "runs").mkdir(exist_ok=True)
         for path in sorted((folder / "runs").glob("*/charter.json")):
             charter = msgspec.json.decode(path.read_bytes(), type=Charter)
-            self.runs[charter.run] = Run(path.parent, charter, self.agenda)
+            self.runs[charter.run] = Run(path.parent, charter, self.agenda, self._shut_out)
 
     async def start(self) -> None:
         """Go on with every run that is not over."""
@@ -463,7 +467,7 @@ class Hub:
     async def _agenda(self, site: str, known: int, standings: dict[str, Standing]) -> Errands:
         for name, standing in standings.items():
             if name in self.runs:
-                with suppress(Denied):  # it tells again
+                with suppress(RunError):  # it tells again; one run's trouble is not the others'
                     await self.runs[name].stand(site, standing)
         if self.agenda.version == known:
             await self.agenda.wait(HOLD)
@@ -486,9 +490,14 @@ class Hub:
         self.roster.revoke(name, by=by, now=time.time())
         for run in self.runs.values():
             if not run.over and run.summary is not None and name in run.summary.sites:
-                await run.ask(Happen("revoked", name, "", time.time()))
+                with suppress(RunError):  # a run that is at work is told by its keeper as soon as it can hear
+                    await run.ask(Happen("revoked", name, "", time.time()))
         self.agenda.tell()
         return calls.Done()
+
+    def _shut_out(self, name: str) -> bool:
+        member = self.roster.members.get(name)
+        return member is not None and member.revoked
 
     def _members(self) -> calls.Members:
         now = time.monotonic()
@@ -516,7 +525,7 @@ class Hub:
             raise invalid("--name", charter.run, "new", f"{folder} exists.")
         (folder / "objects").mkdir(parents=True)
         write_file(folder / "objects" / charter.code, content)
-        run = Run(folder, charter, self.agenda)
+        run = Run(folder, charter, self.agenda, self._shut_out)
         try:
             await run.load()
         except RunError:

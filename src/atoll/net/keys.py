@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from cryptography.x509.oid import NameOID
 
 from atoll.errors import InvalidArgument, RunError
+from atoll.net.storage import Disk
 
 YEARS = timedelta(days=3652)
 """How long certificates hold: the key that signs them is what is trusted, and revoking is done in the roster."""
@@ -37,11 +38,18 @@ def write_secret(path: Path, content: bytes) -> None:
     Raises:
         FileExistsError: there is one already.
     """
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    temporary = path.with_name(f"{path.name}.part")
+    temporary.unlink(missing_ok=True)  # of a program that was killed here
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with open(descriptor, "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(descriptor)
+    try:
+        os.link(temporary, path)  # whole or not at all, and never in the place of another
+    finally:
+        temporary.unlink()
+    Disk(path.parent).sync_folder("")
 
 
 def read_secret(path: Path) -> bytes:
@@ -120,13 +128,16 @@ def authority(key: Ed25519PrivateKey) -> bytes:
 
 
 def authority_key(pem: bytes) -> Ed25519PublicKey:
-    """The key of an authority's certificate, which is whole.
+    """The key of an authority's certificate, which is whole and alone.
 
     Raises:
-        InvalidArgument: it is no such certificate.
+        InvalidArgument: it is no such certificate, or there is anything beside it.
     """
     try:
         found = x509.load_pem_x509_certificate(pem)
+        # TLS trusts every certificate of a file: a second one would be trusted without having been looked at.
+        if found.public_bytes(serialization.Encoding.PEM) != pem:
+            raise InvalidArgument("there is something beside the certificate.")
         key = found.public_key()
         if not isinstance(key, Ed25519PublicKey):
             raise InvalidArgument("the certificate's key is not of the kind Ed25519.")
@@ -161,7 +172,8 @@ def client_context(authority_pem: bytes) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.check_hostname = False  # the authority signs for this server alone, whatever it is called
-    context.load_verify_locations(cadata=authority_pem.decode("ascii"))
+    alone = x509.load_pem_x509_certificate(authority_pem).public_bytes(serialization.Encoding.DER)
+    context.load_verify_locations(cadata=alone)
     return context
 
 

@@ -9,8 +9,10 @@ this very hash, and not before. Files in the site's folder:
 """
 
 import hashlib
+import io
 import math
 import time
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -31,6 +33,23 @@ def experiment_hash(charter: Charter) -> str:
     """SHA-256 of what is approved: the app file's hash and the settings."""
     said = msgspec.json.encode({"code": charter.code, "settings": dict(sorted(charter.settings.items()))})
     return hashlib.sha256(said).hexdigest()
+
+
+def source(content: bytes) -> str:
+    """An app file as its owner reads it, which is as Python does.
+
+    Raises:
+        InvalidArgument: Python would read it otherwise: it is no UTF-8, or names another encoding, by which a comment
+            can hold code.
+    """
+    try:
+        encoding, _ = tokenize.detect_encoding(io.BytesIO(content).readline)
+        text = content.decode(encoding if encoding == "utf-8-sig" else "utf-8")
+    except (SyntaxError, UnicodeDecodeError) as error:
+        raise InvalidArgument("the code is no UTF-8: nobody could read what would run.") from error
+    if encoding not in ("utf-8", "utf-8-sig"):
+        raise InvalidArgument(f"the code names the encoding {encoding!r}: what is read is not what would run.")
+    return text
 
 
 class Decision(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -17,6 +17,7 @@ import asyncio
 import contextlib
 import fcntl
 import logging
+import os
 import re
 import resource
 import signal
@@ -58,6 +59,8 @@ SLOWEST = 4096
 """Bytes a second that a content must bring on average, once it had `STALL` seconds."""
 STRANGERS = 64
 """Connections from one address that have shown no signature."""
+AT_ONCE = 64
+"""Requests of one member that are looked at or held back at a time."""
 CONNECTIONS = 8192
 """Connections at all."""
 TRIES, REFILL = 30.0, 1.0
@@ -85,8 +88,9 @@ class Door:
         self.hub, self._key = hub, key_at(folder / "key")
         self._authority = (folder / "authority.pem").read_bytes()
         self.fresh = Fresh()
+        self._at_work: Counter[str] = Counter()
         self._tries: dict[str, tuple[float, float]] = {}
-        self._written: dict[tuple[str, str], float] = {}
+        self._written: dict[str, float] = {}
         self.trusted: set[tuple[str, int]] = set()
         self.app = Starlette(
             routes=[
@@ -132,7 +136,7 @@ class Door:
         try:
             member = self.hub.roster.enrol(name, wanted.key, wanted.token, now=time.time())
         except (EnrolmentError, InvalidArgument) as error:
-            self._note(control.plain(name), f"enrolment refused: {error}")
+            self._note(control.plain(name), f"enrolment refused: {error}", of="strangers")
             return self._refused(seen, Problem("invite", str(error)))
         except OSError as error:
             log.error("the disk refuses: %s", error)
@@ -168,7 +172,8 @@ class Door:
                 return self._stranger(request, seen)
             member = self.hub.roster.active(name)
             assert member is not None
-            why = self.fresh.take(name, nonce, alone=member.role == "site")
+            # By key: whoever is let in again under an old name begins to count anew.
+            why = self.fresh.take(member.key, nonce, alone=member.role == "site")
             if why == "epoch":
                 return self._refused(seen, Problem("epoch", "sign with this epoch.", self.fresh.epoch))
             if why:
@@ -178,9 +183,12 @@ class Door:
                     "fenced": "another program acts for this party, started later or from a copy of its folder.",
                 }[why]
                 return self._refused(seen, Problem("replay" if why == "replay" else "fenced", text))
+            if self._at_work[name] >= AT_ONCE:
+                return self._refused(seen, Problem("busy", f"more than {AT_ONCE} requests at once: try again later."))
             if request.client is not None:
                 self.trusted.add((request.client.host, request.client.port))
             self.hub.seen[name] = time.monotonic()
+            self._at_work[name] += 1
             try:
                 body = b""
                 if largest is not None:
@@ -189,7 +197,7 @@ class Door:
                 given = await handle(request, member, body)
             except Denied as denied:
                 if denied.problem.kind in ("role", "large"):
-                    self._note(name, str(denied))
+                    self._note(name, str(denied), of=f"{name}: {denied.problem.kind}")
                 return self._refused(seen, denied.problem)
             except SignatureError as error:
                 self._note(name, str(error))
@@ -201,6 +209,8 @@ class Door:
             except OSError as error:
                 log.error("the disk refuses: %s", error)
                 return self._refused(seen, Problem("busy", "the server's disk refuses: try again later."))
+            finally:
+                self._at_work[name] -= 1
             if isinstance(given, Response):
                 self._sign(seen, given, None)
                 return given
@@ -263,13 +273,17 @@ class Door:
 
     # --- answers ------------------------------------------------------------------------------------------------------
 
-    def _note(self, name: str, why: str) -> None:
-        """Keep a refusal for the audit; of the same kind one a minute."""
-        now = time.monotonic()
-        if now - self._written.get((name, why), -OFTEN) >= OFTEN:
-            if len(self._written) > 10_000:
-                self._written.clear()
-            self._written[name, why] = now
+    def _note(self, name: str, why: str, of: str = "") -> None:
+        """Keep a refusal for the audit; of the same kind one a minute, so that nobody fills the log.
+
+        Args:
+            name: who was refused.
+            why: in words.
+            of: the kind, where name or words are the sender's to choose.
+        """
+        now, kind = time.monotonic(), of or f"{name}: {why}"
+        if now - self._written.get(kind, -OFTEN) >= OFTEN:
+            self._written[kind] = now
             log.warning("%s: %s", name, why)
             self.hub.roster.note(name, control.plain(why), now=time.time())
 
@@ -359,6 +373,8 @@ def guarded(door: Door) -> type[H11Protocol]:
 
         def connection_lost(self, exc: Exception | None) -> None:
             strangers[self._host] -= 1
+            if not strangers[self._host]:
+                del strangers[self._host]
             door.trusted.discard((self._host, self._port))
             if self._timer is not None:
                 self._timer.cancel()
@@ -425,6 +441,7 @@ def serve(folder: Path, *, host: str, port: int, address: str | None, told: Call
     Raises:
         RunError: another server works in the folder, or the port is taken.
     """
+    os.umask(0o077)  # sites' updates lie here
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     with open(folder / "lock", "w") as lock:
         try:

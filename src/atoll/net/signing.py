@@ -213,11 +213,11 @@ class Fresh:
         self.epoch = secrets.token_hex(16)
         self._seen: dict[str, dict[tuple[int, str], _Seen]] = {}
 
-    def take(self, name: str, nonce: str, *, alone: bool) -> str:
+    def take(self, key: str, nonce: str, *, alone: bool) -> str:
         """ "" for a request that is fresh; else why it is not: "epoch", "replay" or "fenced".
 
         Args:
-            name: the sender's.
+            key: the sender's public key.
             nonce: of the request.
             alone: whether only the newest process of this sender is heard.
         """
@@ -229,7 +229,7 @@ class Fresh:
             return "epoch"
         if not (number.isascii() and number.isdecimal()) or len(number) > 18 or len(life) > 18:
             return "replay"
-        seen = self._seen.setdefault(name, {})
+        seen = self._seen.setdefault(key, {})
         mine = (int(life), process)
         if mine not in seen:
             newest = max((k[0] for k in seen), default=-1)

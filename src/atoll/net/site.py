@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import fcntl
 import logging
+import os
 import random
 import signal
 import time
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from atoll.errors import AtollError, RunError, invalid
+from atoll.errors import AtollError, InvalidArgument, RunError, invalid
 from atoll.net import calls, control, party
 from atoll.net.agent import Agent, Done, Out
 from atoll.net.calls import Errand, Standing
@@ -41,7 +42,7 @@ from atoll.net.client import Client, Turned, Unreachable
 from atoll.net.control import Answer, Deliver, Refused, Request, Work, content_hash
 from atoll.net.home import Home
 from atoll.net.news import News
-from atoll.net.policy import Approvals, Left, Outgoing, Sent, experiment_hash, inspect
+from atoll.net.policy import Approvals, Left, Outgoing, Sent, experiment_hash, inspect, source
 from atoll.net.storage import Disk, write_file
 
 WORKER = "atoll.deployment.worker"
@@ -66,6 +67,10 @@ class Failed(AtollError):
     def __init__(self, kind: str, text: str) -> None:
         super().__init__(text)
         self.kind = kind
+
+
+class Withdrawn(AtollError):
+    """The owner took an approval back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +215,9 @@ class Site:
             try:
                 await Part(self, run).go()
                 break
+            except Withdrawn:
+                log.warning("run %s: its owner took the approval back", run)
+                continue
             except (Failed, Turned) as failed:
                 log.error("run %s: %s", run, failed)
                 told = failed.kind if isinstance(failed, Failed) else str(failed)
@@ -255,25 +263,39 @@ class Part:
 
         Raises:
             Failed: this site cannot take part now.
+            Withdrawn: its owner wants it no more.
             Turned, Unreachable: the server will not have it, or the line broke off.
         """
+        self._app = await self._code()
+        await self._approved()
+        loop = asyncio.get_running_loop()
+        taking, watching = loop.create_task(self._take_part()), loop.create_task(self._withdrawn())
         try:
-            self._app = await self._code()
-            await self._approved()
-            self.site.stand(self.run, Standing("preparing"))
-            await self._agree()
-            await self._ready_child()
-            agent = Agent(
-                self.site.name, self.run, _elsewhere, Disk(self.folder), pace=PACE,
-                notice=lambda text: log.warning("run %s: %s", self.run, text),
-            )  # fmt: skip
-            self.site.stand(self.run, Standing("ready"))
-            await self._speak(agent)
+            await asyncio.wait({taking, watching}, return_when=asyncio.FIRST_COMPLETED)
+            (taking if taking.done() else watching).result()
         finally:
-            if self._training is not None:
-                self._training.cancel()
-                await asyncio.gather(self._training, return_exceptions=True)
+            tasks = [t for t in (taking, watching, self._training) if t is not None]
+            for each in tasks:
+                each.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             await self._drop()
+
+    async def _take_part(self) -> None:
+        self.site.stand(self.run, Standing("preparing"))
+        await self._agree()
+        await self._ready_child()
+        agent = Agent(
+            self.site.name, self.run, _elsewhere, Disk(self.folder), pace=PACE,
+            notice=lambda text: log.warning("run %s: %s", self.run, text),
+        )  # fmt: skip
+        self.site.stand(self.run, Standing("ready"))
+        await self._speak(agent)
+
+    async def _withdrawn(self) -> None:
+        """For as long as the approval holds."""
+        while self.site.approvals.verdict(self.charter) == "approved":
+            await asyncio.sleep(LOOK)
+        raise Withdrawn(f"the run {self.run} is approved no more.")
 
     # --- before the first round ---------------------------------------------------------------------------------------
 
@@ -284,6 +306,10 @@ class Part:
         path = folder / f"{self.charter.code}.py"
         if not path.exists() or content_hash(path.read_bytes()) != self.charter.code:
             write_file(path, await self.client.fetch(self.run, self.charter.code, limit=CODE))
+        try:
+            source(path.read_bytes())
+        except InvalidArgument as error:
+            raise Failed("its code cannot be read.", str(error)) from error
         return path
 
     async def _approved(self) -> None:
@@ -500,6 +526,7 @@ def run_site(home: Home, data: str, bounds: Bounds | None = None) -> None:
     Raises:
         RunError: another program works in the folder; the server shut this site out.
     """
+    os.umask(0o077)  # what a run leaves here tells of the data
     with open(home.folder / "lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

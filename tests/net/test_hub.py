@@ -1,0 +1,121 @@
+"""What a server does with its runs, whatever their processes and its disk do."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from atoll.net import hub
+from atoll.net.calls import Charter
+from atoll.net.children import Happen, HostCall, Summary, Told
+from atoll.net.enrolment import Member
+from atoll.net.hub import Hub, Run
+
+pytestmark = pytest.mark.usefixtures("unsynced")
+
+BLANK = Summary("", "", 0, 0, 0, 0, 0, 0, False, "", "", "", "", 0, [], [], {}, {}, {}, [], [])
+
+
+def summary(phase: str, **more: Any) -> Summary:
+    return hub.msgspec.structs.replace(BLANK, phase=phase, **more)
+
+
+class Process:
+    """A run's process that answers everything with the same state."""
+
+    alive = True
+
+    def __init__(self, told: Summary) -> None:
+        self.told, self.heard = told, list[HostCall]()
+
+    async def call(self, call: HostCall, replies: Any, blobs: Any, **more: Any) -> tuple[Told, bytes]:
+        self.heard.append(call)
+        if isinstance(call, Happen) and call.event == "revoked":
+            self.told = hub.msgspec.structs.replace(self.told, sites={**self.told.sites, call.site: "revoked"})
+        return Told(self.told), b""
+
+    async def end(self) -> None:
+        self.alive = False
+
+
+def house(folder: Path, told: Summary) -> tuple[Hub, Run, Process]:
+    made = Hub(folder, "f" * 64, "localhost:1")
+    run = Run(folder, Charter("r", "0" * 64, {}), made.agenda, made._shut_out)
+    process = Process(told)
+    run._child, run.summary = process, told  # type: ignore[assignment]
+    made.runs["r"] = run
+    return made, run, process
+
+
+async def until(true: Any) -> None:
+    for _ in range(1000):
+        if true():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("not in time")
+
+
+def test_a_run_ends_when_a_full_disk_has_room_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full, real = [True], hub.write_file
+    tried = list[Path]()
+
+    def write(path: Path, content: bytes) -> None:
+        tried.append(path)
+        if full[0]:
+            raise OSError(28, "No space left on device")
+        real(path, content)
+
+    monkeypatch.setattr(hub, "write_file", write)
+
+    async def both() -> None:
+        _, run, _ = house(tmp_path, summary("finished"))
+        run.keep()
+        await until(lambda: tried)
+        full[0] = False
+        await until(lambda: run.over)
+        await run.close()
+
+    asyncio.run(both())
+    assert (tmp_path / "final.json").exists()
+
+
+def test_a_run_that_was_at_work_hears_later_that_a_site_was_shut_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "HOLD", 0.05)
+
+    async def both() -> None:
+        made, run, process = house(tmp_path, summary("collecting", sites={"s": "active", "t": "active"}))
+        for name in "st":
+            made.roster.members[name] = Member(name, "site", "k", 0.0)
+        monkeypatch.setattr(made.roster, "_record", lambda entry: made.roster._take(entry))
+        async with run._turn:  # at work
+            await made._revoke("s", "admin")
+            assert not process.heard
+        run.keep()
+        await until(lambda: process.heard)
+        await run.close()
+        assert [(c.event, c.site) for c in process.heard if isinstance(c, Happen)] == [("revoked", "s")]
+
+    asyncio.run(both())
+
+
+def test_one_runs_trouble_is_not_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def broken(call: HostCall, blob: bytes = b"") -> bytes:
+        raise hub.RunError("the server's disk refuses")
+
+    async def ask() -> None:
+        made, run, _ = house(tmp_path, summary("gathering"))
+        monkeypatch.setattr(run, "ask", broken)
+        told = await made._agenda("s", -1, {"r": hub.Standing("ready")})
+        assert [e.charter.run for e in told.runs] == ["r"]
+
+    asyncio.run(ask())
+
+
+def test_what_an_authors_code_says_is_plain_text_to_watchers(tmp_path: Path) -> None:
+    _, run, _ = house(tmp_path, BLANK)
+    run._learn(summary("paused", title="a\x1b[2Jb", reason="c\x1b]0;d", notices=["e\nf"]))
+    view = run.view({})
+    assert all(text.isprintable() for text in (view.title, view.reason, *view.notices))
