@@ -408,7 +408,8 @@ PERSONAL = {
 
 def test_these_are_personal() -> None:
     assert set(PERSONAL) == {
-        "apfl", "apfl, fixed share", "ditto", "fedala", "fedala, the head", "fedbabu", "fedbn", "fedper", "fedrep", "fine_tune", "ifca",
+        "apfl", "apfl, fixed share", "ditto", "fedala", "fedala, the head",
+        "fedbabu", "fedbn", "fedper", "fedrep", "fine_tune", "ifca",
         "lg_fedavg", "local_only", "per_fedavg", "per_fedavg, first order", "pfedme",
     }  # fmt: skip
 

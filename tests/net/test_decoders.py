@@ -88,9 +88,7 @@ def test_headers_of_frames(content: bytes) -> None:
 
 @settings(max_examples=200)
 @given(NOISE)
-@pytest.mark.parametrize(
-    "decoder", [children.worker_calls, children.worker_replies, children.host_calls, children.host_replies]
-)
+@pytest.mark.parametrize("name", ["worker_calls", "worker_replies", "host_calls", "host_replies"])
 def test_what_processes_say(name: str, content: bytes) -> None:
     with pytest.raises((msgspec.MsgspecError, ValueError, RecursionError)):
         getattr(children, name).decode(content)
