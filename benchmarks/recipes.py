@@ -42,7 +42,7 @@ class Recipe:
     arms: Mapping[str, Mapping[str, Any]]
     metric: str
     baseline: str
-    quick: Mapping[str, Any] = field(default_factory=lambda: {"rounds": 2})
+    quick: Mapping[str, Any] = field(default_factory=lambda: {"rounds": 1})
     unseen: bool = False
     many: bool = False
     together: bool = False
@@ -97,6 +97,8 @@ def run(name: str, seeds: Sequence[int], *, quick: bool) -> Found:
 
     first = next(iter(recipe.arms))
     arms = {arm: {**settings, **more} for arm, settings in recipe.arms.items()}
+    if quick:
+        arms = {arm: arms[arm] for arm in (first, recipe.baseline)}
     found = study(factory, arms, seeds, on_run=ran)
     if recipe.unseen:
         for seed in seeds:

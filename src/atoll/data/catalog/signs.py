@@ -4,6 +4,7 @@ import io
 import re
 import zipfile
 from collections.abc import Mapping
+from functools import lru_cache
 from types import MappingProxyType
 
 import numpy as np
@@ -54,27 +55,13 @@ def traffic_signs(vehicles: int = 20, *, alpha: float = 1.0, test: float = 0.2, 
     content = locate(
         "traffic_signs", CHECKSUMS, source="the authors of GTSRB (every third frame, 32 x 32, as one zip)"
     )[FILE]
-    images, labels, tracks = list[NDArray[np.uint8]](), list[int](), list[tuple[int, int]]()
-    held, held_labels = list[NDArray[np.uint8]](), list[int]()
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        known = _official(archive.read("GTSRB/Final_Test/GT-final_test.csv"))
-        for name in sorted(archive.namelist()):
-            if not name.endswith(".ppm"):
-                continue
-            image, (*_, folder, file) = decode_ppm(archive.read(name), name), name.split("/")
-            if "Final_Training" in name:
-                images.append(image)
-                labels.append(int(folder))
-                tracks.append((int(folder), int(file.split("_")[0])))
-            else:
-                held.append(image)
-                held_labels.append(known[file])
+    x, tracks, held, held_labels = _decoded(content)
     places = {track: number for number, track in enumerate(sorted(set(tracks)))}
     of_track = torch.tensor([label for label, _ in places])
     owner = owners("dirichlet", of_track, vehicles, seed=seed, options={"alpha": alpha})
     names = sorted(set(owner.tolist()))
     number = np.array([places[t] for t in tracks])
-    x, y = np.stack(images), np.array(labels)
+    y = np.array([label for label, _ in tracks])
     train, own = dict[str, tuple[torch.Tensor, torch.Tensor]](), dict[str, tuple[torch.Tensor, torch.Tensor]]()
     for place, name in enumerate(names):
         mine = np.flatnonzero(owner == name)
@@ -86,8 +73,28 @@ def traffic_signs(vehicles: int = 20, *, alpha: float = 1.0, test: float = 0.2, 
             rows = np.isin(number, chosen)
             into[f"vehicle-{place:02d}"] = _scaled(x[rows]), torch.from_numpy(y[rows])
     return FederatedDataset.from_arrays(
-        train, test=own, holdout=(_scaled(np.stack(held)), torch.tensor(held_labels)), name="traffic_signs"
+        train, test=own, holdout=(_scaled(held), torch.tensor(held_labels)), name="traffic_signs"
     )
+
+
+@lru_cache(maxsize=1)
+def _decoded(content: bytes) -> tuple[NDArray[np.uint8], list[tuple[int, int]], NDArray[np.uint8], list[int]]:
+    """Pictures and (class, track) of the training set, pictures and classes of the official test."""
+    images, tracks = list[NDArray[np.uint8]](), list[tuple[int, int]]()
+    held, held_labels = list[NDArray[np.uint8]](), list[int]()
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        known = _official(archive.read("GTSRB/Final_Test/GT-final_test.csv"))
+        for name in sorted(archive.namelist()):
+            if not name.endswith(".ppm"):
+                continue
+            image, (*_, folder, file) = decode_ppm(archive.read(name), name), name.split("/")
+            if "Final_Training" in name:
+                images.append(image)
+                tracks.append((int(folder), int(file.split("_")[0])))
+            else:
+                held.append(image)
+                held_labels.append(known[file])
+    return np.stack(images), tracks, np.stack(held), held_labels
 
 
 def _official(content: bytes) -> dict[str, int]:

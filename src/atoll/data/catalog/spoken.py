@@ -4,6 +4,7 @@ import io
 import wave
 import zipfile
 from collections.abc import Mapping
+from functools import lru_cache
 from types import MappingProxyType
 
 import numpy as np
@@ -57,7 +58,13 @@ def spoken_digits(*, mels: int = 40, seconds: float = 1.0, test: float = 0.2, se
     content = locate(
         "spoken_digits", CHECKSUMS, source="https://doi.org/10.5281/zenodo.1342401 (Free Spoken Digit Dataset)"
     )[FILE]
-    length = round(seconds * RATE)
+    clients = _decoded(content, mels, round(seconds * RATE))
+    return FederatedDataset.from_arrays(clients, test=test, seed=seed, stratify=True, name="spoken_digits")
+
+
+@lru_cache(maxsize=1)
+def _decoded(content: bytes, mels: int, length: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Pictures and digits of each speaker."""
     bank = mel_bank(mels)
     found: dict[str, tuple[list[Tensor], list[int]]] = {}
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
@@ -73,11 +80,10 @@ def spoken_digits(*, mels: int = 40, seconds: float = 1.0, test: float = 0.2, se
             sounds, labels = found.setdefault(speaker, ([], []))
             sounds.append(sound)
             labels.append(int(digit))
-    clients = {
+    return {
         speaker: (_spectrograms(torch.stack(sounds), bank)[:, None], torch.tensor(labels))
         for speaker, (sounds, labels) in sorted(found.items())
     }
-    return FederatedDataset.from_arrays(clients, test=test, seed=seed, stratify=True, name="spoken_digits")
 
 
 def _sound(content: bytes, name: str, length: int) -> Tensor:
