@@ -189,6 +189,11 @@ class Process:
                 f'{self.chain.channel.name} shows the server only sums: use aggregators.mean(), or channel="plain", or '
                 "grouped(secure_sum(...), rule), a rule over the sums of groups."
             )
+        if self.chain.channel.rule is not None and self.aggregator.denominator == "expected":
+            raise CompositionError(
+                f'the aggregator {self.aggregator.name} with denominator="expected" cannot stand beside the channel '
+                f"{self.chain.channel.name}, whose rule divides by nothing: leave denominator out."
+            )
         judge = self.judge
         whole = [stage.name for stage in self.chain.stages if stage.integers is not None]
         if whole and self.aggregator.weights != "uniform":
@@ -509,7 +514,7 @@ class Process:
             CompositionError: a cohort that the channel cannot carry.
         """
         if kind == "train":
-            self.chain.channel.check(len(clients))
+            self._check_count(len(clients))
         message = self.algorithm.broadcast(state.algorithm)
         if state.downlink is not None:
             message = rebuild(message, dict(leaves(message)) | {"vector": state.downlink.reference})
@@ -931,7 +936,7 @@ class Process:
         self.check_server(data.clients)
         if not self.chain.channel.sums_only:
             self.aggregator.check(len(clients), state.round)
-        self.chain.channel.check(len(clients))
+        self._check_count(len(clients))
         told: dict[str, float] = {}
         if self.chain.noise is not None:
             expected = float(len(data)) if expected is None and cohort is None else expected
@@ -1191,6 +1196,11 @@ class Process:
                 f"this state is from round {state.round}, but its clients' memory has moved on: continue from the "
                 "latest state, or begin a new one with init()."
             )
+
+    def _check_count(self, count: int) -> None:
+        self.chain.channel.check(count)
+        for stage in self.chain.stages:
+            stage.check(count)
 
     def _check_cohort(self, clients: tuple[str, ...], data: "FederatedDataset | LazyDataset") -> None:
         try:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from dp_accounting import dp_event
 from dp_accounting.rdp import rdp_privacy_accountant
+from problems import scalar_model
 from registry import MODELS
 from scipy import stats
 from torch import Tensor
@@ -17,8 +18,9 @@ from atoll import transforms
 from atoll.errors import CompositionError, InvalidArgument
 from atoll.privacy import distributed as d
 from atoll.privacy.distributed import Kind, Scheme
+from atoll.rounds import Process
 from atoll.secret import Source
-from atoll.transforms import discrete_gaussian, skellam
+from atoll.transforms import discrete_gaussian, secure_sum, skellam
 from atoll.transforms.chain import compose, keys_of
 
 KINDS: tuple[Kind, ...] = ("discrete_gaussian", "skellam")
@@ -191,6 +193,20 @@ def test_noise_on_the_sum_has_its_size_whoever_takes_part(kind: Kind) -> None:
     for count in (2, 4):
         drawn = torch.cat([total(chain, torch.zeros(count, 2000), 1500, round) for round in range(5)]).numpy()
         assert stats.kstest(drawn / (0.5 * math.sqrt(count / 2)), "norm").pvalue > 1e-3
+
+
+@kinds
+@pytest.mark.parametrize("count", [3, 7])
+def test_cohorts_too_small_or_too_large_are_refused_before_any_work(kind: Kind, count: int) -> None:
+    stage = (discrete_gaussian if kind == "discrete_gaussian" else skellam)(
+        clip=1.0, noise_multiplier=1.0, survivors=4, clients=6
+    )
+    run = Process(
+        scalar_model(), atoll.fedavg(atoll.local_sgd(0.1)), transforms=(stage,), engine="loop",
+        channel=secure_sum(clip=1.0, bits=32), aggregator=atoll.aggregators.mean(weights="uniform"),
+    )  # fmt: skip
+    with pytest.raises(CompositionError, match=f"does not fit a cohort of {count}"):
+        run.open(run.init(), [str(i) for i in range(count)], 100)
 
 
 @kinds

@@ -381,6 +381,13 @@ def test_groups_that_are_refused() -> None:
         shifts((0.5,) * 15, grouped(channel, aggregators.median(), size=8))
 
 
+def test_a_denominator_that_no_rule_divides_by_is_refused() -> None:
+    given: dict[str, Any] = {"aggregator": aggregators.mean(weights="uniform", denominator="expected")}
+    channel = grouped(secure_sum(clip=1.0), aggregators.median())
+    with pytest.raises(CompositionError, match='denominator="expected" cannot stand beside the channel grouped'):
+        Process(scalar_model(), atoll.fedavg(atoll.local_sgd(0.1)), channel=channel, **given)
+
+
 def test_rounds_that_differ_by_one_client_are_noted() -> None:
     kind = MODELS["perceptron"]
     data = kind.data((2,) * 5)

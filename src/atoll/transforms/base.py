@@ -156,6 +156,7 @@ class Transform:
         learn: (server state, sum of the rows that left the stage, expected cohort) -> state after the round, for stages
             whose rows carry more than the row that entered.
         integers: the rows that leave are int64 and may be added up modulo 2^integers; None: they are numbers.
+        check: refuses a cohort of so many clients before any work, by raising CompositionError.
     """
 
     spec: Spec
@@ -185,6 +186,7 @@ class Transform:
     noise: Noise | None = None
     learn: Callable[[Any, Tensor, float], Any] | None = None
     integers: int | None = None
+    check: Callable[[int], None] = lambda count: None
 
     @property
     def name(self) -> str:

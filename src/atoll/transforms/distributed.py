@@ -65,6 +65,14 @@ def distributed(
             sent[:-1] = own.encode(turn(spread * signs, wide), noisy)
         return out, memory
 
+    def check(count: int) -> None:
+        if not survivors <= count <= clients:
+            raise CompositionError(
+                f"{kind}(survivors={survivors}, clients={clients}) does not fit a cohort of {count}: its noise is "
+                "sized for at least survivors and its numbers for at most clients. Choose cohorts of a fixed size "
+                "between the two."
+            )
+
     def decode(total: Tensor, shared: None, length: int, keys: Keys) -> Tensor:
         split = length if keys.split is None else keys.split
         whole, wide = sizes(length, split)
@@ -93,6 +101,7 @@ def distributed(
         bound=lambda before: None,
         randomness="shared",
         integers=bits,
+        check=check,
     )  # fmt: skip
 
 
