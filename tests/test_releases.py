@@ -473,3 +473,8 @@ def test_whoever_judges_by_clients_own_examples_refuses_client_level_privacy() -
         study(make, {"a": {"lr": 0.1}}, (0, 1))
     with pytest.raises(InvalidArgument, match="validation examples, which no noise of gaussian_noise protects"):
         atoll.tune(make, {"lr": [0.1, 0.2]}, search="grid")
+
+
+def test_how_wide_tiles_were_is_not_told() -> None:
+    told = run(engine="vectorized", rounds=1).engine
+    assert told["engine"] == "vectorized" and told.keys() <= {"engine", "reason"}

@@ -58,6 +58,7 @@ class Cohort(ABC):
         noise_multiplier: of example-level privacy, where it was calibrated for the run.
         protected: whether what is worked out here leaves the clients under example-level privacy, so that only
             training under noise may look at their examples.
+        counted: training under noise that is counted for this visit and has not been done yet; None: outside a round.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Cohort(ABC):
         self.own = own
         self.noise_multiplier: float | None = None
         self.protected = False
+        self.counted: list[Plan] | None = None
 
     def expose(self, what: str) -> None:
         """Refuse a look at the examples that no noise protects.

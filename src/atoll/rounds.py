@@ -557,6 +557,7 @@ class Process:
         """A tile's answer: local work, what leaves and what stays."""
         own = {n.removeprefix("algorithm/"): t for n, t in remembered.items() if n.startswith("algorithm/")}
         cohort.protected = self.protects_examples
+        cohort.counted = list(self.algorithm.plans)
         update, renewed = self.algorithm.local(task.message, own, cohort)
         count, width = len(cohort.clients), self.selection.size
         if update.change.shape != (count, width) or not self.private_names.isdisjoint(update.layout.names):

@@ -485,12 +485,15 @@ class _Run:
             if process.personalised and self.examples is None:
                 evaluations["personal"] = self._personal()
             clients = {k: {c: e.client(c) for c in e.clients} for k, e in evaluations.items()}
+        engine = process.engine.describe()
+        if self.releases is not None:  # how wide tiles are tells of the clients that were drawn last
+            engine = {n: engine[n] for n in ("engine", "reason") if n in engine}
         return Result(
             vector=process.vector(state),
             buffers=state.buffers,
             history=list(self.history),
             spec=self.spec,
-            engine=process.engine.describe(),
+            engine=engine,
             privacy=[g.statement() for g in (self.releases, self.examples) if g is not None],
             clients=clients,
             notes=list(self.notes),

@@ -1,6 +1,7 @@
 """Example-level privacy: fast sums equal the naive loop, batches and noise have the stated laws, nothing else looks."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -204,3 +205,21 @@ def test_an_empty_minibatch_is_noise_alone(name: str) -> None:
 def test_a_step_s_clip_and_an_example_s_do_not_go_together() -> None:
     with pytest.raises(InvalidArgument, match=r"clip=2\.0.*left out with privacy="):
         plan(clip=2.0)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_training_that_an_algorithm_does_not_tell_of_is_refused(times: int) -> None:
+    def untold(own: Any) -> Any:
+        base = atoll.fedavg(own)
+
+        def local(message: Any, memory: Any, cohort: Any) -> Any:
+            start = cohort.rows(message.vector)
+            for number in range(times):
+                done = cohort.sgd(start, own, purpose=str(number))
+            return cohort.update(done, start), memory
+
+        return replace(base, local=local, plans=base.plans[: times - 1])
+
+    for engine in (Loop(), Vectorized()):
+        with pytest.raises(CompositionError, match=r"nobody would count it.*plans="):
+            trained(MODELS["perceptron"], engine, plan(), untold)

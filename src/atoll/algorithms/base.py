@@ -52,7 +52,8 @@ class Algorithm:
         statistics: the summed part holds statistics of the clients' examples that are only right when they are exact:
             it is float64 whatever the model is, stages that would change it are refused, and so is a round in which a
             channel had to cut a number.
-        plans: the local training it will do, for checks before any work.
+        plans: the local training it will do, once for each, for checks before any work; under example-level privacy
+            what is not listed is refused, for nobody would count it.
         rooted: whether the step reads what training on the server's own data gave (`Aggregate.root`).
         check: (Model) -> None, raising what the method cannot do with a model; None: it takes any.
         bind: (Model) -> the algorithm for this model, of methods that depend on its layers; the other functions are

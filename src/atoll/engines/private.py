@@ -53,6 +53,13 @@ def train_privately(
             f"example_level(epsilon={told.epsilon:g}) cannot calibrate itself here, where nobody knows how many rounds "
             "there will be: give noise_multiplier=, or use atoll.simulate."
         )
+    if cohort.counted is not None:
+        if plan not in cohort.counted:
+            raise CompositionError(
+                "the algorithm trains on examples under noise more often, or by another plan, than it says, so that "
+                "nobody would count it: make Algorithm(plans=...) list every plan of a visit, once for each training."
+            )
+        cohort.counted.remove(plan)
     held = (cohort.buffers if buffers is None else buffers).detach().clone()
     sizes = cohort.examples[:, 0].long().cpu().numpy()
     totals = plan.steps_of(sizes, cohort.clients, cohort.round)
