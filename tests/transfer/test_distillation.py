@@ -205,3 +205,17 @@ def test_public_inputs_that_are_not_finite() -> None:
     x[3, 1] = torch.nan
     with pytest.raises(DataError, match="NaN or infinite"):
         run("fedmd", public=x)
+
+
+def test_private_plans_are_refused() -> None:
+    """No ledger would count them."""
+    layer = atoll.Model(torch.nn.Linear(2, 2), "cross_entropy")
+    data = atoll.FederatedDataset.from_arrays({"a": (torch.randn(6, 2), torch.arange(6) % 2)})
+    private = atoll.privacy.example_level(clip=1.0, noise_multiplier=1.0)
+    plain, noisy = atoll.local_sgd(0.1), atoll.local_sgd(0.1, privacy=private)
+    for name, plans in (("plan", (noisy, plain)), ("digest", (plain, noisy))):
+        with pytest.raises(atoll.errors.InvalidArgument, match=f"{name}=.*No ledger"):
+            atoll.distill(
+                {"g": layer}, data, groups={"a": "g"}, public=torch.randn(4, 2), plan=plans[0], digest=plans[1],
+                rounds=1,
+            )  # fmt: skip

@@ -152,6 +152,11 @@ def distill(
         raise invalid("method", method, '"fedmd" or "feddf"')
     for name, own in (("plan", plan), ("digest", digest)):
         check_plan(own, name)
+        if own.privacy is not None:
+            raise invalid(
+                name, "a plan with privacy=", "a plan without it",
+                "No ledger counts what distillation tells of examples: use atoll.simulate.",
+            )  # fmt: skip
     temperature = check_number("temperature", temperature, strict=True)
     check_count("rounds", rounds)
     check_count("evaluate_every", evaluate_every, least=0)
