@@ -259,8 +259,6 @@ class Process:
                     f"{stage.name} cannot carry the summed part of {algorithm.name}: its server keeps a mean over all "
                     "clients, not this cohort's sum. Use error_feedback instead."
                 )
-        if algorithm.check is not None:
-            algorithm.check(model)
         if self.chain.noise is not None:
             self._check_noise()
         self.private_names = algorithm.private(model) if algorithm.private is not None else frozenset[str]()
@@ -508,7 +506,7 @@ class Process:
         Raises:
             CompositionError: a cohort that the channel cannot carry.
         """
-        if kind == "train":
+        if kind == "train" and clients:
             self.chain.channel.check(len(clients))
         message = self.algorithm.broadcast(state.algorithm)
         if state.downlink is not None:
@@ -930,7 +928,8 @@ class Process:
         self.check_server(data.clients)
         if not self.chain.channel.sums_only:
             self.aggregator.check(len(clients), state.round)
-        self.chain.channel.check(len(clients))
+        if clients:
+            self.chain.channel.check(len(clients))
         told: dict[str, float] = {}
         if self.chain.noise is not None:
             expected = float(len(data)) if expected is None and cohort is None else expected
