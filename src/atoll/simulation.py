@@ -646,8 +646,8 @@ def _check_quorum(process: Process, schedule: Rounds, wanted: int) -> None:
         process.chain.channel.check(least)
     except CompositionError as error:
         raise CompositionError(
-            f"schedule.rounds(deadline={schedule.deadline:g}, quorum={schedule.quorum}) makes a step of {least} updates "
-            f"if no more come, and {error} Or raise quorum: rounds with fewer updates then make no step."
+            f"schedule.rounds(deadline={schedule.deadline:g}, quorum={schedule.quorum}) makes a step of {least} "
+            f"updates if no more come, and {error} Or raise quorum: rounds with fewer updates then make no step."
         ) from None
 
 
