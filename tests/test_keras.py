@@ -173,6 +173,9 @@ def test_what_is_refused() -> None:
     shrunk = layers.Dense(3, kernel_regularizer="l2")
     with pytest.raises(InvalidArgument, match=r"regularisation.*weight_decay"):
         atoll.from_keras(keras.Sequential([keras.Input((4,)), shrunk]), "mse")
+    held = layers.Dense(3, activity_regularizer="l2", name="held")
+    with pytest.raises(InvalidArgument, match=r"'held'.*activity_regularizer"):
+        atoll.from_keras(keras.Sequential([keras.Input((4,)), held, layers.Dense(1)]), "mse")
     bounded = layers.Dense(3, kernel_constraint="non_neg")
     with pytest.raises(InvalidArgument, match=r"kernel has a constraint"):
         atoll.from_keras(keras.Sequential([keras.Input((4,)), bounded]), "mse")

@@ -9,6 +9,7 @@ import pytest
 from atoll import rate
 from atoll.errors import InvalidArgument
 from atoll.local import local_sgd
+from atoll.privacy import example_level
 
 SIZES = np.array([1, 3, 4, 9])
 
@@ -118,3 +119,9 @@ def test_the_spec_says_everything() -> None:
     specs = [local_sgd(**({"lr": 0.1} | options)).spec for options in changed]  # type: ignore[arg-type]
     assert all(s != base for s in specs) and len({str(s) for s in specs}) == len(specs)
     assert local_sgd(0.1, schedule=rate.cosine(3)).spec != local_sgd(0.1, schedule=rate.cosine(4)).spec
+
+
+def test_clipped_steps_are_refused_where_single_examples_are_clipped() -> None:
+    private = example_level(clip=1.0, noise_multiplier=1.0)
+    with pytest.raises(InvalidArgument, match=r"clip=5.0 .*left out with privacy="):
+        local_sgd(0.1, clip=5.0, privacy=private)

@@ -256,3 +256,27 @@ def test_rounds_that_are_refused_before_any_work() -> None:
         run(clients(4), cohort=2, schedule=schedule.rounds(over=3.0))
     with pytest.raises(InvalidArgument, match=r"quorum=3 .*at most 2"):
         run(clients(4), cohort=2, schedule=schedule.rounds(quorum=3))
+
+
+def test_a_quorum_that_the_rule_or_the_channel_cannot_do_with_is_refused() -> None:
+    data = quadratics((1.0,) * 8, (0.5,) * 8, (4,) * 8)
+
+    def late(client: str, round: int) -> float:
+        return 1.0 + data.index(client)
+
+    def run(quorum: int, **options: Any) -> atoll.Result:
+        return atoll.simulate(
+            scalar_model(START), data, algorithm=atoll.fedavg(PLAN), rounds=2, progress=False,
+            schedule=schedule.rounds(deadline=2.0, quorum=quorum, durations=late), **options,
+        )  # fmt: skip
+
+    uniform = aggregators.mean(weights="uniform")
+    summing = {"channel": transforms.secure_sum(clip=1.0), "aggregator": uniform}
+    with pytest.raises(CompositionError, match=r"makes a step of 2 updates.*needs 3 clients.*raise quorum"):
+        run(2, **summing)
+    with pytest.raises(CompositionError, match=r"makes a step of 4 updates.*needs at least 5.*raise quorum"):
+        run(4, aggregator=aggregators.krum(byzantine=1))
+    for options in (summing, {"aggregator": aggregators.krum(byzantine=1)}):
+        found = run(5, **options)
+        assert [r.clients for r in found.history] == [0, 0] and float(found.vector) == START
+        assert "fewer than the quorum of 5" in found.history[0].notes[0]

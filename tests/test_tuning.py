@@ -1,6 +1,7 @@
 """Tuning: what is chosen, by what, and that no test example has a say in it."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from registry import MODELS
 import atoll
 from atoll import space
 from atoll.data import FederatedDataset
-from atoll.errors import InvalidArgument
+from atoll.errors import CompositionError, InvalidArgument
 from atoll.tuning import Trial, tune
 
 A, B, START = (1.0, 2.0), (-1.0, 0.5), 3.0
@@ -182,3 +183,18 @@ def test_what_is_refused() -> None:
     ):
         with pytest.raises(InvalidArgument, match=said):
             build()
+
+
+def test_what_a_search_would_pass_over_is_refused() -> None:
+    with pytest.raises(InvalidArgument, match=r"seeds=\(0, 1\)"):
+        tune(make(), {"lr": [0.1], "seed": [3, 4]}, search="grid")
+    private = atoll.privacy.example_level(clip=1.0, noise_multiplier=1.0)
+    plan = atoll.local_sgd(0.1, batch_size=2, privacy=private)
+    noisy = (atoll.transforms.clip_norm(1.0), atoll.transforms.gaussian_noise(noise_multiplier=1.0))
+    for changed in ({"algorithm": atoll.fedavg(plan)}, {"transforms": noisy}):
+
+        def experiment(*, seed: int, lr: float, changed: Any = changed) -> atoll.Experiment:
+            return replace(make()(seed=seed, lr=lr), **changed)
+
+        with pytest.raises(CompositionError, match="every trial looks at the same examples"):
+            tune(experiment, {"lr": [0.1, 0.2]}, search="grid")

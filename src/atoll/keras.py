@@ -132,6 +132,12 @@ def from_keras(
         raise InvalidArgument(
             f"the Keras model {model.name!r} has no weights yet: begin it with keras.Input(shape), or call it once."
         )
+    active = [part.name for part in model._flatten_layers() if getattr(part, "activity_regularizer", None) is not None]
+    if active:
+        raise InvalidArgument(
+            f"the Keras layer {active[0]!r} adds regularisation of what it gives to the loss, which would be left out: "
+            "remove its activity_regularizer."
+        )
     if model.losses:
         raise InvalidArgument(
             f"{len(model.losses)} of the Keras model's layers add regularisation to the loss, which would be left out: "

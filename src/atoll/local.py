@@ -161,7 +161,8 @@ def local_sgd(
             make of unequal work differs: see fedprox and fednova.
         clip: largest L2 norm of a step's gradient over all parameters that are trained, above 0; a longer one is
             shortened to it, as by `torch.nn.utils.clip_grad_norm_` (which divides by the norm plus 1e-6). What is
-            clipped is the gradient with a method's pull and shift in it, before weight decay, momentum and Adam.
+            clipped is the gradient with a method's pull and shift in it, before weight decay, momentum and Adam. Not
+            with `privacy`, which clips the gradients of single examples.
         privacy: clipping and noise that protect every single example, from `atoll.privacy.example_level`. Minibatches
             are then Poisson samples: each example is in a batch with probability batch_size / examples, and `shuffle`
             says nothing.

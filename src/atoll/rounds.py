@@ -264,8 +264,6 @@ class Process:
                     f"{stage.name} cannot carry the summed part of {algorithm.name}: its server keeps a mean over all "
                     "clients, not this cohort's sum. Use error_feedback instead."
                 )
-        if algorithm.check is not None:
-            algorithm.check(model)
         if self.chain.noise is not None:
             self._check_noise()
         self.private_names = algorithm.private(model) if algorithm.private is not None else frozenset[str]()
@@ -513,7 +511,7 @@ class Process:
         Raises:
             CompositionError: a cohort that the channel cannot carry.
         """
-        if kind == "train":
+        if kind == "train" and clients:
             self._check_count(len(clients))
         message = self.algorithm.broadcast(state.algorithm)
         if state.downlink is not None:
@@ -937,7 +935,8 @@ class Process:
         self.check_server(data.clients)
         if not self.chain.channel.sums_only:
             self.aggregator.check(len(clients), state.round)
-        self._check_count(len(clients))
+        if clients:
+            self._check_count(len(clients))
         told: dict[str, float] = {}
         if self.chain.noise is not None:
             expected = float(len(data)) if expected is None and cohort is None else expected

@@ -62,6 +62,12 @@ class Rounds:
             raise invalid("over", self.over, f"at most {population / wanted:g}: there are {population} clients in all")
         return fixed(more)
 
+    def least(self, wanted: int) -> int:
+        """Updates needed for a step, where so many are wanted."""
+        if self.quorum is None:
+            return min(1, wanted)
+        return self.quorum if isinstance(self.quorum, int) else math.ceil(self.quorum * wanted - 1e-9)
+
     def arrived(self, seed: int, round: int, asked: Sequence[str], wanted: int) -> tuple[tuple[str, ...], float, str]:
         """Who a round's step is made of, in the order they were asked; the round's length; a note when it fails.
 
@@ -75,7 +81,7 @@ class Rounds:
         limit = math.inf if self.deadline is None else self.deadline
         in_time = sorted((t, i, c) for i, (c, t) in enumerate(took.items()) if t <= limit)[:wanted]
         came = {c for _, _, c in in_time}
-        least = _least(self.quorum, wanted)
+        least = self.least(wanted)
         length = in_time[-1][0] if len(in_time) == wanted and in_time else limit
         if not math.isfinite(length):
             length = max(took.values(), default=0.0)
@@ -215,12 +221,6 @@ def _took(durations: Durations | None, seed: int, client: str, round: int) -> fl
         allowed = f"a function that returns finite seconds of at least 0 for client {client!r} in round {round + 1}"
         raise invalid("durations", took, allowed)
     return float(took)
-
-
-def _least(quorum: int | float | None, wanted: int) -> int:
-    if quorum is None:
-        return min(1, wanted)
-    return quorum if isinstance(quorum, int) else math.ceil(quorum * wanted - 1e-9)
 
 
 def _check_durations(durations: object) -> None:

@@ -167,6 +167,7 @@ def simulate(
         driver, sampler = schedule, algorithm.sampler or sampling.resolve(cohort)
         sampler.check(training.clients)
         schedule.asked(sampler, len(training)).check(training.clients)
+        _check_quorum(process, schedule, round(sampler.expected(len(training))))
     if private:
         check_splits(splits, unit="client")
     if process.protects_examples:
@@ -639,6 +640,26 @@ def _check_private(schedule: Schedule, stop: EarlyStopping | None) -> None:
             "early stopping looks at validation examples, which no noise of this run protects: leave stop out and fix "
             "the number of rounds."
         )
+
+
+def _check_quorum(process: Process, schedule: Rounds, wanted: int) -> None:
+    """Refuse a deadline that may leave fewer updates than the rule or the channel can do with.
+
+    Raises:
+        CompositionError: with both, and the way out.
+    """
+    if schedule.deadline is None:
+        return
+    least = schedule.least(wanted)
+    try:
+        if not process.chain.channel.sums_only:
+            process.aggregator.check(least, 0)
+        process.chain.channel.check(least)
+    except CompositionError as error:
+        raise CompositionError(
+            f"schedule.rounds(deadline={schedule.deadline:g}, quorum={schedule.quorum}) makes a step of {least} "
+            f"updates if no more come, and {error} Or raise quorum: rounds with fewer updates then make no step."
+        ) from None
 
 
 def _checked(schedule: Schedule | None, cohort: object, resume: bool) -> Schedule:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from atoll.data import FederatedDataset
-from atoll.errors import InvalidArgument, NonFiniteError, invalid, unknown
+from atoll.errors import CompositionError, InvalidArgument, NonFiniteError, invalid, unknown
 from atoll.space import Range
 from atoll.spec import digest
 from atoll.study import Interval, check_open, interval
@@ -123,10 +123,13 @@ def tune(
     Raises:
         InvalidArgument: an empty space, an unknown metric or search, data without test examples, test examples that
             differ between seeds, or settings all of which failed.
+        CompositionError: a private run, whose ledger would not count the other trials.
     """
     _check_space(space, search)
     if not seeds or len(set(seeds)) != len(seeds):
         raise invalid("seeds", list(seeds), "different seeds, at least one")
+    if "seed" in space:
+        raise invalid("space", "seed", "made of other settings", "Runs of each setting are asked for by seeds=(0, 1).")
     if forbidden := {"splits", "evaluate_every", "directory", "resume", "metric", "split"} & set(run):
         raise invalid("run", sorted(forbidden), "left out", "What trials look at, and when, is what tune decides.")
     if trials is not None and (isinstance(trials, bool) or not isinstance(trials, int) or trials < 1):
@@ -203,6 +206,12 @@ class _Looked:
 
     def _cut(self, experiment: "Experiment", seed: int) -> FederatedDataset:
         """The experiment's data with validation examples; the same test examples in every run."""
+        noisy = [p for p in experiment.algorithm.plans if p.privacy is not None]
+        if noisy or any(stage.noise is not None for stage in experiment.transforms):
+            raise CompositionError(
+                "tune cannot search for settings of a private run: every trial looks at the same examples, which the "
+                "ledger of the chosen run would not count. Tune on public examples, or fix the settings beforehand."
+            )
         data: Any = experiment.data
         if not isinstance(data, FederatedDataset):
             raise invalid("data", data, "a FederatedDataset", "Bind a recipe first: experiment.bind(source).")

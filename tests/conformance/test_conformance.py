@@ -145,3 +145,16 @@ def test_problems_need_nothing_but_python() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split()[0] == str(len(PROBLEMS))
+
+
+def test_a_path_that_is_not_a_number_anywhere_fails() -> None:
+    """`max` passes over a nan that does not come first, and no later number may make up for one."""
+    for place, last in ((0, False), (-1, False), (-1, True)):
+
+        def almost(problem: Problem, place: int = place, last: bool = last) -> Sequence[Sequence[float]]:
+            path = [list(v) for v in problem.expected]
+            path = [list(problem.start) for _ in range(problem.rounds - len(path))] + path
+            path[-1 if last else -len(problem.expected)][place] = math.nan
+            return path
+
+        assert {o.verdict for o in conformance.run(almost)} == {"fails"}, (place, last)

@@ -379,9 +379,10 @@ def test_movielens_that_is_not_at_hand_or_something_else(tmp_path: Path, monkeyp
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(DataError, match=r"grouplens.*recbole"):
         datasets.movielens()
-    (tmp_path / "u.data").write_text("1\t1\t5\t0\n2\t3\t4\t0\n")
-    with pytest.raises(DataError, match="does not hold the 100,000 ratings"):
-        datasets.movielens()
+    for text in ("1\t1\t5\t0\n2\t3\t4\t0\n", "", "1\t2\n", "a\tb\tc\n1\tx\t3\n", "a\tb\tc\n"):
+        (tmp_path / "u.data").write_text(text)
+        with pytest.raises(DataError, match="does not hold the 100,000 ratings"):
+            datasets.movielens()
 
 
 def test_traffic_signs() -> None:

@@ -55,10 +55,9 @@ class Algorithm:
         plans: the local training it will do, once for each, for checks before any work; under example-level privacy
             what is not listed is refused, for nobody would count it.
         rooted: whether the step reads what training on the server's own data gave (`Aggregate.root`).
-        check: (Model) -> None, raising what the method cannot do with a model; None: it takes any.
-        bind: (Model) -> the algorithm for this model, of methods that depend on its layers; the other functions are
-            those of the bound one. Refuses models it is not made for.
-        accepts: (Model, data) -> None; refuses data or a model that the method is not made for, before any work.
+        bind: (Model) -> the algorithm for this model, whose functions then count; refuses models the method is not made
+            for, when a process is built. None: it takes any.
+        accepts: (Model, data) -> None; refuses what only the data tell, before any work.
     """
 
     spec: Spec
@@ -80,7 +79,6 @@ class Algorithm:
     statistics: bool = False
     plans: tuple[Plan, ...] = ()
     rooted: bool = False
-    check: Callable[[Model], None] | None = None
     bind: "Callable[[Model], Algorithm] | None" = None
     accepts: "Callable[[Model, FederatedDataset], None] | None" = None
 

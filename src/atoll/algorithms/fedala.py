@@ -118,16 +118,18 @@ def fedala(
     def personal(message: Message, memory: Memory, cohort: Cohort) -> Personal:
         return Personal(aggregate(message, memory, cohort)[0], None)
 
-    def check(model: Model) -> None:
+    def bind(model: Model) -> Algorithm:
         for pattern in adapt:
             if not model.layout.matching([pattern]):
                 known = ", ".join(model.layout.names)
                 raise invalid("adapt", pattern, f"a pattern that matches parameters of the model: {known}")
+        return algorithm
 
     spec = record(
         "fedala", plan=plan, eta=eta, sample=share, adapt=list(adapt), first=first, settled=settled, server=optimizer
     )
     base = averaging(spec, local, plan, optimizer)
-    return replace(
-        base, client_init=client_init, personal=personal, check=check, plans=(plan, learning), asynchronous=False
+    algorithm = replace(
+        base, client_init=client_init, personal=personal, bind=bind, plans=(plan, learning), asynchronous=False
     )
+    return algorithm

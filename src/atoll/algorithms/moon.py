@@ -10,7 +10,7 @@ Li, He & Song 2021, "Model-contrastive federated learning", algorithm 1 and equa
 Symbols: x server model, y_i client model, p_i what y_i was after the client's last round, R_w the features of a model
 w (the output of the submodule that `Model(features=)` names), s the cosine, mu the term's weight, tau its temperature.
 Features of x and p_i are taken in eval mode, once per round: they are fixed while a client trains. A client's first p_i
-is the model it receives, where l_con is flat as long as forwards draw nothing: its first step is federated averaging's.
+is the model it receives, z_prev is z_glob and l_con is constant: its first round is federated averaging's.
 With mu = 0 the method is federated averaging.
 Cost in floats: D up, D down, D + B kept; two forwards over the client's examples more than federated averaging.
 """
@@ -64,13 +64,15 @@ def moon(plan: Plan, *, mu: float = 1.0, temperature: float = 0.5, server: Serve
         trained = cohort.sgd(start, plan, term=term)
         return cohort.update(trained, start), kept(trained.rows, trained.buffers)
 
-    def check(model: Model) -> None:
+    def bind(model: Model) -> Algorithm:
         if model.features_name is None:
             raise InvalidArgument(
                 "moon compares features, but the model names none: build it with "
                 'Model(..., features="name.of.submodule"), the layer below the head.'
             )
+        return algorithm
 
     spec = record("moon", plan=plan, mu=mu, temperature=temperature, server=optimizer)
     base = averaging(spec, local, plan, optimizer)
-    return replace(base, client_init=kept, check=check, asynchronous=False)
+    algorithm = replace(base, client_init=kept, bind=bind, asynchronous=False)
+    return algorithm

@@ -55,9 +55,10 @@ def _outcome(adapter: Adapter, problem: Problem) -> Outcome:
     numbers = range(problem.rounds - len(problem.expected), problem.rounds)
     off, where = 0.0, 0
     for number, expected in zip(numbers, problem.expected, strict=True):
-        apart = max(abs(a - b) for a, b in zip(found[number], expected, strict=True))
-        if not apart <= off:  # a nan is further than anything
-            off, where = apart, number
+        apart = [abs(a - b) for a, b in zip(found[number], expected, strict=True)]
+        furthest = math.inf if any(math.isnan(a) for a in apart) else max(apart)  # max() passes over a nan
+        if furthest > off:
+            off, where = furthest, number
     if off <= problem.tolerance:
         return told("passes", off, "")
     return told("fails", off, f"off by {off:.3g} after round {where + 1}, allowed {problem.tolerance:g}")

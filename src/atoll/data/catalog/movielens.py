@@ -40,15 +40,23 @@ def movielens(*, test: float = 0.2, seed: int = 0) -> FederatedDataset:
     path = _path()
     # Both layouts: user, item, rating and time between tabs; one of them has a line of names first.
     text = path.read_bytes()
-    frame = pandas().read_csv(io.BytesIO(text), sep="\t", header=0 if text[:1].isalpha() else None, usecols=[0, 1, 2])
-    table = frame.to_numpy(dtype=np.int64)
+    wrong = DataError(f"{str(path)!r} does not hold the {RATINGS:,} ratings of MovieLens-100k: fetch it again.")
+    header = 0 if text[:1].isalpha() else None
+    try:
+        table = pandas().read_csv(io.BytesIO(text), sep="\t", header=header, usecols=[0, 1, 2]).to_numpy(dtype=np.int64)
+    except ValueError as error:  # pandas' own errors are such
+        raise wrong from error
     users, items, stars = table.T
-    ranges = all(
-        (column.min(), column.max()) == ends
-        for column, ends in ((users, (1, USERS)), (items, (1, ITEMS)), (stars, (1, 5)))
+    ranges = (
+        all(
+            (column.min(), column.max()) == ends
+            for column, ends in ((users, (1, USERS)), (items, (1, ITEMS)), (stars, (1, 5)))
+        )
+        if len(table)
+        else False
     )
     if len(table) != RATINGS or not ranges:
-        raise DataError(f"{str(path)!r} does not hold the {RATINGS:,} ratings of MovieLens-100k: fetch it again.")
+        raise wrong
     train, held = dict[str, tuple[torch.Tensor, torch.Tensor]](), dict[str, tuple[torch.Tensor, torch.Tensor]]()
     order = np.lexsort((items, users))
     bounds = np.searchsorted(users[order], np.arange(1, USERS + 2))
