@@ -32,15 +32,16 @@ class Means(nn.Module):
 class Factors(nn.Module):
     """mean + b_film + b_person + <q_film, p_person>, of one person."""
 
-    def __init__(self, factors: int) -> None:
+    def __init__(self, factors: int, seed: int) -> None:
         super().__init__()
         self.mean = nn.Parameter(torch.tensor([3.5]))
         self.fame = nn.Embedding(FILMS, 1)
         self.films = nn.Embedding(FILMS, factors)
         self.person = nn.Linear(factors, 1)
         nn.init.zeros_(self.fame.weight)
-        nn.init.normal_(self.films.weight, std=0.1)
-        nn.init.normal_(self.person.weight, std=0.1)
+        drawn = torch.Generator().manual_seed(seed)
+        nn.init.normal_(self.films.weight, std=0.1, generator=drawn)
+        nn.init.normal_(self.person.weight, std=0.1, generator=drawn)
         nn.init.zeros_(self.person.bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -50,10 +51,11 @@ class Factors(nn.Module):
 
 def experiment(
     *,
-    rounds: int = 120,
-    factors: int = 8,
-    lr: float = 0.05,
-    server_lr: float = 0.05,
+    rounds: int = 60,
+    factors: int = 16,
+    lr: float = 0.1,
+    server_lr: float = 0.01,
+    decay: float = 2e-4,
     method: Literal["federated", "alone", "means"] = "federated",
     seed: int = 0,
 ) -> atoll.Experiment:
@@ -65,14 +67,15 @@ def experiment(
         lr: learning rate at the users.
         server_lr: learning rate of the server's Adam: a film is rated by few of the users, so that the mean of all
             updates is small, and smaller for films that few have seen.
+        decay: weight decay at the users, of all they train. It acts on every film in every user's round, so that it must
+            be much smaller than for pooled ratings.
         method: "federated" shares the films' part; "means" does so without factors (what a film and a person add);
             "alone" learns everything from a user's own ratings.
         seed: of the cut into training and test, the initial values and the order of ratings.
     """
-    torch.manual_seed(seed)
-    module = Means() if method == "means" else Factors(factors)
+    module = Means() if method == "means" else Factors(factors, seed)
     model = atoll.Model(module, loss="mse", metrics=("rmse", "mae"))
-    plan = atoll.local_sgd(lr=lr, epochs=1, batch_size=None, weight_decay=0.02)
+    plan = atoll.local_sgd(lr=lr, epochs=1, batch_size=None, weight_decay=decay)
     algorithm = (
         atoll.local_only(plan)
         if method == "alone"

@@ -132,7 +132,8 @@ def from_keras(
         raise InvalidArgument(
             f"the Keras model {model.name!r} has no weights yet: begin it with keras.Input(shape), or call it once."
         )
-    active = [part.name for part in model._flatten_layers() if getattr(part, "activity_regularizer", None) is not None]
+    parts = model._flatten_layers()  # pyright: ignore[reportPrivateUsage]
+    active = [part.name for part in parts if getattr(part, "activity_regularizer", None) is not None]
     if active:
         raise InvalidArgument(
             f"the Keras layer {active[0]!r} adds regularisation of what it gives to the loss, which would be left out: "
