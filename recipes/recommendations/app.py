@@ -67,8 +67,8 @@ def experiment(
         lr: learning rate at the users.
         server_lr: learning rate of the server's Adam: a film is rated by few of the users, so that the mean of all
             updates is small, and smaller for films that few have seen.
-        decay: weight decay at the users, of all they train. It acts on every film in every user's round, so that it must
-            be much smaller than for pooled ratings.
+        decay: weight decay at the users, of all they train. It acts on every film in every user's round, and must be
+            much smaller than for pooled ratings.
         method: "federated" shares the films' part; "means" does so without factors (what a film and a person add);
             "alone" learns everything from a user's own ratings.
         seed: of the cut into training and test, the initial values and the order of ratings.
