@@ -1,6 +1,6 @@
 """Accuracy against bytes on the wire, for every codec, on MNIST and on heart disease; one bit for each number of a CNN.
 
-Bytes are those of the run's history: what a client sends and receives in a round, scales, places and headers included.
+Bytes are those of the run's history: what a client sends and receives in a round, scales and places included.
 """
 
 import statistics
@@ -216,7 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "16; accuracy on the hospitals' held-out patients. Everybody takes part in every round, ten local steps, "
             f"{rounds} rounds, federated averaging. Accuracy after the last round: mean over seeds "
             f"{_list(seeds['MNIST'])} and {_list(seeds['heart disease'])}, in brackets the lowest and the highest.",
-            "Bytes are for one client and one round, headers included. `down` counts the first, whole model too. EF: "
+            "Bytes are for one client and one round. `down` counts the first, whole model too. EF: "
             "inside error_feedback. `coded`: with entropy_code behind it. The network with convolutions: five clients "
             "with images dealt out at random, ten steps with batches of 16 at learning rate 0.1 for each of them in "
             f"a round, seed {options.seeds[0]}.",

@@ -64,7 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = command.parse_args(arguments)
     if options.quick:
         options.size, options.frames, options.tests, options.rounds = 32, 2, 20, 2
-    vehicles, test = signs(Path(os.environ["ATOLL_DATA"]) / FILE, options.frames, options.tests)
+    folder = os.environ.get("ATOLL_DATA")
+    if folder is None or not (Path(folder) / FILE).is_file():
+        command.error(f"set ATOLL_DATA to a folder with {FILE}: `atoll data traffic_signs` says where it comes from")
+    vehicles, test = signs(Path(folder) / FILE, options.frames, options.tests)
     data = atoll.FederatedDataset.from_arrays({f"vehicle {i}": v for i, v in enumerate(vehicles)}, holdout=test)
     module = atoll.pretrained("efficientnet_lite0", classes=CLASSES, size=options.size)
     model = atoll.Model(module, "cross_entropy", ("accuracy",), features="backbone")

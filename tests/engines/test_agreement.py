@@ -1,6 +1,7 @@
 """Every engine against the specification, for every kind of model and every algorithm."""
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -182,8 +183,19 @@ def test_every_engine_runs_every_algorithm_as_the_specification_does(method: Met
         same(found, expected)
 
 
-@pytest.mark.parametrize("transform", [*TRANSFORMS, "secure_sum"])
-@pytest.mark.parametrize("method", ALGORITHMS.values(), ids=ALGORITHMS.keys())
+def _pairs() -> list[Any]:
+    """Every method with every stage; of each two in three are slow, others for every method."""
+    pairs = [(m, t) for m in range(len(ALGORITHMS)) for t in range(len(TRANSFORMS) + 1)]
+    methods, stages = list(ALGORITHMS.items()), [*TRANSFORMS, "secure_sum"]
+    return [
+        pytest.param(
+            methods[m][1], stages[t], id=f"{methods[m][0]}-{stages[t]}", marks=[pytest.mark.slow] if (m + t) % 3 else []
+        )
+        for m, t in pairs
+    ]
+
+
+@pytest.mark.parametrize(("method", "transform"), _pairs())
 def test_pipelines_work_with_every_algorithm_on_every_engine(method: Method, transform: str) -> None:
     # Biases in front of BatchNorm change by nought but rounding, of which a sign would make much.
     kind = MODELS["layer norm" if transform == "sign" or method.several else "batch norm, mean"]
