@@ -12,7 +12,7 @@ import atoll
 
 
 def network() -> nn.Module:
-    """Two convolutions along time and a linear layer: 4,039 parameters."""
+    """Two convolutions along time and a linear layer."""
     return nn.Sequential(
         nn.Conv1d(6, 16, 9, padding=4), nn.GroupNorm(4, 16), nn.ReLU(), nn.MaxPool1d(4),
         nn.Conv1d(16, 32, 5, padding=2), nn.GroupNorm(4, 32), nn.ReLU(), nn.AdaptiveAvgPool1d(1),

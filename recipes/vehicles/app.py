@@ -12,7 +12,7 @@ import atoll
 
 
 def network() -> nn.Module:
-    """Three convolutions and a linear layer: 29,227 parameters."""
+    """Three convolutions and a linear layer."""
     return nn.Sequential(
         nn.Conv2d(3, 16, 5, stride=2, padding=2), nn.GroupNorm(4, 16), nn.ReLU(),
         nn.Conv2d(16, 32, 3, padding=1), nn.GroupNorm(8, 32), nn.ReLU(), nn.MaxPool2d(2),

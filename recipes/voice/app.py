@@ -12,7 +12,7 @@ import atoll
 
 
 def network() -> nn.Module:
-    """Two convolutions and a linear layer: 11,082 parameters."""
+    """Two convolutions and a linear layer."""
     return nn.Sequential(
         nn.Conv2d(1, 8, 5, stride=2), nn.GroupNorm(2, 8), nn.ReLU(), nn.MaxPool2d(2),
         nn.Conv2d(8, 16, 3), nn.GroupNorm(4, 16), nn.ReLU(), nn.MaxPool2d(2),

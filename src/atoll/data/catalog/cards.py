@@ -161,7 +161,7 @@ _CARDS = (
         access="download",
         traps=(
             "Pictures of a track show one sign: cut picture by picture, the test would be known by heart.",
-            "Kinds differ in number of signs by a factor of ten.",
+            "There are from 3 to 25 signs of a kind.",
         ),
     ),
 )
