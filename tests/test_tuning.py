@@ -196,6 +196,5 @@ def test_what_a_search_would_pass_over_is_refused() -> None:
         def experiment(*, seed: int, lr: float, changed: Any = changed) -> atoll.Experiment:
             return replace(make()(seed=seed, lr=lr), **changed)
 
-        said = "every trial looks at the same examples|tune chooses by the clients' own validation examples"
-        with pytest.raises((CompositionError, InvalidArgument), match=said):
+        with pytest.raises(CompositionError, match="every trial looks at the same examples"):
             tune(experiment, {"lr": [0.1, 0.2]}, search="grid")

@@ -15,7 +15,7 @@ from atoll.data import FederatedDataset
 from atoll.errors import CompositionError, InvalidArgument, NonFiniteError, invalid, unknown
 from atoll.space import Range
 from atoll.spec import digest
-from atoll.study import Interval, check_open, interval
+from atoll.study import Interval, interval
 
 if TYPE_CHECKING:
     import pandas
@@ -178,7 +178,6 @@ class _Looked:
         values, results = list[float](), list["Result"]()
         for seed in self._seeds:
             experiment = self._make(**{**settings, "seed": seed})
-            check_open(experiment, "tune chooses by the clients' own validation examples")
             data = self._cut(experiment, seed)
             stopped = experiment.stop is not None
             quiet = {"progress": False, "evaluate_every": experiment.evaluate_every if stopped else 0}

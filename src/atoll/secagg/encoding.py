@@ -12,7 +12,6 @@ a client that follows it sends differs from v by less than 1/M. A sum beyond k M
 Counts that must be exact travel as digits to the base M + 1, each of which obeys the same bound.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 
 from atoll.errors import invalid
 from atoll.secagg.masks import RINGS, Ring
-from atoll.secagg.primitives import KEY, stream
+from atoll.secret import Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +133,6 @@ def decode_counts(total: Ring, scale: Scale) -> int:
 
 
 def secure_uniforms(count: int) -> NDArray[np.float32]:
-    """Uniform numbers in [0, 1) of 24 bits from a ChaCha20 stream under a key of the operating system: [count]."""
-    raw = stream(os.urandom(KEY)).update(bytes(4 * count))
+    """Uniform numbers in [0, 1) of 24 bits from the secret source: [count]."""
+    raw = Source().bytes(4 * count)
     return (np.frombuffer(raw, dtype="<u4") >> 8).astype(np.float32) * np.float32(2.0**-24)
