@@ -471,7 +471,7 @@ def test_whoever_judges_by_clients_own_examples_refuses_client_level_privacy() -
 
     with pytest.raises(InvalidArgument, match="test examples, which no noise of gaussian_noise protects"):
         study(make, {"a": {"lr": 0.1}}, (0, 1))
-    with pytest.raises(InvalidArgument, match="validation examples, which no noise of gaussian_noise protects"):
+    with pytest.raises(CompositionError, match="cannot search for settings of a private run"):
         atoll.tune(make, {"lr": [0.1, 0.2]}, search="grid")
 
 
