@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import atoll
 from atoll import privacy, releases, sampling, simulation
-from atoll.errors import BudgetSpent, InvalidArgument, RunError
+from atoll.errors import BudgetSpent, CompositionError, InvalidArgument, RunError
 from atoll.journal import open_journal
 from atoll.study import study
 from atoll.transforms import clip_norm, gaussian_noise
