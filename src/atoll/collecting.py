@@ -354,7 +354,7 @@ class Collector:
         )
 
 
-def finite(rows: Tensor) -> Tensor:
+def finite_each(rows: Tensor) -> Tensor:
     """Whether all numbers of each row [C, n] are finite, [C]: any NaN or infinity makes the row's sum one."""
     finite = torch.isfinite(rows.sum(dim=1))
     # Finite numbers may be too large to be added up in single precision.
