@@ -352,10 +352,3 @@ class Collector:
             "is too high (halve lr), features that are not standardised, or a loss that takes the logarithm of zero. "
             "The model of the round before is kept."
         )
-
-
-def finite_each(rows: Tensor) -> Tensor:
-    """Whether all numbers of each row [C, n] are finite, [C]: any NaN or infinity makes the row's sum one."""
-    finite = torch.isfinite(rows.sum(dim=1))
-    # Finite numbers may be too large to be added up in single precision.
-    return finite if bool(finite.all()) else torch.isfinite(rows.sum(dim=1, dtype=torch.float64))

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from atoll import random
 from atoll.aggregators import Aggregator, mean
+from atoll.aggregators.rows import finite_rows
 from atoll.algorithms.base import Algorithm
 from atoll.cohort import Cohort
-from atoll.collecting import PIECE, Collected, Collector, Release, finite_each
+from atoll.collecting import PIECE, Collected, Collector, Release
 from atoll.composition import check_examples, check_parts
 from atoll.engines import Engine, own_engine
 from atoll.engines import resolve as resolve_engine
@@ -399,7 +400,7 @@ class Process:
         finite, wire, stages = torch.ones(count, dtype=torch.bool), clear, dict[str, Tensor]()
         if not self.adds_rows:
             rows = clear.rows
-            finite = finite_each(rows)
+            finite = finite_rows(rows)
             # A client cannot stop a private round, nor be told of: one that breaks adds nothing.
             if self.chain.noise is not None and not bool(finite.all()):
                 rows = torch.where(finite[:, None], rows, 0.0)
@@ -433,7 +434,7 @@ class Process:
         )
         # What stays with a client counts too: a private head may overflow while the shared part is still finite. Rows
         # that the server sees as they are it checks itself, by their sum.
-        finite &= finite_each(memory)
+        finite &= finite_rows(memory)
         finite &= torch.isfinite(update.weight[:, 0]) & (update.weight[:, 0] >= 0)
         lengths = (width, split - width, update.sums.shape[1])
         size = sum(lengths) * self.row_dtype.itemsize * count if isinstance(wire, Clear) else sent(wire)
@@ -503,7 +504,7 @@ class Process:
             if private and not bool(good.all()):
                 rows = torch.where(good[:, None], rows, 0.0)
             if self.aggregator.rule is not None:
-                good &= finite_each(rows)
+                good &= finite_rows(rows)
                 rows = rows.clone()  # a tile's own memory is used again by the next
             else:
                 split = self.chain.seen_size(length, split)[1]
@@ -565,7 +566,7 @@ class Process:
         if alone:
             good &= torch.isfinite(total).all()
             return total
-        good &= finite_each(clear.rows)
+        good &= finite_rows(clear.rows)
         # Each may be finite, but not their sum: it needs a wider one.
         return clear.total(weight.double(), split) if bool(good.all()) else total
 
@@ -799,7 +800,7 @@ class Process:
         collected = collector.finish(expected, release)
         refusals = len(collector.left_out)
         closed = self.close(state, task, collected)
-        if collected.count and not bool(finite_each(self.algorithm.model(closed.algorithm)[None])):
+        if collected.count and not bool(finite_rows(self.algorithm.model(closed.algorithm)[None])):
             raise NonFiniteError(
                 f"round {task.round + 1}: the server's step made the model non-finite although every update was "
                 "finite. Lower the server's lr, or raise its tau."
