@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -70,6 +71,14 @@ ENGINES: dict[str, Callable[[], Engine]] = {
     "single": lambda: Vectorized("single"),
     "auto": lambda: Vectorized(),
 }
+
+
+def on(*names: str, long: bool = False) -> pytest.MarkDecorator:
+    """Run a test on engines; where it takes long, in the quick suite on the first alone."""
+    slow = [[] if i == 0 or not long else [pytest.mark.slow] for i in range(len(names))]
+    cases = [pytest.param(ENGINES[n], id=n, marks=m) for n, m in zip(names, slow, strict=True)]
+    return pytest.mark.parametrize("engine", cases)
+
 
 # --- algorithms -------------------------------------------------------------------------------------------------------
 

@@ -45,7 +45,9 @@ def arguments(name: str) -> list[str]:
     return ["--synthetic"] if name in ("compression", "mnist_2nn", "robustness") and not at_hand else []
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n == "recipes" else []) for n in NAMES])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in ("long_run", "recipes") else []) for n in NAMES]
+)
 def test_quick_run_writes_its_result(name: str, load: Load, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if name == "transfer" and not (Path(os.environ.get("ATOLL_DATA", "/nonexistent")) / "gtsrb-third.zip").is_file():
         pytest.skip("the pictures of traffic signs are not at hand")

@@ -136,7 +136,7 @@ def test_settings_that_diverge_are_told_and_not_chosen() -> None:
     found = target.split(test=0.0, validation=0.4)
 
     def experiment(*, seed: int, lr: float) -> atoll.Experiment:
-        plan = atoll.local_sgd(lr, steps=800, batch_size=None)
+        plan = atoll.local_sgd(lr, steps=400, batch_size=None)
         return atoll.Experiment(
             model=scalar_model(START), data=found, rounds=1, algorithm=atoll.fedavg(plan), seed=seed
         )

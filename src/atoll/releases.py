@@ -23,13 +23,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from atoll.collecting import Release
 from atoll.errors import InvalidArgument, RunError, invalid
 from atoll.journal import Journal, write_atomically
 from atoll.privacy.accounting import Event, calibrate, check_delta, check_known, default_accountant, usual_delta
 from atoll.privacy.ledger import Unit
 from atoll.privacy.noise import releasing
 from atoll.privacy.terms import Terms, ledger_of, statement
-from atoll.rounds import Process, Release
+from atoll.rounds import Process
 from atoll.sampling import Sampler
 from atoll.secret import Source
 

@@ -8,9 +8,9 @@
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, Never
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -18,10 +18,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from atoll import random
-from atoll.aggregators import Aggregator, Ruling, mean
+from atoll.aggregators import Aggregator, mean
 from atoll.aggregators.rows import finite_rows
 from atoll.algorithms.base import Algorithm
 from atoll.cohort import Cohort
+from atoll.collecting import PIECE, Collected, Collector, Release
+from atoll.composition import check_examples, check_parts
 from atoll.engines import Engine, own_engine
 from atoll.engines import resolve as resolve_engine
 from atoll.errors import CompositionError, InvalidArgument, NonFiniteError, invalid
@@ -32,12 +34,11 @@ from atoll.model import Model
 from atoll.privacy.accounting import Event, check_delta, usual_delta
 from atoll.privacy.ledger import Ledger
 from atoll.privacy.noise import releasing
-from atoll.secagg import Void
 from atoll.secret import Source
 from atoll.spec import Spec, record
-from atoll.transforms.base import Codes, Keys, Transform
+from atoll.transforms.base import Keys, Transform
 from atoll.transforms.chain import Chain, compose, keys_of, sent
-from atoll.transforms.channel import Channel, Gathering, Group, Opened, add
+from atoll.transforms.channel import Channel, add
 from atoll.transforms.channel import resolve as resolve_channel
 from atoll.transforms.delta import Downlink, served
 from atoll.transforms.delta import resolve as resolve_downlink
@@ -48,14 +49,8 @@ if TYPE_CHECKING:
     from atoll.data import FederatedDataset, LazyDataset, Split
 
 
-REFUSED = 100
-"""Refused clients that are told of in a round."""
-
 SERVER = "server"
 """What the server is called where its own data take part like a client's."""
-
-PIECE = 2**18
-"""Numbers that are added up at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,47 +82,6 @@ class State:
     memory_version: int
     downlink: Any = None
     served: Mapping[str, int] = field(default_factory=dict[str, int])
-
-
-Release = Callable[[Tensor, float], Tensor]
-"""(sum of the clients' rows [L'] float64, L2 norm that one client adds to it at most) -> the sum with noise."""
-
-
-@dataclass(frozen=True, slots=True)
-class Collected:
-    """A round's updates, combined.
-
-    Attributes:
-        mean: averaged part and averaged buffers.
-        sums: summed part.
-        weight: total weight.
-        count: clients in it.
-        loss, examples: sums over the clients' training.
-        bytes_up: bytes all clients sent.
-        saturated: values that were cut to the range of a channel.
-        divisor: what the weighted sum was divided by.
-        aggregator: what the rule keeps.
-        refused: clients without a part in it, and why.
-        seen: what stages that learn from the sum saw, by their number.
-        cohort: clients it is the sum of, or the expected number under noise.
-    """
-
-    mean: Tensor
-    sums: Tensor
-    weight: float
-    count: int
-    loss: float
-    examples: float
-    bytes_up: int
-    saturated: int
-    divisor: float = 0.0
-    aggregator: Any = None
-    refused: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
-    root: Tensor | None = None  # the row [L] of the server's own data, where the rule judged by it
-    seen: Mapping[int, Tensor] = field(default_factory=dict[int, Tensor])
-    cohort: float = 0.0
-    summed: tuple[frozenset[str], ...] = ()  # clients of each sum that a summing channel showed
-    notes: tuple[str, ...] = ()
 
 
 class Process:
@@ -183,89 +137,7 @@ class Process:
             raise invalid("aggregator", aggregator, "an aggregator such as atoll.aggregators.mean()")
         self.chain: Chain = compose(transforms, resolve_channel(channel))
         self.downlink = resolve_downlink(downlink)
-        if self.chain.channel.sums_only and self.aggregator.rule is not None:
-            raise CompositionError(
-                f"the aggregator {self.aggregator.name} needs every client's row, but the channel "
-                f'{self.chain.channel.name} shows the server only sums: use aggregators.mean(), or channel="plain", or '
-                "grouped(secure_sum(...), rule), a rule over the sums of groups."
-            )
-        if self.chain.channel.rule is not None and self.aggregator.denominator == "expected":
-            raise CompositionError(
-                f'the aggregator {self.aggregator.name} with denominator="expected" cannot stand beside the channel '
-                f"{self.chain.channel.name}, whose rule divides by nothing: leave denominator out."
-            )
-        judge = self.judge
-        whole = [stage.name for stage in self.chain.stages if stage.integers is not None]
-        if whole and self.aggregator.weights != "uniform":
-            raise CompositionError(
-                f"{whole[0]} cannot stand before the aggregator {self.aggregator.name} with weights: its noise is "
-                'sized for clients that all count the same. Use aggregators.mean(weights="uniform").'
-            )
-        mixing = [stage.name for stage in self.chain.stages if stage.coder is None]
-        if algorithm.scalars and mixing:
-            stage = mixing[0]
-            raise CompositionError(
-                f"{stage} treats what a client sends as one vector, but {algorithm.name} sends numbers of other units "
-                f"with its update, which {stage} would mix with it: leave {stage} out, or use fedavg."
-            )
-        if algorithm.scalars and self.chain.channel.sums_only:
-            raise CompositionError(
-                f"the channel {self.chain.channel.name} cuts every number at one clip, but {algorithm.name} sends "
-                'numbers of other units with its update, which would be cut too: use channel="plain", or fedavg.'
-            )
-        if algorithm.statistics and self.chain.stages:
-            stage = self.chain.stages[0].name
-            raise CompositionError(
-                f"{stage} would change the sums that {algorithm.name} solves for its model, which is then no solution "
-                f"at all: leave {stage} out."
-            )
-        if algorithm.additive and not judge.averages:
-            raise CompositionError(
-                f"the summed part of {algorithm.name} is only right when it is added up: under the aggregator "
-                f"{judge.name} most clients would count for nothing. Use aggregators.mean()."
-            )
-        if algorithm.scalars and not judge.averages:
-            raise CompositionError(
-                f"the aggregator {judge.name} treats what a client sends as one vector, but {algorithm.name} "
-                "sends numbers of other units with its update, which would be judged and combined together with it: "
-                "use aggregators.mean(), or fedavg."
-            )
-        for stage in self.chain.stages:
-            if stage.judge is not None and self.aggregator.behind is not None:
-                raise CompositionError(
-                    f"{stage.name} cannot stand before the aggregator {self.aggregator.name}: it would judge what "
-                    "clients sent before the attack wrote over it. Put a rule behind the attack that judges, such as "
-                    "aggregators.norm_bound(); what is not finite every rule leaves out."
-                )
-            if stage.learn is not None and not judge.averages:
-                raise CompositionError(
-                    f"{stage.name} cannot stand before the aggregator {self.aggregator.name}: it learns from a sum "
-                    "over all clients, which such a rule does not make. Use aggregators.mean(), or clip_norm instead."
-                )
-            if stage.settle is not None and not judge.averages:
-                raise CompositionError(
-                    f"{stage.name} cannot stand before the aggregator {judge.name}: what its server keeps is "
-                    "the mean of what all clients know, which a rule that chooses among clients does not follow. Use "
-                    'aggregators.mean(weights="uniform"), or error_feedback instead.'
-                )
-            if stage.settle is not None and self.aggregator.denominator == "expected":
-                raise CompositionError(
-                    f"{stage.name} cannot stand before the aggregator {self.aggregator.name} with "
-                    'denominator="expected": its server counts on the mean over the clients that took part. '
-                    'Use aggregators.mean(weights="uniform"), or error_feedback instead.'
-                )
-            if stage.settle is not None and self.aggregator.weights != "uniform":
-                raise CompositionError(
-                    f"{stage.name} cannot stand before the aggregator {self.aggregator.name} with weights: what its "
-                    'server keeps is the unweighted mean over all clients. Use aggregators.mean(weights="uniform").'
-                )
-            if stage.settle is not None and algorithm.sums(1):
-                raise CompositionError(
-                    f"{stage.name} cannot carry the summed part of {algorithm.name}: its server keeps a mean over all "
-                    "clients, not this cohort's sum. Use error_feedback instead."
-                )
-        if self.chain.noise is not None:
-            self._check_noise()
+        check_parts(algorithm, self.chain, self.aggregator, self.downlink)
         self.private_names = algorithm.private(model) if algorithm.private is not None else frozenset[str]()
         self.selection: Selection = model.layout.without(self.private_names)
         self.chain = self.chain.bind(self.selection.layout)
@@ -279,7 +151,7 @@ class Process:
             )
         self.example_multiplier: float | None = None  # of example-level privacy, where a driver has calibrated it
         if self.protects_examples:
-            self._check_examples()
+            check_examples(algorithm, model)
         self.engine: Engine = resolve_engine(engine, workers)
         self._home: tuple[Engine, FederatedDataset] | None = None
         if server_data is not None:
@@ -295,65 +167,10 @@ class Process:
                 )
             self._home = own_engine(self.engine), _server_data(server_data)
 
-    def _check_noise(self) -> None:
-        """Refuse what the noise on the sum does not protect."""
-        noisy = next(stage.name for stage in self.chain.stages if stage.noise is not None)
-        aggregator, algorithm = self.aggregator, self.algorithm
-        remedy = 'Use aggregators.mean(weights="uniform", denominator="expected").'
-        if self.chain.channel.sums_only:
-            raise CompositionError(
-                f"{noisy} cannot stand before the channel {self.chain.channel.name}: rounding to the channel's ring "
-                "adds to what one client sends, which the noise is not sized for. "
-                'Use channel="plain" with noise at the server.'
-            )
-        if aggregator.rule is not None:
-            raise CompositionError(
-                f"{noisy} cannot stand before the aggregator {aggregator.name}: noise protects a sum of clipped rows, "
-                f"which one client may move further under {aggregator.name}. {remedy} Clipping bounds what a malicious "
-                "client can do as well."
-            )
-        if aggregator.weights != "uniform" and aggregator.clip is None:
-            raise CompositionError(
-                f"{noisy} cannot stand before the aggregator {aggregator.name} with weights that are not clipped: one "
-                f"client with a large weight would move the sum further than the noise hides. {remedy} Or clip them: "
-                'aggregators.mean(weights="examples", clip=100, denominator="expected").'
-            )
-        if self.downlink is not None:
-            raise CompositionError(
-                f"{noisy} cannot stand beside a compressed downlink, which keeps who was sent what: who is in a cohort "
-                "is a secret here. Leave downlink out."
-            )
-        if aggregator.denominator != "expected":
-            raise CompositionError(
-                f"{noisy} cannot stand before the aggregator {aggregator.name} that divides by what came: that number "
-                f"moves with the data too, and no noise hides it. {remedy}"
-            )
-        if algorithm.pooled:
-            raise CompositionError(
-                f"{noisy} cannot protect clients under {algorithm.name}, which puts all their examples in one place: "
-                "there is one client then. Use example-level privacy: atoll.local_sgd(..., privacy=...)."
-            )
-
     @property
     def protects_examples(self) -> bool:
         """Whether local training protects every single example."""
         return any(plan.privacy is not None for plan in self.algorithm.plans)
-
-    def _check_examples(self) -> None:
-        """Refuse what noise on single examples' gradients does not protect."""
-        plans = {p.privacy for p in self.algorithm.plans}
-        if len(plans) > 1:
-            raise CompositionError(
-                f"some of the plans of {self.algorithm.name} have privacy= and others another or none: what the others "
-                "learn would leave the client unprotected. Give all of them the same privacy=."
-            )
-        for name, part in self.model.modules():
-            kind = type(part).__name__
-            if "BatchNorm" in kind or ("InstanceNorm" in kind and getattr(part, "track_running_stats", False)):
-                raise CompositionError(
-                    f"the layer {name or kind!r} ({kind}) mixes the examples of a batch or keeps statistics of them, "
-                    "which no clipping of single gradients bounds: replace it by nn.GroupNorm or nn.LayerNorm."
-                )
 
     # --- pure parts ---------------------------------------------------------------------------------------------------
 
@@ -583,7 +400,7 @@ class Process:
         finite, wire, stages = torch.ones(count, dtype=torch.bool), clear, dict[str, Tensor]()
         if not self.adds_rows:
             rows = clear.rows
-            finite = _finite(rows)
+            finite = finite_rows(rows)
             # A client cannot stop a private round, nor be told of: one that breaks adds nothing.
             if self.chain.noise is not None and not bool(finite.all()):
                 rows = torch.where(finite[:, None], rows, 0.0)
@@ -617,7 +434,7 @@ class Process:
         )
         # What stays with a client counts too: a private head may overflow while the shared part is still finite. Rows
         # that the server sees as they are it checks itself, by their sum.
-        finite &= _finite(memory)
+        finite &= finite_rows(memory)
         finite &= torch.isfinite(update.weight[:, 0]) & (update.weight[:, 0] >= 0)
         lengths = (width, split - width, update.sums.shape[1])
         size = sum(lengths) * self.row_dtype.itemsize * count if isinstance(wire, Clear) else sent(wire)
@@ -687,7 +504,7 @@ class Process:
             if private and not bool(good.all()):
                 rows = torch.where(good[:, None], rows, 0.0)
             if self.aggregator.rule is not None:
-                good &= _finite(rows)
+                good &= finite_rows(rows)
                 rows = rows.clone()  # a tile's own memory is used again by the next
             else:
                 split = self.chain.seen_size(length, split)[1]
@@ -749,7 +566,7 @@ class Process:
         if alone:
             good &= torch.isfinite(total).all()
             return total
-        good &= _finite(clear.rows)
+        good &= finite_rows(clear.rows)
         # Each may be finite, but not their sum: it needs a wider one.
         return clear.total(weight.double(), split) if bool(good.all()) else total
 
@@ -764,7 +581,7 @@ class Process:
                 torch.mm(factor.T, rows[:, at:upto].double(), out=total[None, at:upto])
         return total
 
-    def collector(self, state: State, task: Task) -> "Collector":
+    def collector(self, state: State, task: Task) -> Collector:
         """What takes in a task's partials, in order."""
         return Collector(self, task, state)
 
@@ -962,7 +779,7 @@ class Process:
         self,
         state: State,
         task: Task,
-        collector: "Collector",
+        collector: Collector,
         expected: float | None = None,
         release: Release | None = None,
         told: Mapping[str, float] | None = None,
@@ -983,7 +800,7 @@ class Process:
         collected = collector.finish(expected, release)
         refusals = len(collector.left_out)
         closed = self.close(state, task, collected)
-        if collected.count and not bool(_finite(self.algorithm.model(closed.algorithm)[None])):
+        if collected.count and not bool(finite_rows(self.algorithm.model(closed.algorithm)[None])):
             raise NonFiniteError(
                 f"round {task.round + 1}: the server's step made the model non-finite although every update was "
                 "finite. Lower the server's lr, or raise its tau."
@@ -1211,297 +1028,6 @@ class Process:
                 raise invalid("cohort", strangers[:5], "names of clients in the data") from None
             twice = sorted({c for c in clients if clients.count(c) > 1})
             raise invalid("cohort", twice[:5], "distinct clients") from None
-
-
-class Collector:
-    """Takes in a round's partials in order and combines them: a running sum, or rows where a rule needs them."""
-
-    def __init__(self, process: Process, task: Task, state: State) -> None:
-        self._process = process
-        self._task = task
-        self._state = state.aggregator
-        self._memory = state.memory
-        self._total: Tensor | None = None
-        self._gathering: Gathering | None = None
-        self._rows: Tensor | None = None
-        self._names: list[str] = []
-        self.broken: list[str] = []
-        self._told = dict[str, Mapping[str, Any]]()  # whom stages left out, and why
-        self.left_out: list[str] = []  # clients without a part in the round, whose memory stays as it was
-        self.dropped: list[str] = []  # clients whose rows are in no sum: theirs does too
-        self._weights: list[Tensor] = []
-        self._parts = (0, 0, 0)
-        self._weight = 0.0
-        self._count = 0
-        self._metrics = torch.zeros(2, dtype=torch.float64)
-        self._bytes = 0
-
-    def add(self, partial: Partial) -> None:
-        """Take in one tile.
-
-        Raises:
-            NonFiniteError: a client's update, loss or weight is not finite, and there is no rule to leave it out.
-        """
-        if partial.broken and partial.rows is None:
-            if self._process.chain.noise is None:
-                self._refuse(partial.broken)
-            self.left_out += partial.broken  # they add nothing, and nobody is told
-        self._parts = partial.parts
-        if partial.codes is not None:
-            self._gather(partial, partial.codes)
-            return
-        self._count += len(partial.clients)
-        self._told |= partial.refused
-        self._metrics += partial.metrics.cpu()
-        self._bytes += partial.bytes
-        if partial.rows is not None:
-            if len(partial.clients) == len(self._task.clients):  # those of everybody need no other place
-                self._rows = partial.rows
-            else:
-                if self._rows is None:  # rows go straight to their place: there is no second copy of them all
-                    self._rows = partial.rows.new_empty(len(self._task.clients), partial.rows.shape[1])
-                self._rows[self._count - len(partial.clients) : self._count] = partial.rows
-            self._names += partial.clients
-            self.broken += partial.broken
-            self._weights.append(partial.weight[:, 0])
-            return
-        assert partial.total is not None
-        if self._total is None:
-            self._total = partial.total.to(torch.float64, copy=True)  # a partial is valid until the next
-        else:
-            # In pieces: adding numbers of another precision makes a wide copy of them first.
-            for own, other in zip(self._total.split(PIECE), partial.total.split(PIECE), strict=True):
-                own += other
-        self._weight += float(partial.weight.double().sum())
-
-    def _gather(self, partial: Partial, codes: Codes) -> None:
-        """Hand a tile's codes to the channel's machine."""
-        task, channel = self._task, self._process.chain.channel
-        if self._gathering is None:
-            assert channel.gather is not None
-            keys = Keys(task.seed, "channel", task.round, random.client_keys(task.clients))
-            self._gathering = channel.gather(task.clients, keys)
-        gone = self._process.gone(task, partial.clients)
-        here = tuple(c for c in partial.clients if c not in gone)
-        self.dropped += sorted(gone)
-        if here:
-            self._gathering.add(here, codes)
-        self._names += here
-        self._count += len(here)
-        self._bytes += partial.bytes // len(partial.clients) * len(here)
-
-    def _void(self, why: str) -> Collected:
-        """A round that gives nothing: nobody's update counts."""
-        self.dropped += self._names
-        empty = torch.empty(0, dtype=self._process.model.dtype)
-        return Collected(
-            empty, empty, 0.0, 0, 0.0, 0.0, self._bytes, 0, 0.0, self._state, notes=(f"No update counts: {why}",)
-        )
-
-    def _opened(self, width: int) -> tuple[list[Group], list[Opened]]:
-        """The sums a channel shows, and what they say.
-
-        Raises:
-            Void: it shows none.
-        """
-        process, count = self._process, len(self._task.clients)
-        assert self._gathering is not None and process.chain.channel.unseal is not None
-        sealed, unseal = process.chain.sizes(sum(self._parts), width)[-1][1], process.chain.channel.unseal
-        groups = self._gathering.finish()
-        kept = {c for g in groups for c in g.members}
-        self.dropped += [c for c in self._names if c not in kept]
-        self._count = len(kept)
-        return groups, [unseal(g.total, sealed, count, len(g.members)) for g in groups]
-
-    def _ruled(self, groups: list[Group], opened: list[Opened], keys: Keys) -> tuple[Ruling, dict[str, Any]]:
-        """A rule over the means of groups, and the groups it gave no share."""
-        process, task = self._process, self._task
-        rows: list[Tensor] = []
-        for group, found in zip(groups, opened, strict=True):
-            mean = torch.cat((found.weighted / max(found.weight, 1e-300), found.sums / len(group.members)))
-            rows.append(process.chain.decode_sum(mean, task.shared, sum(self._parts), keys))
-        matrix = torch.stack(rows).to(process.model.dtype)
-        weights = torch.tensor([found.weight for found in opened], dtype=torch.float64)
-        names = [f"the group of {', '.join(g.members)}" for g in groups]
-        ruling = process.judge.combine(matrix, weights, self._state, names)
-        self._names = names
-        refused, out = self._refused(matrix, ruling)
-        self.left_out += [c for g, name in zip(groups, names, strict=True) if name in out for c in g.members]
-        return ruling, refused
-
-    def finish(self, expected: float | None = None, release: Release | None = None) -> Collected:
-        """The round's aggregate.
-
-        Args:
-            expected: expected cohort size, for `mean(denominator="expected")`; default the cohort's own.
-            release: adds the noise, where a stage asks for it.
-
-        Raises:
-            CompositionError: too few clients for the rule.
-            InvalidArgument: every client has weight 0.
-        """
-        process = self._process
-        dtype, width = process.model.dtype, self._parts[0] + self._parts[1]
-        saturated, kept, refused = 0, self._state, dict[str, Mapping[str, Any]]()
-        length, task = sum(self._parts), self._task
-        keys = keys_of(task.seed, task.round, random.client_keys(()), width)
-        if process.chain.noise is not None:
-            return self._finish_private(expected, release)
-        root: Tensor | None = None
-        if self._count and len(self._told) == self._count:
-            name, told = next(iter(self._told.items()))
-            raise NonFiniteError(
-                f"round {task.round + 1}: all {self._count} updates were refused; that of {name}, for instance, "
-                f"because {told['reason']}. Likely causes: a learning rate that is too high (halve lr), or a bound "
-                "that is too low. The model of the round before is kept."
-            )
-        if not self._count:
-            if self._gathering is not None:
-                return self._void("all clients have dropped out.")
-            empty = torch.empty(0, dtype=dtype)
-            return Collected(empty, empty, 0.0, 0, 0.0, 0.0, 0, 0, 0.0, kept)
-        ruled: Ruling | None = None
-        seen: dict[int, Tensor] = {}
-        groups, opened = list[Group](), list[Opened]()
-        if self._gathering is not None:
-            try:
-                groups, opened = self._opened(width)
-            except Void as error:
-                return self._void(str(error))
-            self._weight = math.fsum(o.weight for o in opened)
-            saturated = sum(o.saturated for o in opened)
-            self._metrics = torch.tensor([math.fsum(o.loss for o in opened), self._weight], dtype=torch.float64)
-            if process.chain.channel.rule is not None:
-                if len(groups) < (needed := process.judge.least(len(groups))):
-                    self._names = [c for g in groups for c in g.members]
-                    return self._void(f"{len(groups)} groups are left; {process.judge.name} needs {needed}.")
-                if not self._weight > 0:
-                    self._weightless()
-                ruled, refused = self._ruled(groups, opened, keys)
-                kept = ruled.state
-        if self._rows is None:
-            self._count -= len(self._told)
-            if self._told:
-                refused, self.left_out = dict(list(self._told.items())[:REFUSED]), list(self._told)
-        else:
-            process.aggregator.check(self._count, self._task.round)
-            if len(self.broken) + len(self._told) == self._count:
-                self._refuse(self.broken)
-            weights = torch.cat(self._weights).double()
-            if self.broken or self._told:
-                gone = set(self.broken) | self._told.keys()
-                out = torch.tensor([name in gone for name in self._names], device=weights.device)
-                self._rows[: self._count][out], weights = torch.nan, weights.masked_fill(out, 0.0)
-                self._count -= len(gone)
-            if process.aggregator.rooted:
-                root = process.serve(task, self._memory)
-            ruling = process.aggregator.combine(self._rows[: len(weights)], weights, self._state, self._names, root)
-            (refused, self.left_out), kept = self._refused(self._rows[: len(weights)], ruling), ruling.state
-            self._weight = float(weights.sum())
-            if process.aggregator.averages:  # a mean under an attack: the rows that were sent are added up as ever
-                assert ruling.rows is not None and ruling.weights is not None
-                sent = process.aggregator.fine(ruling.rows, ruling.weights)
-                rows, claimed = ruling.rows[sent].double(), ruling.weights[sent].double()
-                self._count = len(rows)
-                split = process.chain.seen_size(length, width)[1]
-                self._total = torch.cat((claimed @ rows[:, :split], rows[:, split:].sum(dim=0)))
-                self._weight = float(claimed.sum())
-            else:
-                ruled = ruling
-        if ruled is not None:
-            combined = ruled.row if groups else process.chain.decode_sum(ruled.row, task.shared, length, keys)
-            average, sums = combined[:width], combined[width:] * self._count
-            weight = divisor = self._weight
-        else:
-            if opened:
-                total, weight = torch.cat((opened[0].weighted, opened[0].sums)), opened[0].weight
-            else:
-                assert self._total is not None
-                total, weight, self._total = self._total, self._weight, None
-            total = process.chain.decode_sum(total, task.shared, length, keys, seen=seen)
-            divisor = weight
-            if process.aggregator.denominator == "expected":
-                divisor = float(len(self._task.clients)) if expected is None else expected
-            if not divisor > 0:
-                self._weightless()
-            average, sums = total[:width].div_(divisor), total[width:]
-        loss, examples = self._metrics.tolist()
-        return Collected(
-            average.to(dtype),
-            sums if process.algorithm.statistics else sums.to(dtype),
-            weight,
-            self._count,
-            loss,
-            examples,
-            self._bytes,
-            saturated,
-            divisor,
-            kept,
-            refused,
-            root,
-            seen,
-            float(self._count),
-            tuple(frozenset(g.members) for g in groups),
-        )
-
-    def _weightless(self) -> Never:
-        raise InvalidArgument(
-            f"round {self._task.round + 1}: all {self._count} clients of the cohort have weight 0: "
-            "give some of them a weight above 0."
-        )
-
-    def _finish_private(self, expected: float | None, release: Release | None) -> Collected:
-        """The aggregate of a round with noise; of an empty cohort it is noise alone."""
-        process, task = self._process, self._task
-        if expected is None or not expected > 0:
-            raise invalid(
-                "expected", expected, "the expected cohort size in a run with noise",
-                "Dividing by who came would tell of the data.",
-            )  # fmt: skip
-        total, self._total = self._total, None
-        if total is None:
-            total = torch.zeros(process.chain.seen_size(process.length, process.split)[0], dtype=torch.float64)
-        collected = process.released(task, total, expected, release)
-        return replace(collected, aggregator=self._state, bytes_up=self._bytes)
-
-    def _refused(self, rows: Tensor, ruling: Ruling) -> tuple[dict[str, Mapping[str, Any]], list[str]]:
-        """Clients that had no part in the ruling, the farthest first: why, and how long and how far off a row is."""
-        rows = rows if ruling.rows is None else ruling.rows
-        fine, rule = finite_rows(rows).tolist(), self._process.judge
-        broken = [name for name, good in zip(self._names, fine, strict=True) if not good]
-        found: dict[str, Mapping[str, Any]] = {
-            n: self._told.get(n, {"reason": "the update or loss is not finite"}) for n in broken
-        }
-        if ruling.share is not None:
-            away: list[tuple[float, float, str, str]] = []
-            for i in (ruling.share == 0).nonzero()[:, 0].tolist():
-                claimed = 1.0 if ruling.weights is None else float(ruling.weights[i])
-                reason = f"{rule.name} gave it no share"
-                if not 0 <= claimed <= rule.cap:
-                    reason = f"it claims a weight of {claimed:g}, where 0 to {rule.cap:g} is allowed"
-                elif rule.averages:  # whoever weighs nothing may still add to the summed part
-                    continue
-                if fine[i]:
-                    row = rows[i].double()
-                    away.append((float((row - ruling.row).norm()), float(row.norm()), self._names[i], reason))
-            away.sort(reverse=True)
-            found |= {name: {"reason": reason, "norm": norm, "distance": far} for far, norm, name, reason in away}
-        return dict(list(found.items())[:REFUSED]), list(found)
-
-    def _refuse(self, names: Sequence[str]) -> None:
-        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-        raise NonFiniteError(
-            f"round {self._task.round + 1}: training became non-finite at {shown}. Likely causes: a learning rate that "
-            "is too high (halve lr), features that are not standardised, or a loss that takes the logarithm of zero. "
-            "The model of the round before is kept."
-        )
-
-
-def _finite(rows: Tensor) -> Tensor:
-    """Whether all numbers of each row [C, n] are finite, [C]: any NaN or infinity makes the row's sum one."""
-    finite = torch.isfinite(rows.sum(dim=1))
-    # Finite numbers may be too large to be added up in single precision.
-    return finite if bool(finite.all()) else torch.isfinite(rows.sum(dim=1, dtype=torch.float64))
 
 
 def _server_data(given: Any) -> "FederatedDataset":

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from problems import points, quadratics, scalar_model, scalars, train
-from registry import ALGORITHMS, ENGINES, MODELS, Method
+from registry import ALGORITHMS, ENGINES, MODELS, Method, on
 
 import atoll
 from atoll import aggregators, server
@@ -21,8 +21,7 @@ A, B, SIZES = (1.0, 2.0, 3.5), (-1.0, 0.5, 4.0), (2, 4, 6)
 START, LR = 0.75, 0.1
 NEAR = 1e-12
 
-KINDS = ("loop", "rows", "single")
-engines = pytest.mark.parametrize("engine", [ENGINES[n] for n in KINDS], ids=KINDS)
+engines = on("loop", "rows", "single")
 """One engine of each kind; widths and choices of engine are compared elsewhere."""
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from problems import points, quadratics, scalar_model, train
-from registry import ENGINES, MODELS
+from registry import ENGINES, MODELS, on
 
 from atoll.algorithms import fedala, fedavg
 from atoll.engines import Engine
@@ -16,8 +16,7 @@ from atoll.rounds import Process
 
 A, B, SIZES = (1.0, 2.0, 3.5), (-1.0, 0.5, 4.0), (2, 4, 6)
 START, LR, NEAR = 0.75, 0.1, 1e-12
-KINDS = ("loop", "rows", "single")
-engines = pytest.mark.parametrize("engine", [ENGINES[n] for n in KINDS], ids=KINDS)
+engines = on("loop", "rows", "single")
 
 
 def by_hand(

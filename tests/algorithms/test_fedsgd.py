@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from problems import train
-from registry import ENGINES, MODELS
+from registry import MODELS, on
 from torch import nn
 
 from atoll.algorithms import fedsgd
@@ -15,8 +15,7 @@ from atoll.local import local_sgd
 from atoll.model import Model
 from atoll.rounds import Process
 
-KINDS = ("loop", "rows", "rows, tile of 3", "single")
-engines = pytest.mark.parametrize("engine", [ENGINES[n] for n in KINDS], ids=KINDS)
+engines = on("loop", "rows", "rows, tile of 3", "single")
 
 
 @engines

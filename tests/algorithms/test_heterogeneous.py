@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from problems import Scalar, parabola, points, quadratics, scalar_model, scalars, train
-from registry import ENGINES, MODELS
+from registry import ENGINES, MODELS, on
 
 import atoll
 from atoll import aggregators, rate, server
@@ -37,8 +37,8 @@ START, LR, NEAR = 0.75, 0.1, 1e-12
 OPTIMUM = float(CURVES @ CENTRES / CURVES.sum())
 COHORTS = [[0], [1, 2], [2, 0], [1]]
 
-KINDS = ("loop", "rows", "single")
-engines = pytest.mark.parametrize("engine", [ENGINES[n] for n in KINDS], ids=KINDS)
+engines = on("loop", "rows", "single")
+long_on_engines = on("rows", "loop", "single", long=True)
 
 
 def shares(kind: str = "examples") -> np.ndarray:
@@ -91,7 +91,7 @@ def test_fedprox_has_a_known_iterate_and_a_known_biased_fixed_point(engine: Call
     assert abs(fixed - float(w * CURVES @ CENTRES / (w @ CURVES))) > 1e-2, "the test would not see a missing bias"
 
 
-@engines
+@long_on_engines
 def test_exact_local_solutions_of_fedprox(engine: Callable[[], Engine]) -> None:
     mu, w = 0.7, shares()
     exact = w * CURVES / (CURVES + mu)
@@ -182,7 +182,7 @@ def test_the_fixed_point_of_fednova(engine: Callable[[], Engine]) -> None:
     assert found[-1] == pytest.approx(float(pull @ CENTRES / pull.sum()), abs=1e-9)
 
 
-@engines
+@long_on_engines
 def test_as_rates_go_to_zero_fednova_finds_the_optimum_and_fedavg_does_not(engine: Callable[[], Engine]) -> None:
     w, steps = shares(), np.array([1, 2, 3])
     optimum = float(w * CURVES @ CENTRES / (w @ CURVES))
@@ -237,7 +237,7 @@ def dynamic(steps: int, rounds: int, cohorts: Sequence[Sequence[int]], alpha: fl
     return path
 
 
-@engines
+@long_on_engines
 @pytest.mark.parametrize(
     ("steps", "cohorts", "rounds"), [(3, [[0, 1, 2]], 80), (30, [[0, 1, 2]], 40), (3, COHORTS, 400)]
 )
@@ -250,7 +250,7 @@ def test_feddyn_follows_the_paper_and_reaches_the_optimum(
     assert found[-1] == pytest.approx(OPTIMUM, abs=1e-4)
 
 
-@engines
+@long_on_engines
 def test_the_terms_of_feddyn_end_as_the_gradients_at_the_optimum(engine: Callable[[], Engine]) -> None:
     data = quadratics(A, B, SIZES)
     process = Process(scalar_model(START), feddyn(full(10), alpha=2.0), engine=engine())
@@ -340,7 +340,7 @@ def test_qfedavg_with_one_step_ends_where_the_fair_objective_is_least(engine: Ca
     assert float(shares() @ (losses * CURVES * (x - CENTRES))) == pytest.approx(0.0, abs=1e-6)
 
 
-@engines
+@long_on_engines
 def test_fairness_makes_losses_more_equal(engine: Callable[[], Engine]) -> None:
     def spread(q: float) -> float:
         x = scalars(qfedavg(full(1), q=q), engine(), quadratics(A, B), 200, start=START)[-1]

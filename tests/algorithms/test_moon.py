@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from problems import train
-from registry import ENGINES, MODELS, Hidden, Kind, stack
+from registry import ENGINES, MODELS, Hidden, Kind, on, stack
 from torch import Tensor, nn
 
 from atoll.algorithms import fedavg, moon
@@ -19,8 +19,7 @@ from atoll.model import Model
 from atoll.rounds import Process
 
 NEAR = 1e-12
-KINDS = ("loop", "rows", "single", "auto")
-engines = pytest.mark.parametrize("engine", [ENGINES[n] for n in KINDS], ids=KINDS)
+engines = on("loop", "rows", "single", "auto")
 
 
 class Plane(nn.Module):

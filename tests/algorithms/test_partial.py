@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from problems import train
-from registry import ENGINES, MODELS, stack
+from registry import MODELS, on, stack
 from torch import nn
 
 from atoll import transforms
@@ -18,8 +18,7 @@ from atoll.messages import Clear
 from atoll.model import Model
 from atoll.rounds import Process, Task
 
-KINDS = ("loop", "rows, tile of 3", "single")
-engines = pytest.mark.parametrize("engine", [ENGINES[n] for n in KINDS], ids=KINDS)
+engines = on("loop", "rows, tile of 3", "single")
 PLAN = local_sgd(0.2, steps=2, batch_size=None)
 NORMS = MODELS["batch norm, mean"]
 

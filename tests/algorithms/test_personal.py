@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from problems import points, quadratics, scalar_model, scalars, train
-from registry import ALGORITHMS, ENGINES, MODELS, Method
+from registry import ALGORITHMS, ENGINES, MODELS, Method, on
 from torch import Tensor
 
 import atoll
@@ -39,8 +39,8 @@ CURVES, CENTRES = np.array(A), np.array(B)
 START, LR, NEAR = 0.75, 0.1, 1e-12
 W = np.array(SIZES) / sum(SIZES)
 
-KINDS = ("loop", "rows", "single")
-engines = pytest.mark.parametrize("engine", [ENGINES[n] for n in KINDS], ids=KINDS)
+engines = on("loop", "rows", "single")
+long_on_engines = on("rows", "loop", "single", long=True)
 
 
 def full(steps: int, lr: float = LR, **options: Any) -> Plan:
@@ -112,7 +112,7 @@ def test_ditto_follows_the_paper(engine: Callable[[], Engine], lam: float) -> No
     np.testing.assert_allclose(personal, own, rtol=0, atol=NEAR)
 
 
-@engines
+@long_on_engines
 def test_dittos_personal_models_tend_to_where_pull_and_slope_balance(engine: Callable[[], Engine]) -> None:
     path, own = run(ditto(full(1), lam=1.5, personal=full(20)), engine(), 40)
     np.testing.assert_allclose(own, (CURVES * CENTRES + 1.5 * path[-1]) / (CURVES + 1.5), rtol=0, atol=1e-5)
@@ -132,7 +132,7 @@ def test_without_a_pull_dittos_clients_are_alone_bit_for_bit(engine: str) -> Non
     assert torch.equal(found[0].buffers, found[1].buffers), "statistics are the client's own too"
 
 
-@engines
+@long_on_engines
 def test_a_strong_pull_makes_dittos_clients_global(engine: Callable[[], Engine]) -> None:
     lam = 1e6
     path, own = run(ditto(full(1), lam=lam, personal=full(3, 0.5 / lam)), engine(), 60)
@@ -279,7 +279,7 @@ def test_the_ends_of_apfl(engine: Callable[[], Engine]) -> None:
 # --- pFedMe -----------------------------------------------------------------------------------------------------------
 
 
-@engines
+@long_on_engines
 def test_pfedme_follows_the_paper_to_its_fixed_point(engine: Callable[[], Engine]) -> None:
     lam, eta, x, expected = 2.0, 0.2, START, []
     reached = 1 - (1 - LR * (CURVES + lam)) ** 3
@@ -298,7 +298,7 @@ def test_pfedme_follows_the_paper_to_its_fixed_point(engine: Callable[[], Engine
     np.testing.assert_allclose(own, (CURVES * CENTRES + lam * path[-1]) / (CURVES + lam), rtol=0, atol=1e-7)
 
 
-@engines
+@long_on_engines
 def test_exact_envelopes_weigh_clients_by_curve_over_curve_and_pull(engine: Callable[[], Engine]) -> None:
     lam = 2.0
     path, _ = run(pfedme(full(1, 0.2), lam=lam, eta=0.4, inner=15), engine(), 30)
@@ -316,7 +316,7 @@ def test_without_a_pull_pfedmes_global_model_stays(engine: Callable[[], Engine])
 # --- Per-FedAvg -------------------------------------------------------------------------------------------------------
 
 
-@engines
+@long_on_engines
 @pytest.mark.parametrize("first_order", [False, True])
 @pytest.mark.parametrize("steps", [1, 3])
 def test_per_fedavg_takes_the_meta_gradient(engine: Callable[[], Engine], first_order: bool, steps: int) -> None:

@@ -451,7 +451,7 @@ def test_who_was_refused_and_why_is_told(tmp_path: Path) -> None:
 
 
 def test_more_refused_clients_than_are_named_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("atoll.rounds.REFUSED", 2)
+    monkeypatch.setattr("atoll.collecting.REFUSED", 2)
     data = quadratics((1.0,) * 9, [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 1.8])
     result = atoll.simulate(
         scalar_model(), data, rounds=2, progress=False, directory=tmp_path,

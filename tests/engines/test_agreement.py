@@ -1,6 +1,8 @@
 """Every engine against the specification, for every kind of model and every algorithm."""
 
+import itertools
 import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -167,14 +169,29 @@ PLANS = {
 }
 
 
-@pytest.mark.parametrize("method", ALGORITHMS.values(), ids=ALGORITHMS.keys())
-@pytest.mark.parametrize("how", PLANS)
-@pytest.mark.parametrize("name", ["batch norm, mean", "batch norm, local"])
-def test_every_engine_runs_every_algorithm_as_the_specification_does(method: Method, how: str, name: str) -> None:
-    kind = MODELS[name]
-    refused = ((method.plain or method.rates) and how == "adam") or (method.whole and how != "passes")
-    if refused or (method.several and kind.buffers == "mean"):
-        pytest.skip("not for this algorithm")
+def _some(cases: Mapping[str, Sequence[tuple[str, ...]]], of: int) -> list[Any]:
+    """Every name with its cases; the quick suite takes one in `of` for each name, others for the next."""
+    return [
+        pytest.param(name, *case, marks=[] if (i + j) % min(of, len(own)) == 0 else [pytest.mark.slow])
+        for i, (name, own) in enumerate(cases.items())
+        for j, case in enumerate(own)
+    ]
+
+
+def _trained(method: Method) -> list[tuple[str, ...]]:
+    """Plans and models a method takes."""
+    hows = [
+        how
+        for how in PLANS
+        if not (((method.plain or method.rates) and how == "adam") or (method.whole and how != "passes"))
+    ]
+    names = ["batch norm, local"] if method.several else ["batch norm, mean", "batch norm, local"]
+    return list(itertools.product(hows, names))
+
+
+@pytest.mark.parametrize(("which", "how", "name"), _some({n: _trained(m) for n, m in ALGORITHMS.items()}, of=3))
+def test_every_engine_runs_every_algorithm_as_the_specification_does(which: str, how: str, name: str) -> None:
+    kind, method = MODELS[name], ALGORITHMS[which]
     data = kind.data((6, 2, 7, 4, 11))
     algorithm = method.build(method.plan(**PLANS[how]))
     _, _, expected = run(kind.model(), data, algorithm, Loop())
@@ -183,21 +200,13 @@ def test_every_engine_runs_every_algorithm_as_the_specification_does(method: Met
         same(found, expected)
 
 
-def _pairs() -> list[Any]:
-    """Every method with every stage; of each two in three are slow, others for every method."""
-    pairs = [(m, t) for m in range(len(ALGORITHMS)) for t in range(len(TRANSFORMS) + 1)]
-    methods, stages = list(ALGORITHMS.items()), [*TRANSFORMS, "secure_sum"]
-    return [
-        pytest.param(
-            methods[m][1], stages[t], id=f"{methods[m][0]}-{stages[t]}", marks=[pytest.mark.slow] if (m + t) % 3 else []
-        )
-        for m, t in pairs
-    ]
+_PIPES = [(name,) for name in (*TRANSFORMS, "secure_sum")]
 
 
-@pytest.mark.parametrize(("method", "transform"), _pairs())
-def test_pipelines_work_with_every_algorithm_on_every_engine(method: Method, transform: str) -> None:
+@pytest.mark.parametrize(("which", "transform"), _some(dict.fromkeys(ALGORITHMS, _PIPES), of=5))
+def test_pipelines_work_with_every_algorithm_on_every_engine(which: str, transform: str) -> None:
     # Biases in front of BatchNorm change by nought but rounding, of which a sign would make much.
+    method = ALGORITHMS[which]
     kind = MODELS["layer norm" if transform == "sign" or method.several else "batch norm, mean"]
     data = kind.data((6, 2, 7, 4, 11))
     options: dict[str, object] = (
@@ -225,8 +234,10 @@ def test_pipelines_work_with_every_algorithm_on_every_engine(method: Method, tra
         same(found, expected, near=1e-8)
 
 
-@pytest.mark.parametrize("rule", AGGREGATORS)
-@pytest.mark.parametrize("algorithm", ["fedavg", "scaffold option 2", "fedper"])
+_RULED = [("fedavg",), ("scaffold option 2",), ("fedper",)]
+
+
+@pytest.mark.parametrize(("rule", "algorithm"), _some(dict.fromkeys(AGGREGATORS, _RULED), of=3))
 def test_rules_work_on_every_engine(rule: str, algorithm: str) -> None:
     method, kind = ALGORITHMS[algorithm], MODELS["perceptron"]
     data = kind.data((*SIZES, 3, 2, 6, 8, 1, 7, 2, 5))  # seven in the smaller cohort, which the most demanding needs

@@ -80,6 +80,7 @@ def test_any_number_of_actors_gives_the_bits_of_one_process(cluster: Any, monkey
         assert cluster.is_initialized(), "the user's cluster was ended"
 
 
+@pytest.mark.slow
 def test_drawn_clients_and_personal_models_and_small_pieces(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_ray, "PIECE_BYTES", 1)
     kind = KIND
@@ -155,80 +156,99 @@ def _broken(state: Any) -> Any:
 # --- faults -----------------------------------------------------------------------------------------------------------
 
 
-def test_lost_actors_errors_and_interrupts(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    driver, files = os.getpid(), {name: tmp_path / name for name in ("once", "always", "raise", "there", "slow")}
+class Troubles:
+    """Two actors, and files that make whoever works on certain clients die, fail or sleep."""
 
-    def act(cohort: Cohort) -> None:
-        away = os.getpid() != driver
-        if "c4" in cohort.clients and away and files["once"].exists():
-            files["once"].unlink()
-            os._exit(7)
-        if "c3" in cohort.clients and away and files["always"].exists():
-            os._exit(7)
-        if "c3" in cohort.clients and (files["raise"].exists() or (away and files["there"].exists())):
-            raise ZeroDivisionError("a bug of one's own")
-        if away and files["slow"].exists():
-            time.sleep(60)
+    def __init__(self, folder: Path) -> None:
+        self.driver = driver = os.getpid()
+        self.files = files = {name: folder / name for name in ("once", "always", "raise", "there", "slow")}
 
-    data = KIND.data(SIZES)
-    expected = Process(KIND.model(), troubled(lambda cohort: None), engine=Vectorized(tile=1))
-    process = Process(KIND.model(), troubled(act), engine=Ray(Vectorized(tile=1), 2))
-    engine: Any = process.engine
-    states = {p: p.next(p.init(), data)[0] for p in (expected, process)}
+        def act(cohort: Cohort) -> None:
+            away = os.getpid() != driver
+            if "c4" in cohort.clients and away and files["once"].exists():
+                files["once"].unlink()
+                os._exit(7)
+            if "c3" in cohort.clients and away and files["always"].exists():
+                os._exit(7)
+            if "c3" in cohort.clients and (files["raise"].exists() or (away and files["there"].exists())):
+                raise ZeroDivisionError("a bug of one's own")
+            if away and files["slow"].exists():
+                time.sleep(60)
 
-    def both() -> None:
-        for p in states:
-            states[p], _ = p.next(states[p], data)
-        assert torch.equal(expected.vector(states[expected]), process.vector(states[process]))
+        self.data = KIND.data(SIZES)
+        self.expected = Process(KIND.model(), troubled(lambda cohort: None), engine=Vectorized(tile=1))
+        self.process = Process(KIND.model(), troubled(act), engine=Ray(Vectorized(tile=1), 2))
+        self.engine: Any = self.process.engine
+        self.states = {p: p.next(p.init(), self.data)[0] for p in (self.expected, self.process)}
 
-    def fresh(name: str) -> None:
-        for file in files.values():
+    def both(self) -> None:
+        """A round with actors and without: the same bits."""
+        for p in self.states:
+            self.states[p], _ = p.next(self.states[p], self.data)
+        own = self.process.vector(self.states[self.process])
+        assert torch.equal(self.expected.vector(self.states[self.expected]), own)
+
+    def alone(self) -> None:
+        """A round with actors, which may not end well."""
+        self.process.next(self.states[self.process], self.data)
+
+    def fresh(self, name: str) -> None:
+        """This trouble from now on, and no other."""
+        for file in self.files.values():
             file.unlink(missing_ok=True)
-        files[name].touch()
+        self.files[name].touch()
 
-    # An actor is lost: another one takes its place.
-    fresh("once")
+
+def test_another_actor_takes_the_place_of_a_lost_one(cluster: Any, tmp_path: Path) -> None:
+    scene = Troubles(tmp_path)
+    scene.fresh("once")
     with pytest.warns(UserWarning, match=r"round 2: an actor was lost at c4, whose clients were done again.*died"):
-        both()
-    assert not files["once"].exists() and engine.describe()["workers"] == 2
-    assert any("lost at c4" in note for note in engine.describe()["notes"])
+        scene.both()
+    assert not scene.files["once"].exists() and scene.engine.describe()["workers"] == 2
+    assert any("lost at c4" in note for note in scene.engine.describe()["notes"])
+    scene.fresh("raise")
+    with pytest.raises(ZeroDivisionError, match="a bug of one's own") as caught:
+        scene.alone()
+    assert any(entry.name == "act" for entry in caught.traceback), "the place is lost"
+    assert scene.engine._crew is None
+
+
+@pytest.mark.slow
+def test_lost_actors_errors_and_interrupts(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = Troubles(tmp_path)
+    engine = scene.engine
     # An actor is lost, and there is no room for another.
-    fresh("once")
-    with monkeypatch.context() as patch, pytest.warns(UserWarning, match="round 3: an actor was lost"):
+    scene.fresh("once")
+    with monkeypatch.context() as patch, pytest.warns(UserWarning, match="round 2: an actor was lost"):
         patch.setattr(engine_ray._Crew, "_start", lambda self, count: [])
-        both()
+        scene.both()
         assert engine.describe()["workers"] == 1
     # One that is killed between rounds is no different; the crew is whole again.
     cluster.kill(engine._crew._workers[0].actor)
-    with pytest.warns(UserWarning, match=r"round 4: an actor was lost .*ray\.kill"):
-        both()
+    with pytest.warns(UserWarning, match=r"round 3: an actor was lost .*ray\.kill"):
+        scene.both()
     assert engine.describe()["workers"] == 2
     # A bug that shows there and not here is told; one that shows here too is raised here.
-    fresh("there")
-    with pytest.warns(UserWarning, match=r"round 5: clients failed at an actor.*ZeroDivisionError: a bug.*: c3"):
-        both()
+    scene.fresh("there")
+    with pytest.warns(UserWarning, match=r"round 4: clients failed at an actor.*ZeroDivisionError: a bug.*: c3"):
+        scene.both()
     # Ctrl-C leaves nothing behind.
-    fresh("slow")
-    timer = threading.Timer(1.0, os.kill, (driver, signal.SIGINT))
+    scene.fresh("slow")
+    timer = threading.Timer(1.0, os.kill, (scene.driver, signal.SIGINT))
     began = time.monotonic()
     timer.start()
     with pytest.raises(KeyboardInterrupt):
-        process.next(states[process], data)
+        scene.alone()
     assert time.monotonic() - began < 30 and engine._crew is None
-    files["slow"].unlink()
-    both()
-    fresh("raise")
-    with pytest.raises(ZeroDivisionError, match="a bug of one's own") as caught:
-        process.next(states[process], data)
-    assert any(entry.name == "act" for entry in caught.traceback), "the place is lost"
-    assert engine._crew is None
+    scene.files["slow"].unlink()
+    scene.both()
     # The same clients cost two actors.
-    fresh("always")
+    scene.fresh("always")
     with (
-        pytest.warns(UserWarning, match="round 7: an actor was lost"),
-        pytest.raises(RunError, match=r"round 7: two actors were lost .*\(c3\)"),
+        pytest.warns(UserWarning, match="round 6: an actor was lost"),
+        pytest.raises(RunError, match=r"round 6: two actors were lost .*\(c3\)"),
     ):
-        process.next(states[process], data)
+        scene.alone()
     assert engine._crew is None and cluster.is_initialized()
 
 

@@ -11,6 +11,7 @@ from world import Disk
 
 from atoll import aggregators, transforms
 from atoll.algorithms import scaffold
+from atoll.collecting import Collected
 from atoll.errors import InvalidArgument
 from atoll.local import local_sgd
 from atoll.messages import Clear, Report, Task
@@ -20,7 +21,7 @@ from atoll.net.packing import clear, pack_report, report_schema
 from atoll.net.spool import Spool, SpoolError, reduce
 from atoll.net.storage import write_durably
 from atoll.random import client_keys
-from atoll.rounds import Collected, Process
+from atoll.rounds import Process
 from atoll.transforms.chain import keys_of
 
 KIND = MODELS["batch norm, mean"]

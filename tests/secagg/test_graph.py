@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import hypergeom
 
 from atoll.secagg import graph
-from atoll.secagg.graph import COMPLETE, bears, group_size, keepers, risk, threshold_of
+from atoll.secagg.graph import COMPLETE, bears, drew, group_size, keepers, risk, threshold_of
 
 
 def test_everybody_up_to_the_limit() -> None:
@@ -36,6 +36,16 @@ def test_a_function_of_the_nonce_the_root_and_the_place() -> None:
     ]
     assert len(set(drawn)) == len(drawn)
     assert keepers(bytes(32), bytes(32), 0, present, 20) == drawn[0]
+
+
+@pytest.mark.parametrize("clients", [5, 150])
+def test_who_was_drawn_is_who_keeps(clients: int) -> None:
+    present = list(range(0, 3 * clients, 3))
+    for own in (present[0], present[clients // 2], present[-1]):
+        nonce = os.urandom(32)
+        found = keepers(nonce, bytes(32), own, present, 20)
+        asked = range(-1, 3 * clients + 1)
+        assert tuple(p for p in asked if drew(nonce, bytes(32), own, present, 20, p)) == found
 
 
 def test_everybody_is_as_likely_to_be_drawn() -> None:

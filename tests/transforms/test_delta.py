@@ -198,12 +198,12 @@ def test_the_downlink_is_part_of_the_identity() -> None:
 @pytest.mark.parametrize(
     ("stages", "said"),
     [
-        ((rand_k(0.1),), r"rand_k cannot stand inside downlink.*Use rand_k without downlink"),
-        ((quantize(2),), r"quantize cannot stand inside downlink.*4 bits or more"),
-        ((clip_norm(1.0),), r"clip_norm cannot stand inside downlink"),
-        ((error_feedback(top_k(0.1)),), r"error_feedback cannot stand inside downlink"),
+        ((rand_k(0.1),), r"rand_k cannot stand inside the downlink.*Use rand_k without the downlink"),
+        ((quantize(2),), r"quantize cannot stand inside the downlink.*4 bits or more"),
+        ((clip_norm(1.0),), r"clip_norm cannot stand inside the downlink"),
+        ((error_feedback(top_k(0.1)),), r"error_feedback cannot stand inside the downlink"),
         ((power_sgd(2),), r"power_sgd cannot stand in the downlink.*bases.*Use top_k"),
-        ((entropy_code(), half()), r"entropy_code cannot stand inside downlink"),
+        ((entropy_code(), half()), r"entropy_code cannot stand inside the downlink"),
         ((half(), top_k(0.1)), r"top_k cannot stand after half"),
     ],
 )

@@ -102,6 +102,9 @@ class Rows:
 def finite_rows(rows: Tensor) -> Tensor:
     """Which of rows [n, L] are finite in all numbers, [n], without a second matrix."""
     # A NaN or an infinity makes the sum one; of rows whose sum is one, some may only be too large to be added up.
+    finite = torch.isfinite(rows.sum(dim=1))
+    if bool(finite.all()):
+        return finite
     finite = torch.isfinite(rows.sum(dim=1, dtype=torch.float64))
     for i in (~finite).nonzero()[:, 0].tolist():
         finite[i] = torch.isfinite(rows[i]).all()

@@ -21,6 +21,7 @@ from typing import Any
 
 import msgspec
 
+from atoll.collecting import Collected
 from atoll.data.table import Table
 from atoll.deployment.prepare import experiment_of, identity_of, plan_of, process_of, rules_of
 from atoll.deployment.survey import Agreement
@@ -49,7 +50,7 @@ from atoll.net.packing import pack_report
 from atoll.net.service import Service
 from atoll.net.storage import Disk, write_durably
 from atoll.result import Result
-from atoll.rounds import Collected, Process
+from atoll.rounds import Process
 from atoll.spec import digest, identity
 
 PATIENCE = 60.0

@@ -17,6 +17,7 @@ import msgspec
 import torch
 from torch import Tensor
 
+from atoll.collecting import Collected
 from atoll.errors import AtollError, CompositionError, NonFiniteError, RunError, invalid
 from atoll.messages import Task
 from atoll.net import coordinator as core
@@ -27,7 +28,7 @@ from atoll.net.frames import Limits, Schema
 from atoll.net.packing import PARTS, pack_state, pack_task, report_schema, unpack_state
 from atoll.net.spool import BLOCK, Spool, reduce
 from atoll.net.storage import FileSystem, Log, write_durably
-from atoll.rounds import Collected, Process, State
+from atoll.rounds import Process, State
 from atoll.spec import identity
 from atoll.tree import Leaf, leaves
 

@@ -17,13 +17,14 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from atoll.collecting import Collected
 from atoll.errors import RunError
 from atoll.messages import Partial, Report, Task
 from atoll.net.control import Deliver
 from atoll.net.frames import FrameError, Limits, Place, Schema, locate, tensor
 from atoll.net.packing import clear, report_of
 from atoll.net.storage import FileSystem, write_durably
-from atoll.rounds import Collected, Process, State
+from atoll.rounds import Process, State
 
 BLOCK = 2**20
 """Coordinates that are combined at a time."""

@@ -341,7 +341,7 @@ class Client:
         name = self._cohort[place]
         if messages.nonce_commitment(self._base, name, nonce) != advert.commitment:
             raise SecAggError("graph", f"the nonce of {name} is not the one it committed to.", name)
-        if self._own not in graph.keepers(nonce, self._session, place, self._present, self._asked.degree):
+        if not graph.drew(nonce, self._session, place, self._present, self._asked.degree, self._own):
             raise SecAggError("graph", f"{name} did not draw {self._identity.name}.", name)
 
     def _deal(self) -> Shares:

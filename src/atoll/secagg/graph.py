@@ -21,7 +21,6 @@ overhead", section 4 (the malicious server; clients choose their neighbours).
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from itertools import islice
 from math import comb
 
 import numpy as np
@@ -58,9 +57,23 @@ def keepers(nonce: bytes, root: bytes, own: int, present: Sequence[int], degree:
     """
     if len(present) <= COMPLETE:
         return tuple(p for p in present if p != own)
-    others = len(present) - 1
-    count = min(degree, others)
     skip = bisect_left(present, own)
+    return tuple(sorted(present[i + (i >= skip)] for i in _drawn(nonce, root, own, len(present) - 1, degree)))
+
+
+def drew(nonce: bytes, root: bytes, own: int, present: Sequence[int], degree: int, other: int) -> bool:
+    """Whether another client is among a client's `keepers`."""
+    if len(present) <= COMPLETE:
+        return other != own and other in present
+    place = bisect_left(present, other)
+    if other == own or place == len(present) or present[place] != other:
+        return False
+    return place - (place > bisect_left(present, own)) in _drawn(nonce, root, own, len(present) - 1, degree)
+
+
+def _drawn(nonce: bytes, root: bytes, own: int, others: int, degree: int) -> list[int]:
+    """The numbers that a client draws among the others present."""
+    count = min(degree, others)
     source = stream(digest("keepers", nonce, root, own))
     # The first so many distinct of uniform numbers are a uniform set. 64 bits modulo the others are uniform to one part
     # in 2^50.
@@ -68,7 +81,7 @@ def keepers(nonce: bytes, root: bytes, own: int, present: Sequence[int], degree:
     while len(drawn) < count:
         words = np.frombuffer(source.update(bytes(16 * count)), dtype="<u8") % np.uint64(others)
         drawn |= dict.fromkeys(words.tolist())
-    return tuple(sorted(present[i + (i >= skip)] for i in islice(drawn, count)))
+    return list(drawn)[:count]
 
 
 def bears(clients: int, degree: int, over: tuple[int, int]) -> int:

@@ -25,13 +25,17 @@ SIGNATURE = 64
 TAG = 16
 """Bytes by which sealing makes a text longer."""
 
+_LENGTHS = [n.to_bytes(8, "little") for n in range(256)]
 _ONCE = bytes(12)  # the nonce of a key that seals a single text
 
 
 def encoded(*parts: bytes | str | int) -> bytes:
     """Parts as bytes that no other parts give: each with its length before it."""
-    raw = [part if isinstance(part, bytes) else str(part).encode() for part in parts]
-    return b"".join([piece for part in raw for piece in (len(part).to_bytes(8, "little"), part)])
+    pieces: list[bytes] = []
+    for part in parts:
+        raw = part if isinstance(part, bytes) else str(part).encode()
+        pieces += (_LENGTHS[len(raw)] if len(raw) < len(_LENGTHS) else len(raw).to_bytes(8, "little"), raw)
+    return b"".join(pieces)
 
 
 def digest(label: str, *parts: bytes | str | int) -> bytes:

@@ -180,8 +180,10 @@ def delta(*stages: Transform, full_every: int | None = None) -> Downlink:
                 "it sends. Use top_k, quantize or eden there."
             )
     inner = stages[:-1] if stages and isinstance(stages[-1], Transform) and stages[-1].coder is not None else stages
-    if inner or not stages:
-        compressor("downlink", inner)
+    if not stages:
+        raise invalid("stages", stages, "at least one transform", "Write for instance delta(top_k(0.05)).")
+    if inner:
+        compressor("the downlink", inner)
     return Downlink(compose(stages, plain()), full_every)
 
 
