@@ -19,6 +19,7 @@ from atoll.rounds import Process
 from atoll.secagg.groups import deal
 from atoll.transforms import Channel, clip_norm, error_feedback, grouped, rand_k, rotate, secure_sum, top_k
 from atoll.transforms.base import Codes, Keys
+from atoll.transforms.chain import compose, keys_of
 from atoll.transforms.channel import Opened, add, merge
 
 FULL_STEP = local_sgd(1.0, steps=1, batch_size=None)
@@ -309,6 +310,22 @@ def test_what_sums_may_stand_before_it(stage: Any) -> None:
         process = Process(kind.model(), fedavg(local_sgd(0.1)), transforms=(stage,), channel=channel)
         found.append(process.vector(process.next(process.init(), data)[0]))
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("stages", "cut"), [((), 4 * 4), ((rotate(),), 0)])
+def test_after_a_rotation_one_clip_fits_layers_of_every_scale(stages: Any, cut: int) -> None:
+    length, draw = 4096, torch.Generator().manual_seed(0)
+    rows = 0.01 * torch.randn(4, length, generator=draw, dtype=torch.float64)
+    rows[:, :4] = 10.0
+    channel, shared = secure_sum(clip=1.0), (None,) * len(stages)
+    chain, keys = compose(stages, channel), keys_of(0, 0, random.client_keys(("a", "b", "c", "d")), length)
+    wire, _ = chain.encode(rows, {}, shared, keys)
+    assert isinstance(wire, torch.Tensor)
+    opened = through(channel, wire, chain.sizes(length, length)[-1][1], torch.ones(4))
+    assert opened.saturated == cut
+    mean = chain.decode_sum(torch.cat((opened.weighted, opened.sums)), shared, length, keys) / opened.weight
+    error = float((mean - rows.mean(dim=0)).abs().max())
+    assert (error > 8.9) == bool(cut) and (error < 1e-6) != bool(cut)
 
 
 def test_what_does_not_sum_may_not() -> None:

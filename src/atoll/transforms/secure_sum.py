@@ -58,7 +58,8 @@ def secure_sum(
     every neighbour.
 
     Put `transforms.clip_norm(c)` before it with c <= clip and no value of a row is ever cut; with `rand_k(fraction)`
-    between, which scales what it sends up, c <= fraction clip.
+    between, which scales what it sends up, c <= fraction clip. After `rotate()` all coordinates are of one scale, about
+    the row's norm / sqrt(length), whatever their layers were: one clip of a few times that fits them all.
 
     Args:
         clip: largest absolute value of a coordinate of the row; larger ones are cut and counted.
