@@ -199,8 +199,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         remarks.append(
             f"With one bit for a number the network's update is {ratio:.1f} times smaller than its float32 numbers (at "
-            f"least {SMALLER} is asked for), and its accuracy after the same rounds {100 * lost:+.2f} points below "
-            f"(at most {100 * ALLOWED:g} is allowed)."
+            f"least {SMALLER} is asked for), and its accuracy after the same rounds differs by {-100 * lost:+.2f} "
+            f"points; it may lose {100 * ALLOWED:g}."
         )
     least = {task: min(own, key=lambda n: own[n][0]["up"] + own[n][0]["down"]) for task, own in found.items()}
     remarks.append(
@@ -250,6 +250,8 @@ def table(task: str, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
 def draw(path: Path, found: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> None:
     """Above: accuracy at the end against bytes up; below: along the run against all bytes so far."""
     plt = pyplot()
+    from matplotlib import ticker
+
     figure, axes = plt.subplots(2, len(found), figsize=(13, 10), layout="constrained", squeeze=False)
     for column, (task, runs) in enumerate(found.items()):
         end, way = axes[0][column], axes[1][column]
@@ -270,6 +272,9 @@ def draw(path: Path, found: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]
         )
         for axis in (end, way):
             axis.grid(alpha=0.3)
+            axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,g}"))
+            axis.xaxis.set_minor_formatter(ticker.NullFormatter())
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8)
     figure.savefig(path, dpi=110)
