@@ -1,6 +1,6 @@
 """Differential privacy: what noise buys, what a run has spent, and what may be said of it."""
 
-from atoll.privacy import audit, distributed, factorization
+from atoll.privacy import audit, distributed, factorization, inversion
 from atoll.privacy.accounting import Event, calibrate, epsilon
 from atoll.privacy.example_level import ExampleLevel, example_level
 from atoll.privacy.explain import explain
@@ -17,4 +17,5 @@ __all__ = [
     "example_level",
     "explain",
     "factorization",
+    "inversion",
 ]
