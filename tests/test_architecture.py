@@ -19,7 +19,7 @@ LAYERS = (
     ("schedule", "model", "data", "report"),
     ("partition", "datasets", "cohort", "keras"),
     ("algorithms", "transforms", "aggregators", "evaluation"),
-    ("engines", "attacks"),
+    ("engines", "attacks", "composition", "collecting"),
     ("rounds",),
     ("asynchronous", "result", "net", "releases", "example_releases"),
     ("simulation",),

@@ -14,13 +14,15 @@ This is the weakest of all attacks: it reads, and optimises nothing. What it fin
 may still be found by others. Only noise bounds all of them (`atoll.privacy.explain`).
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from atoll.errors import InvalidArgument, invalid
-from atoll.model import Model
+
+if TYPE_CHECKING:
+    from atoll.model import Model
 
 
 class Found(NamedTuple):
@@ -35,7 +37,7 @@ class Found(NamedTuple):
     inputs: Tensor
 
 
-def candidates(model: Model, change: Tensor, layer: str | None = None) -> Tensor:
+def candidates(model: "Model", change: Tensor, layer: str | None = None) -> Tensor:
     """Inputs that a change of a model gives away: one for every unit of a fully connected layer that was moved.
 
     Args:
