@@ -626,6 +626,7 @@ def test_correlated_noise_is_told_as_what_it_is(tmp_path: Path) -> None:
     assert privacy.explain(seeded).startswith("NOT PRIVATE") and not seeded.privacy[0]["private"]
 
 
+@pytest.mark.slow
 def test_correlated_noise_killed_with_sigkill_goes_on_with_the_same_bits(tmp_path: Path) -> None:
     script = tmp_path / "child.py"
     script.write_text(

@@ -33,7 +33,7 @@ from atoll.errors import InvalidArgument, RunError, invalid
 from atoll.journal import Journal, write_atomically
 from atoll.privacy.accounting import Event, calibrate, check_delta, check_known, default_accountant, usual_delta
 from atoll.privacy.correlated import Correlated
-from atoll.privacy.factorization import Strategy, named
+from atoll.privacy.factorization import Strategy, named, restored
 from atoll.privacy.ledger import Unit
 from atoll.privacy.noise import Noise, deviation, releasing
 from atoll.privacy.terms import Terms, ledger_of, statement
@@ -115,6 +115,7 @@ def _strategy(noise: Noise, sampler: Sampler, population: int, rounds: int) -> S
     apart = sampler.apart(population)
     if isinstance(given, str):
         return named(given, rounds, apart)
+    given = restored(given.spec)  # the one that will be counted
     if apart < given.separation:
         raise invalid(
             "strategy", f"{given.spec['name']}(separation={given.separation})",

@@ -138,8 +138,8 @@ class Chain:
                     f"noise is added to the sum of clipped rows. Use rand_k or rotate, or leave it out."
                 )
         bound, passed = None, False
+        correlated = noisy.noise is not None and noisy.noise.strategy is not None
         for stage in self.stages:
-            correlated = noisy.noise is not None and noisy.noise.strategy is not None
             if correlated and stage.learn is not None:
                 raise CompositionError(
                     f"{stage.name} cannot stand in one pipeline with {noisy.name}: noise of one round takes back that "
