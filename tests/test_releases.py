@@ -10,14 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from dp_accounting.pld import privacy_loss_mechanism
+from scipy import optimize
 from torch import Tensor, nn
 
 import atoll
 from atoll import privacy, releases, sampling, simulation
 from atoll.errors import BudgetSpent, CompositionError, InvalidArgument, RunError
 from atoll.journal import open_journal
+from atoll.privacy import factorization
 from atoll.study import study
-from atoll.transforms import clip_norm, gaussian_noise
+from atoll.transforms import clip_norm, correlated_noise, gaussian_noise
 
 CLIENTS, ROUNDS = 12, 6
 
@@ -228,15 +231,17 @@ POINTS = ["before the sum is kept", "before it is entered", "before it is used",
 
 
 @pytest.mark.parametrize("point", POINTS)
-@pytest.mark.parametrize("method", ["fedavg", "scaffold"])
+@pytest.mark.parametrize("method", ["fedavg", "scaffold", "correlated"])
 def test_killed_anywhere_every_release_is_counted_once(
     point: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = atoll.local_sgd(0.1)
     options: dict[str, Any] = {
-        "algorithm": atoll.fedavg(plan) if method == "fedavg" else atoll.scaffold(plan),
+        "algorithm": atoll.scaffold(plan) if method == "scaffold" else atoll.fedavg(plan),
         "directory": tmp_path, "checkpoint_every": 100,
     }  # fmt: skip
+    if method == "correlated":
+        options |= {"noise": correlated_noise(2.0, delta=1e-3), "cohort": sampling.min_separation(3, 4)}
     shown: dict[int, Tensor] = {}
     calls = {"left": 4}
 
@@ -287,7 +292,7 @@ def test_killed_anywhere_every_release_is_counted_once(
     result = run(**options, resume=True)
     assert counted(tmp_path) == ROUNDS == result.privacy[0]["releases"]
     assert [r.round for r in result.history] == list(range(1, ROUNDS + 1))
-    if method == "fedavg":
+    if method != "scaffold":
         assert set(kept) >= {f"round-{i:08d}.safetensors" for i in range(1, 4)}
         # The end follows from the noised sums alone: those from before the kill were used, and not drawn again.
         journal = open_journal(tmp_path)
@@ -305,7 +310,7 @@ def test_a_replayed_round_has_the_model_of_the_first_time(tmp_path: Path) -> Non
 
     with pytest.raises(Killed):
         run(directory=tmp_path, checkpoint_every=100, callbacks=(stop,))
-    sums = [releases._read(p)[0] for p in sorted((tmp_path / "releases").glob("*"))]
+    sums = [releases._read(p)[0]["sum"] for p in sorted((tmp_path / "releases").glob("*"))]
     vector = model().init()
     for total in sums:
         vector = vector + (total / (CLIENTS / 2)).to(vector)
@@ -372,6 +377,278 @@ def test_training_under_noise_still_learns() -> None:
     )  # fmt: skip
     found = result.predict(x).argmax(dim=1)
     assert float((found == y).float().mean()) > 0.9
+
+
+# --- correlated noise -------------------------------------------------------------------------------------------------
+
+APART = sampling.min_separation(3, 4)
+
+
+def correlated(noise: Any = None, **options: Any) -> atoll.Result:
+    return run(noise or correlated_noise(2.0, delta=1e-3), **{"cohort": APART} | options)
+
+
+def stop_after(round: int) -> Any:
+    def stop(record: atoll.Record) -> None:
+        if record.round == round:
+            raise Killed
+
+    return stop
+
+
+STRATEGIES = {
+    "buffered": factorization.buffered(ROUNDS, separation=4),
+    "banded": factorization.banded(ROUNDS, bands=4, separation=4),
+    "tree": factorization.tree(ROUNDS, separation=4, honaker=False),
+    "independent": factorization.independent(ROUNDS, separation=4),
+}
+
+
+def gaussian(noise_multiplier: float, delta: float) -> float:
+    """Epsilon of one Gaussian mechanism, by dp-accounting called directly."""
+    loss = privacy_loss_mechanism.GaussianPrivacyLoss(noise_multiplier)
+    return float(optimize.brentq(lambda epsilon: loss.get_delta_for_epsilon(epsilon) - delta, 0.0, 50.0, xtol=1e-13))
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_all_rounds_of_correlated_noise_are_one_mechanism(name: str) -> None:
+    result = correlated(correlated_noise(2.0, strategy=name, delta=1e-3))
+    (said,) = result.privacy
+    assert said["epsilon"] == pytest.approx(gaussian(2.0, 1e-3), rel=1e-9) == result.history[-1].epsilon
+    assert said["releases"] == ROUNDS and said["neighbours"] == "zero-out" and said["private"]
+    own = STRATEGIES[name]
+    assert said["strategy"] == {
+        "name": name, "rounds": ROUNDS, "separation": 4, "participations": 2, "sensitivity": own.sensitivity
+    }  # fmt: skip
+    (event,) = said["events"]
+    assert event["mechanism"] == "correlated gaussian" and event["sampling"] == "none" and event["count"] == ROUNDS
+    assert result.spec["experiment"]["transforms"][1]["strategy"] == name
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_so_far_the_beginning_of_the_mechanism_is_spent(name: str) -> None:
+    """The first r rows of C X + Z, whose sensitivity is that of the first r rounds."""
+    result = correlated(correlated_noise(2.0, strategy=name, delta=1e-3))
+    own, spent = STRATEGIES[name], [r.epsilon for r in result.history]
+    for r, told in enumerate(spent, 1):
+        matrix = own.matrix()
+        made = matrix[(matrix[:, r:] == 0).all(dim=1)]  # rows that no later round is part of
+        gram = (made.T @ made).abs()
+        pairs = [(i, j) for i in range(ROUNDS) for j in range(i + 4, ROUNDS)]
+        moved = max([float(gram[i, i]) for i in range(ROUNDS)], default=0.0)
+        moved = max([moved, *(float(gram[list(p)][:, list(p)].sum()) for p in pairs)])
+        least = gaussian(2.0 * own.sensitivity / math.sqrt(moved), 1e-3)
+        assert told is not None and told >= least * (1 - 1e-9), "never less than the client's that is moved most"
+        if name in ("buffered", "independent"):  # their sensitivity is exact
+            assert told == pytest.approx(least, rel=1e-9)
+    assert spent == sorted(spent)  # type: ignore[type-var]
+
+
+def test_an_epsilon_calibrates_one_mechanism() -> None:
+    result = correlated(correlated_noise(epsilon=2.0, delta=1e-3))
+    (said,) = result.privacy
+    assert said["noise_multiplier"] == privacy.calibrate(epsilon=2.0, steps=1, delta=1e-3, sampling="none")
+    assert 1.99 <= said["epsilon"] <= 2.0 == said["budget"] and len(result.history) == ROUNDS
+
+
+def test_a_budget_stops_correlated_noise_before_the_release_that_would_exceed_it(tmp_path: Path) -> None:
+    own = STRATEGIES["buffered"]
+    after = [
+        privacy.epsilon(noise_multiplier=2.0 * own.sensitivity / own.prefix(r), steps=1, delta=1e-3, sampling="none")
+        for r in range(1, ROUNDS + 1)
+    ]
+    noise = correlated_noise(2.0, delta=1e-3, budget=(after[3] + after[4]) / 2)
+    result = correlated(noise, directory=tmp_path)
+    assert len(result.history) == 4 and result.privacy[0]["epsilon"] == pytest.approx(after[3])
+    assert any(f"stops after round 4 of {ROUNDS}" in note for note in result.notes)
+    assert f"the first 4 of {ROUNDS} rounds" in privacy.explain(result)
+    again = correlated(noise, directory=tmp_path, resume=True)
+    assert len(again.history) == 4 and counted(tmp_path) == 4
+    with pytest.raises(BudgetSpent, match="0 releases"):
+        correlated(correlated_noise(2.0, delta=1e-3, budget=after[0] / 2), directory=tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_run_with_correlated_noise_goes_on_with_the_same_bits(name: str, tmp_path: Path) -> None:
+    noise = correlated_noise(2.0, strategy=name, delta=1e-3, seed=4)
+    whole = correlated(noise)
+    for every, last in ((1, 3), (2, 5), (100, 3)):
+        folder = tmp_path / f"{every}-{last}"
+        with pytest.raises(Killed):
+            correlated(noise, directory=folder, checkpoint_every=every, callbacks=(stop_after(last),))
+        result = correlated(noise, directory=folder, checkpoint_every=every, resume=True)
+        assert torch.equal(result.vector, whole.vector)
+        assert counted(folder) == ROUNDS == result.privacy[0]["releases"]
+        assert result.privacy == whole.privacy
+
+
+def test_correlated_noise_that_was_released_is_not_drawn_again(tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        correlated(directory=tmp_path, checkpoint_every=100, callbacks=(stop_after(4),))
+    before = {p.name: releases._read(p)[0] for p in (tmp_path / "releases").glob("round-*")}
+    assert len(before) == 4
+    result = correlated(directory=tmp_path, checkpoint_every=100, resume=True)
+    after = {p.name: releases._read(p)[0] for p in (tmp_path / "releases").glob("round-*")}
+    assert len(after) == ROUNDS
+    for name, kept in before.items():
+        assert all(torch.equal(tensor, after[name][n]) for n, tensor in kept.items())
+    # From the noise that was drawn over both lives, and what was released, follows what clients sent: it was bounded.
+    own = factorization.restored(next(iter(open_terms(tmp_path)))["strategy"])
+    drawn = torch.cat([after[name]["drawn"] for name in sorted(after)])
+    sums = torch.stack([after[name]["sum"] for name in sorted(after)])
+    assert float(torch.linalg.vector_norm(sums - own.decoder() @ drawn, dim=1).max()) < 3 + 1e-6
+    vector = model().init()
+    for total in sums:
+        vector = vector + (total / 3).to(vector)
+    torch.testing.assert_close(result.vector, vector)
+
+
+def open_terms(directory: Path) -> list[dict[str, Any]]:
+    journal = open_journal(directory)
+    try:
+        return [e.body["terms"] for e in journal.events("privacy")]
+    finally:
+        journal.close()
+
+
+@pytest.mark.parametrize("gone", [True, False])
+def test_correlated_noise_whose_sum_is_lost_is_not_drawn_again(gone: bool, tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        correlated(directory=tmp_path, checkpoint_every=100, callbacks=(stop_after(4),))
+    path = tmp_path / "releases" / "round-00000003.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.unlink() if gone else path.write_bytes(bytes(content))
+    with pytest.raises(RunError, match=r"sum of round 3 was released.*never drawn again.*another directory"):
+        correlated(directory=tmp_path, resume=True)
+    assert counted(tmp_path) == 4
+
+
+def test_correlated_noise_without_its_memory_does_not_go_on(tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        correlated(directory=tmp_path, checkpoint_every=3, callbacks=(stop_after(4),))
+    (path,) = (tmp_path / "releases").glob("noise-*")
+    assert path.name == "noise-00000003.safetensors"
+    kept = path.read_bytes()
+    path.unlink()
+    with pytest.raises(RunError, match=r"noise-00000003\.safetensors is missing"):
+        correlated(directory=tmp_path, resume=True)
+    path.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+    with pytest.raises(RunError, match=r"noise-00000003\.safetensors is damaged"):
+        correlated(directory=tmp_path, resume=True)
+
+
+def test_noise_on_disk_is_its_owner_s_and_goes_with_the_sums(tmp_path: Path) -> None:
+    result = correlated(directory=tmp_path / "run", checkpoint_every=1)
+    files = list((tmp_path / "run" / "releases").iterdir())
+    assert len(files) <= 4 and {p.name[:5] for p in files} == {"round", "noise"}
+    assert all(p.stat().st_mode & 0o077 == 0 for p in files)
+    result.save(tmp_path / "saved")
+    names = [p.name for p in (tmp_path / "saved").rglob("*")]
+    assert names and not any(n.startswith(("round-", "noise-")) for n in names)
+
+
+def test_a_damaged_checkpoint_leaves_the_one_before_and_its_noise(tmp_path: Path) -> None:
+    noise = correlated_noise(2.0, delta=1e-3, seed=4)
+    with pytest.raises(Killed):
+        correlated(noise, directory=tmp_path, checkpoint_every=2, callbacks=(stop_after(5),))
+    newest = max((tmp_path / "checkpoints").glob("*"))
+    newest.write_bytes(newest.read_bytes() + b"?")
+    with pytest.warns(UserWarning, match="damaged"):
+        result = correlated(noise, directory=tmp_path, checkpoint_every=2, resume=True)
+    assert torch.equal(result.vector, correlated(noise).vector) and counted(tmp_path) == ROUNDS
+
+
+def test_more_rounds_than_noise_was_correlated_for_are_refused(tmp_path: Path) -> None:
+    correlated(directory=tmp_path)
+    with pytest.raises(InvalidArgument, match=rf"rounds={ROUNDS + 1}.*at most the {ROUNDS} .*another run"):
+        correlated(directory=tmp_path, rounds=ROUNDS + 1, resume=True)
+    assert counted(tmp_path) == ROUNDS
+
+
+def test_a_strategy_may_have_rounds_to_spare(tmp_path: Path) -> None:
+    long = factorization.banded(2 * ROUNDS, bands=2, separation=4)
+    noise = correlated_noise(2.0, strategy=long, delta=1e-3, seed=1)
+    part = correlated(noise, directory=tmp_path)
+    assert part.privacy[0]["epsilon"] == pytest.approx(
+        gaussian(2.0 * long.sensitivity / long.prefix(ROUNDS), 1e-3), rel=1e-9
+    )
+    whole = correlated(noise, directory=tmp_path, rounds=2 * ROUNDS, resume=True)
+    assert whole.privacy[0]["epsilon"] == pytest.approx(gaussian(2.0, 1e-3), rel=1e-9)
+    assert torch.equal(whole.vector, correlated(noise, rounds=2 * ROUNDS).vector)
+
+
+OTHERS = [
+    sampling.poisson(0.5), 6, 0.25, sampling.cyclic(), sampling.cyclic(shuffle=True), sampling.sequence([["c0"]])
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("cohort", OTHERS)
+def test_correlated_noise_needs_a_sampler_that_keeps_clients_apart(cohort: Any, tmp_path: Path) -> None:
+    name = sampling.resolve(cohort).spec["name"]
+    with pytest.raises(InvalidArgument, match=rf"cohort='{name}'.*correlated_noise.*min_separation\(size, separation"):
+        correlated(cohort=cohort, directory=tmp_path / "run")
+    assert not (tmp_path / "run").exists(), "refused before any work"
+
+
+@pytest.mark.parametrize(
+    ("strategy", "said"),
+    [
+        (factorization.buffered(ROUNDS, separation=5), r"separation of at most 4.*min_separation\(size, 5\)"),
+        (factorization.tree(ROUNDS - 1, separation=4, honaker=False), r"rounds=6.*at most the 5 .*tree"),
+        (factorization.independent(ROUNDS, separation=4, participations=1), r"participations=1.*at least 2"),
+        (factorization.independent(3 * ROUNDS, separation=2, participations=4), r"participations=4.*at least 5"),
+    ],
+)
+def test_a_strategy_for_other_cohorts_is_refused(strategy: Any, said: str) -> None:
+    with pytest.raises(InvalidArgument, match=said):
+        correlated(correlated_noise(2.0, strategy=strategy))
+
+
+def test_a_sampler_s_promise_of_sampling_counts_for_nothing_under_correlated_noise() -> None:
+    own = replace(sampling.poisson(1.0), apart=lambda population: 1)
+    (said,) = correlated(correlated_noise(2.0, delta=1e-3), cohort=own).privacy
+    assert said["events"][0]["sampling"] == "none" and said["strategy"]["participations"] == ROUNDS
+    everyone = correlated(correlated_noise(2.0, delta=1e-3), cohort=None).privacy[0]
+    assert everyone["strategy"]["participations"] == ROUNDS and everyone["epsilon"] == said["epsilon"]
+
+
+def test_correlated_noise_is_told_as_what_it_is(tmp_path: Path) -> None:
+    result = correlated()
+    text = privacy.explain(result)
+    assert text.count(". ") == 1 and f"the whole of one Gaussian mechanism of {ROUNDS} rounds" in text
+    assert "strategy buffered" in text and "at most 2 times, 4 rounds apart" in text and "odds" in text
+    assert text.split(" (")[0] in result.report(tmp_path / "report.html").read_text()
+    loaded = atoll.Result.load(result.save(tmp_path / "saved"))
+    assert loaded.privacy == result.privacy and privacy.explain(loaded) == text
+    seeded = correlated(correlated_noise(2.0, seed=1))
+    assert privacy.explain(seeded).startswith("NOT PRIVATE") and not seeded.privacy[0]["private"]
+
+
+@pytest.mark.slow
+def test_correlated_noise_killed_with_sigkill_goes_on_with_the_same_bits(tmp_path: Path) -> None:
+    script = tmp_path / "child.py"
+    script.write_text(
+        "import os, signal, sys\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from test_releases import correlated, correlated_noise\n"
+        "def tell(record):\n"
+        "    if record.round == 5:\n        os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"correlated(correlated_noise(2.0, delta=1e-3, seed=4), directory={str(tmp_path / 'run')!r}, "
+        "checkpoint_every=2, callbacks=(tell,))\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], check=False, env=os.environ)
+    assert done.returncode == -9 and counted(tmp_path / "run") == 5
+    from atoll.report.runs import read_run
+
+    own = STRATEGIES["buffered"]
+    told = read_run(tmp_path / "run").privacy[0]
+    expected = gaussian(2.0 * own.sensitivity / own.prefix(5), 1e-3)
+    assert told["releases"] == 5 and told["epsilon"] == pytest.approx(expected, rel=1e-9)
+    noise = correlated_noise(2.0, delta=1e-3, seed=4)
+    result = correlated(noise, directory=tmp_path / "run", checkpoint_every=2, resume=True)
+    assert counted(tmp_path / "run") == ROUNDS and torch.equal(result.vector, correlated(noise).vector)
 
 
 # --- example-level privacy --------------------------------------------------------------------------------------------

@@ -178,6 +178,7 @@ def test_nobody_takes_part_again_within_the_separation(size: int, separation: in
     sampler = sampling.min_separation(size, separation)
     clients = [f"c{i}" for i in range(population)]
     sampler.check(clients)
+    assert sampler.apart is not None and sampler.apart(population) == separation, "what is promised is what is held to"
     last: dict[str, int] = {}
     for round in range(60):
         cohort = sampling.min_separation(size, separation).cohort(3, round, clients)  # as after a restart

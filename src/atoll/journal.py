@@ -216,11 +216,11 @@ def discard_checkpoints(directory: Path, *, keep: int) -> None:
             path.unlink()
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file whole or not at all, durably."""
+def write_atomically(path: Path, content: bytes, *, mode: int = 0o666) -> None:
+    """Replace a file whole or not at all, durably; who may read it is `mode` less the process's own mask."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "wb") as file:
+    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())

@@ -11,6 +11,11 @@ number of rounds this run has. In a round
 A run that is killed goes on from its last checkpoint with the noised sums that are on disk: the same noise, counted
 once. A sum whose entry is missing is entered first. Where sums are lost together with a checkpoint, rounds are run
 again with new noise, and both are counted: the ledger never holds less than what ran.
+
+Noise that is correlated between rounds is remembered: with every sum the vectors that were drawn for it, and with every
+checkpoint those that the strategy keeps. Both are secrets in files of the run directory that its owner alone may read,
+and go when the sum goes. There a lost sum ends the run: noise of a round that was released is never drawn again, as
+the two together would tell what it hides, and other noise would be no part of the one mechanism that is counted.
 """
 
 import hashlib
@@ -27,15 +32,17 @@ from atoll.collecting import Release
 from atoll.errors import InvalidArgument, RunError, invalid
 from atoll.journal import Journal, write_atomically
 from atoll.privacy.accounting import Event, calibrate, check_delta, check_known, default_accountant, usual_delta
+from atoll.privacy.correlated import Correlated
+from atoll.privacy.factorization import Strategy, named, restored
 from atoll.privacy.ledger import Unit
-from atoll.privacy.noise import releasing
+from atoll.privacy.noise import Noise, deviation, releasing
 from atoll.privacy.terms import Terms, ledger_of, statement
 from atoll.rounds import Process
 from atoll.sampling import Sampler
 from atoll.secret import Source
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 
 def terms_of(process: Process, sampler: Sampler, population: int, rounds: int) -> Terms:
@@ -47,6 +54,7 @@ def terms_of(process: Process, sampler: Sampler, population: int, rounds: int) -
     """
     noise = process.chain.noise
     assert noise is not None
+    strategy = _strategy(noise, sampler, population, rounds)
     if sampler.chance is None:
         raise invalid(
             "cohort", sampler.spec.get("name"), "a rule the privacy accountant knows",
@@ -54,7 +62,7 @@ def terms_of(process: Process, sampler: Sampler, population: int, rounds: int) -
             "rule of your own can say chance=lambda population: (\"none\", 1.0), which counts every round for "
             "everybody.",
         )  # fmt: skip
-    sampling, rate = sampler.chance(population)
+    sampling, rate = sampler.chance(population) if strategy is None else ("none", 1.0)
     if sampling != "none" and sampler.secret is None:
         raise invalid(
             "cohort", sampler.spec.get("name"), f"counted as {sampling!r} only where cohorts are drawn in secret",
@@ -68,16 +76,64 @@ def terms_of(process: Process, sampler: Sampler, population: int, rounds: int) -
     if multiplier is None:
         assert noise.epsilon is not None
         multiplier = calibrate(
-            epsilon=noise.epsilon, steps=rounds, delta=delta, sampling_rate=rate, sampling=sampling,
-            accountant=accountant, population=population,
+            epsilon=noise.epsilon, steps=rounds if strategy is None else 1, delta=delta, sampling_rate=rate,
+            sampling=sampling, accountant=accountant, population=population,
         )  # fmt: skip
     budget = noise.budget if noise.epsilon is None else noise.epsilon
     expected = float(sampler.expected(population))
     terms = Terms(
-        multiplier, sampling, float(rate), population, expected, delta, accountant, budget, rounds, noise.seed is None
-    )
-    terms.ledger.check(terms.event)
+        multiplier, sampling, float(rate), population, expected, delta, accountant, budget, rounds, noise.seed is None,
+        None if strategy is None else strategy.spec,
+    )  # fmt: skip
+    ledger = terms.ledger
+    ledger.check(terms.event)
+    bound, own = process.chain.facts.bound, ledger.strategy
+    assert bound is not None
+    size = process.chain.seen_size(process.length, process.split)[0]
+    sensitivity, together = (1.0, 0) if own is None else (own.sensitivity, own.rounds)
+    deviation(multiplier, bound, size, sensitivity=sensitivity, rounds=together)
     return terms
+
+
+def _strategy(noise: Noise, sampler: Sampler, population: int, rounds: int) -> Strategy | None:
+    """How noise is correlated in so many rounds of cohorts by this sampler; None: it is not.
+
+    Raises:
+        InvalidArgument: a sampler that promises no separation, or too little of it; a strategy for fewer rounds or
+            participations.
+    """
+    given = noise.strategy
+    if given is None:
+        return None
+    if sampler.apart is None:
+        raise invalid(
+            "cohort", sampler.spec.get("name"), "a rule that keeps a client's participations apart, with "
+            "correlated_noise",
+            "Use atoll.sampling.min_separation(size, separation), or everyone() with separation 1; or gaussian_noise, "
+            "which knows what other samplers save.",
+        )  # fmt: skip
+    apart = sampler.apart(population)
+    if isinstance(given, str):
+        return named(given, rounds, apart)
+    given = restored(given.spec)  # the one that will be counted
+    if apart < given.separation:
+        raise invalid(
+            "strategy", f"{given.spec['name']}(separation={given.separation})",
+            f"a separation of at most {apart}, which the sampler {sampler.spec.get('name')} promises",
+            f"Or use atoll.sampling.min_separation(size, {given.separation}).",
+        )  # fmt: skip
+    if rounds > given.rounds:
+        raise invalid(
+            "rounds", rounds, f"at most the {given.rounds} that the strategy {given.spec['name']} is built for",
+            f"Build it for {rounds}.",
+        )  # fmt: skip
+    if (most := -(-given.rounds // apart)) > given.participations:
+        raise invalid(
+            "strategy", f"{given.spec['name']}(participations={given.participations})",
+            f"at least {most}, as often as a client may take part in {given.rounds} rounds, {apart} apart",
+            "Leave participations out.",
+        )  # fmt: skip
+    return given
 
 
 class Releases:
@@ -89,10 +145,20 @@ class Releases:
         terms: of a run that begins; those of one that goes on are in its journal.
         directory: of the run, or None.
         journal: of the run.
+        round: from which the run goes on.
+
+    Raises:
+        RunError: correlated noise cannot go on, since what was drawn is lost.
     """
 
     def __init__(
-        self, process: Process, sampler: Sampler, terms: Terms | None, directory: Path | None, journal: Journal
+        self,
+        process: Process,
+        sampler: Sampler,
+        terms: Terms | None,
+        directory: Path | None,
+        journal: Journal,
+        round: int = 0,
     ) -> None:
         assert process.chain.noise is not None
         self._process, self._sampler, self._journal = process, sampler, journal
@@ -110,9 +176,20 @@ class Releases:
         self._kept = self._stored({body["id"] for body in entered})
         self.ledger = ledger_of(self.terms, (e.body for e in journal.events("release")))
         self._allowed = 0  # releases in all that are known to be within the budget
+        self._correlated = self._resumed({body["round"] for body in entered if body["round"] > round}, round)
 
     def last(self, round: int, total: int) -> int:
-        """The round up to which the budget allows the run to go, from `round` on and up to `total`."""
+        """The round up to which the budget allows the run to go, from `round` on and up to `total`.
+
+        Raises:
+            InvalidArgument: more rounds than the noise was correlated for.
+        """
+        own = self.ledger.strategy
+        if own is not None and total > own.rounds:
+            raise invalid(
+                "rounds", total, f"at most the {own.rounds} that the noise was correlated for when the run began",
+                "More rounds are another run, whose epsilon adds to that of this one.",
+            )  # fmt: skip
         kept = sum(1 for r in self._kept if r > round)  # counted already
         more = self.ledger.fits(self.terms.event, max(0, total - round - kept))
         self._allowed = self.ledger.releases + more
@@ -125,7 +202,13 @@ class Releases:
     def kept(self, round: int) -> Tensor | None:
         """The noised sum of a round (from 0) that was made before the run was stopped."""
         path = self._kept.get(round + 1)
-        return None if path is None else _read(path)[0]
+        if path is None:
+            return None
+        tensors, _ = _read(path)
+        if self._correlated is not None:
+            assert self._correlated.round == round
+            self._correlated.redo(tensors["drawn"])
+        return tensors["sum"]
 
     def release(self, round: int) -> Release:
         """What adds the noise of a round (from 0), and enters it.
@@ -136,24 +219,43 @@ class Releases:
         event = self.terms.event
         if self.ledger.releases >= self._allowed:
             self.ledger.check(event)
-        add = releasing(self.terms.noise_multiplier, self._source.derive("noise", round))
+        source = self._source.derive("noise", round)
+        add, correlated = releasing(self.terms.noise_multiplier, source), self._correlated
+        assert correlated is None or correlated.round == round
 
         def release(total: Tensor, bound: float) -> Tensor:
-            noised = add(total, bound)
+            secret = dict[str, Tensor]()
+            if correlated is None:
+                noised = add(total, bound)
+            else:
+                assert bound == self._process.chain.facts.bound
+                noised, secret["drawn"] = correlated.add(total, source)
             body = {"id": os.urandom(16).hex(), "round": round + 1, **asdict(event)}
             if self._folder is not None:
-                _write(self._folder / f"round-{round + 1:08d}.safetensors", noised, body)
+                _write(self._folder / f"round-{round + 1:08d}.safetensors", {"sum": noised, **secret}, body)
             self._journal.append("release", body)
             self.ledger.enter(event)
             return noised
 
         return release
 
+    def save(self, round: int) -> None:
+        """Keep what the next rounds take back, before a checkpoint says that this round is done."""
+        own = self._correlated
+        if self._folder is None or own is None or own.state is None or not own.strategy.vectors or own.round != round:
+            return
+        _write(self._folder / _noise(round), {"state": own.state}, {"round": round})
+
     def settled(self, round: int) -> None:
-        """Forget the noised sums up to a round: two durable checkpoints stand behind it."""
-        for number in [r for r in self._on_disk() if r <= round]:
-            self._on_disk()[number].unlink()
-            self._kept.pop(number, None)
+        """Forget the noised sums up to a round, and noise before it: two durable checkpoints stand behind it."""
+        for number, path in self._on_disk().items():
+            if number <= round:
+                path.unlink()
+                self._kept.pop(number, None)
+        if self._folder is not None and self._correlated is not None:
+            for path in self._folder.glob("noise-*.safetensors"):
+                if path.name < _noise(round):
+                    path.unlink()
 
     @property
     def epsilon(self) -> float:
@@ -176,6 +278,28 @@ class Releases:
                 self._journal.append("release", body)
             found[number] = path
         return found
+
+    def _resumed(self, entered: set[int], round: int) -> Correlated | None:
+        """The noise that goes on behind a round, where it is correlated, if all that was drawn since is there."""
+        strategy, bound = self.ledger.strategy, self._process.chain.facts.bound
+        if strategy is None:
+            return None
+        assert bound is not None
+        lost = sorted(entered - self._kept.keys())
+        if lost:
+            raise RunError(
+                f"the noised sum of round {lost[0]} was released, but {self._folder} has it no more: correlated noise "
+                "is never drawn again for a round. Begin a new run in another directory; what this one spent counts "
+                "as well."
+            )
+        state = None
+        if round and strategy.vectors:
+            assert self._folder is not None
+            path = self._folder / _noise(round)
+            if not path.exists():
+                raise RunError(f"{path} is missing: without it correlated noise cannot go on. Begin a new run.")
+            state = _read(path)[0]["state"]
+        return Correlated(strategy, self.terms.noise_multiplier, bound, round, state)
 
     def _on_disk(self) -> dict[int, Path]:
         if self._folder is None or not self._folder.exists():
@@ -215,27 +339,35 @@ def check_splits(asked: "Sequence[str] | None", *, unit: Unit) -> None:
     )
 
 
-def _write(path: Path, noised: Tensor, body: dict[str, Any]) -> None:
+def _noise(round: int) -> str:
+    """The file with what correlated noise keeps behind a round."""
+    return f"noise-{round:08d}.safetensors"
+
+
+def _write(path: Path, tensors: dict[str, Tensor], body: dict[str, Any]) -> None:
     from safetensors.torch import save
 
-    content = noised.contiguous()
+    content = {name: tensor.contiguous() for name, tensor in tensors.items()}
     told = {**body, "blake2b": _hash(content)}
-    write_atomically(path, save({"sum": content}, {"atoll": json.dumps(told)}))
+    write_atomically(path, save(content, {"atoll": json.dumps(told)}), mode=0o600)
 
 
-def _read(path: Path) -> tuple[Tensor, dict[str, Any]]:
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "pt") as file:
             body: dict[str, Any] = json.loads(file.metadata()["atoll"])
-            noised: Tensor = file.get_tensor("sum")
+            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in sorted(file.keys())}
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
         raise RunError(f"{path} is damaged: the noised sum it held cannot be used again.") from error
-    if body.pop("blake2b", None) != _hash(noised):
-        raise RunError(f"{path} is damaged: the noised sum it held cannot be used again.")
-    return noised, body
+    if body.pop("blake2b", None) != _hash(tensors):
+        raise RunError(f"{path} is damaged: what it held cannot be used again.")
+    return tensors, body
 
 
-def _hash(tensor: Tensor) -> str:
-    return hashlib.blake2b(tensor.view(torch.uint8).numpy().data, digest_size=16).hexdigest()
+def _hash(tensors: "Mapping[str, Tensor]") -> str:
+    found = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        found.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()

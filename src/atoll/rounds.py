@@ -859,6 +859,11 @@ class Process:
         """Noise for a caller who keeps no ledger, and epsilon after this round if everybody takes part in every one."""
         noise = self.chain.noise
         assert noise is not None
+        if noise.strategy is not None:
+            raise CompositionError(
+                "correlated_noise takes back noise of earlier rounds, which nobody remembers here: use atoll.simulate, "
+                "or gaussian_noise."
+            )
         if noise.noise_multiplier is None:
             raise CompositionError(
                 f"gaussian_noise(epsilon={noise.epsilon:g}) cannot calibrate itself here, where nobody knows how many "

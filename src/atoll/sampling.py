@@ -34,6 +34,8 @@ class Sampler:
         chance: (population size) -> how an accountant counts it ("poisson", "fixed" or "none") and the share of the
             population that is drawn; None: no accountant knows this rule.
         secret: (source, population size) -> indices of a cohort, ascending; None: who takes part is no secret.
+        apart: (population size) -> b, so that whoever takes part in a round does not before b rounds later, whatever
+            the seed; None: nothing is promised.
     """
 
     spec: Spec
@@ -42,6 +44,7 @@ class Sampler:
     check: Callable[[Sequence[str]], None]
     chance: Callable[[int], tuple[Sampling, float]] | None = None
     secret: Callable[[Source, int], "np.ndarray"] | None = None
+    apart: Callable[[int], int] | None = None
 
     def cohort(self, seed: int, round: int, clients: Sequence[str]) -> tuple[str, ...]:
         """Names of the clients that take part in a round."""
@@ -118,7 +121,8 @@ def poisson(rate: float) -> Sampler:
 def everyone() -> Sampler:
     """All clients in every round."""
     return Sampler(
-        record("everyone"), lambda seed, round, population: np.arange(population), float, _anyone, _known
+        record("everyone"), lambda seed, round, population: np.arange(population), float, _anyone, _known,
+        apart=lambda population: 1,
     )  # fmt: skip
 
 
@@ -158,7 +162,7 @@ def min_separation(size: int, separation: int) -> Sampler:
 
     The population is dealt into as many groups at random; round t draws from group t modulo the number of groups. So
     the separation is a function of seed and round: it holds over restarts, and nobody need remember who took part. It
-    is what correlated noise (`atoll.privacy.factorization`) counts on: in n rounds a client takes part at most
+    is what correlated noise (`atoll.transforms.correlated_noise`) counts on: in n rounds a client takes part at most
     ceil(n / separation) times. Nothing is claimed from the sampling itself.
 
     Args:
@@ -182,8 +186,9 @@ def min_separation(size: int, separation: int) -> Sampler:
             )  # fmt: skip
 
     return Sampler(
-        record("min_separation", size=size, separation=separation), draw, lambda population: float(size), check, _known
-    )
+        record("min_separation", size=size, separation=separation), draw, lambda population: float(size), check, _known,
+        apart=lambda population: separation,
+    )  # fmt: skip
 
 
 def resolve(cohort: "int | float | Sampler | None") -> Sampler:

@@ -304,7 +304,7 @@ class _Run:
             return
         if terms is None and next(iter(self.journal.events("privacy")), None) is None:
             terms = terms_of(self.process, self.sampler, len(self.training), total)
-        self.releases = Releases(self.process, self.sampler, terms, self.directory, self.journal)
+        self.releases = Releases(self.process, self.sampler, terms, self.directory, self.journal, self.state.round)
 
     def rounds(
         self, total: int, callbacks: Sequence[Callable[[Record], Any]], progress: bool | Literal["auto"]
@@ -540,6 +540,8 @@ class _Run:
         tree = _tree(state)
         tensors, values = encode_leaves({**dict(leaves(tree)), "private": state.private})
         state.memory.flush()
+        if self.releases is not None:
+            self.releases.save(state.round)
         checkpoint = Checkpoint(
             state.round,
             tensors,

@@ -1,6 +1,7 @@
 """Correlated noise: every stream decodes its strategy, and no client moves it further than its sensitivity says."""
 
 import itertools
+import json
 import math
 
 import pytest
@@ -10,7 +11,7 @@ from dp_accounting.rdp import rdp_privacy_accountant
 
 from atoll.errors import InvalidArgument
 from atoll.privacy import factorization as f
-from atoll.secret import Source
+from atoll.secret import Source, grid
 
 ROUNDS = 13
 STRATEGIES = {
@@ -106,6 +107,52 @@ def test_noise_that_is_drawn_has_the_errors_that_are_told(name: str) -> None:
     for t, error in enumerate(strategy.errors().tolist()):
         total += strategy.next(t, state, lambda: source.normal(strategy.sensitivity, length))
         assert abs(float(total.square().mean()) / error**2 - 1) < 5 * math.sqrt(2 / length)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_the_first_rounds_are_a_mechanism_of_their_own(name: str) -> None:
+    """Of C X + Z only rows are released that no later round is part of; nobody moves these further than is told."""
+    strategy, c = STRATEGIES[name], STRATEGIES[name].matrix()
+    told = [strategy.prefix(r) for r in range(1, ROUNDS + 1)]
+    for r, most in enumerate(told, 1):
+        made = c[(c[:, r:] == 0).all(dim=1)]
+        gram = (made.T @ made).abs()
+        allowed = patterns(r, strategy.separation, strategy.participations)
+        found = max(math.sqrt(float(gram[list(p)][:, list(p)].sum())) for p in allowed)
+        assert found <= most * (1 + 1e-12)
+        if strategy.spec["name"] in ("independent", "buffered"):
+            assert math.isclose(found, most, rel_tol=1e-12)
+    assert told == sorted(told) and told[-1] == strategy.sensitivity
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_strategy_is_restored_from_its_spec(name: str) -> None:
+    strategy = STRATEGIES[name]
+    again = f.restored(json.loads(json.dumps(strategy.spec)))
+    assert again.spec == strategy.spec and again.sensitivity == strategy.sensitivity
+    assert torch.equal(again.decoder(), strategy.decoder())
+
+
+@pytest.mark.parametrize("name", f.STRATEGIES)
+@pytest.mark.parametrize(("rounds", "separation"), [(1, 1), (7, 1), (7, 3), (7, 7), (7, 20)])
+def test_noise_on_a_grid_stays_on_it(name: str, rounds: int, separation: int) -> None:
+    strategy, source, spacing = f.named(name, rounds, separation), Source(seed=1), grid(1.0)
+    exact, rounded = strategy.init(20), strategy.init(20)
+    drawn: list[torch.Tensor] = []
+    for t in range(rounds):
+        drawn.clear()
+        noise = strategy.next(t, rounded, lambda: drawn.append(source.normal(1.0, 20)) or drawn[-1].clone(), spacing)
+        assert torch.equal(noise / spacing, (noise / spacing).round())
+        kept = iter([d.clone() for d in drawn])
+        plain = strategy.next(t, exact, lambda: next(kept))
+        torch.testing.assert_close(noise, plain, rtol=0, atol=10 * spacing)
+    assert strategy.participations == -(-rounds // separation)
+
+
+def test_strategies_that_nobody_knows() -> None:
+    for call in (lambda: f.named("band", 5, 1), lambda: f.restored({"name": "band"})):
+        with pytest.raises(InvalidArgument, match=r"strategy='band' is unknown.*Did you mean 'banded'"):
+            call()
 
 
 # --- the tree ---------------------------------------------------------------------------------------------------------

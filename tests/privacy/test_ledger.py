@@ -3,7 +3,7 @@
 import pytest
 
 from atoll.errors import BudgetSpent, InvalidArgument
-from atoll.privacy import Event, Ledger, epsilon
+from atoll.privacy import Event, Ledger, epsilon, factorization
 
 
 def test_a_ledger_says_what_its_events_spend() -> None:
@@ -79,3 +79,49 @@ def test_a_statement_has_unit_neighbours_delta_and_events() -> None:
 def test_ledgers_that_mean_nothing(wrong: dict[str, object], said: str) -> None:
     with pytest.raises(InvalidArgument, match=said):
         Ledger(**{"unit": "client", "delta": 1e-5} | wrong)  # type: ignore[arg-type]
+
+
+# --- correlated noise -------------------------------------------------------------------------------------------------
+
+
+def correlated(budget: float | None = None) -> tuple[Ledger, list[float]]:
+    """A ledger of ten rounds, and epsilon after each of them."""
+    own = factorization.buffered(10, separation=3)
+    spent = [
+        epsilon(noise_multiplier=1.5 * own.sensitivity / own.prefix(r), steps=1, delta=1e-5, sampling="none")
+        for r in range(1, 11)
+    ]
+    return Ledger("client", 1e-5, budget=budget, strategy=own), spent
+
+
+def test_correlated_releases_are_one_mechanism() -> None:
+    ledger, spent = correlated()
+    assert ledger.epsilon == 0.0
+    for r, expected in enumerate(spent, 1):
+        assert ledger.after(Event(1.5)) == pytest.approx(expected, rel=1e-12)
+        ledger.spend(Event(1.5))
+        assert ledger.epsilon == pytest.approx(expected, rel=1e-12) and ledger.releases == r
+        assert ledger.told(10) >= ledger.epsilon
+    assert spent == sorted(spent) and spent[0] < spent[-1]
+    assert ledger.epsilon == pytest.approx(epsilon(noise_multiplier=1.5, steps=1, delta=1e-5, sampling="none"))
+    with pytest.raises(InvalidArgument, match=r"steps=11.*at most the 10 rounds"):
+        ledger.spend(Event(1.5))
+    assert ledger.releases == 10
+
+
+def test_a_budget_allows_the_rounds_of_a_correlated_mechanism_that_fit() -> None:
+    ledger, spent = correlated(budget=correlated()[1][5])
+    most = sum(e <= spent[5] for e in spent)  # none is spent in rounds that nobody's later participation reaches
+    assert 6 <= most < 10 and ledger.fits(Event(1.5), 10) == most
+    ledger.enter(Event(1.5, count=most))
+    with pytest.raises(BudgetSpent, match=rf"{most} releases"):
+        ledger.spend(Event(1.5))
+
+
+@pytest.mark.parametrize("other", [Event(1.6), Event(1.5, "poisson", 0.5)])
+def test_nothing_else_is_counted_as_part_of_a_correlated_mechanism(other: Event) -> None:
+    ledger, _ = correlated()
+    ledger.spend(Event(1.5))
+    with pytest.raises(InvalidArgument, match="releases of one noise multiplier"):
+        ledger.enter(other)
+    assert ledger.events == [Event(1.5)]

@@ -39,6 +39,7 @@ def explained(statement: Mapping[str, Any]) -> str:
     unit, epsilon = str(statement["unit"]), float(statement["epsilon"])
     factor = math.exp(min(epsilon, 700.0))
     changed = "whether its data were there at all" if statement["neighbours"] == "zero-out" else "which data it had"
+    own = statement.get("strategy")
     noise = sorted({float(e["noise_multiplier"]) for e in statement["events"]})
     rules = [_RULES[e["sampling"]].format(unit=unit, rate=e["sampling_rate"]) for e in statement["events"]]
     trust = f" by {statement['trusted']}" if statement.get("trusted") else ""
@@ -47,6 +48,8 @@ def explained(statement: Mapping[str, Any]) -> str:
         f"{changed} change by a factor of at most {_short(factor)}, but for a chance of {statement['delta']:g} "
         f"(epsilon {_short(epsilon)} at delta {statement['delta']:g}, neighbours {statement['neighbours']})."
     )
+    if own:
+        return f"{first} {_correlated(statement, own, trust)}"
     second = (
         f"That is {int(statement['releases']):,} releases with Gaussian noise of "
         f"{' and '.join(f'{z:.4g}' for z in noise) or 'no'} times the clip norm{', added' + trust if trust else ''}, "
@@ -54,6 +57,20 @@ def explained(statement: Mapping[str, Any]) -> str:
         f"not covered: {'; '.join(statement.get('not_covered', ())) or 'nothing else leaves the run'}."
     )
     return f"{first} {second}"
+
+
+def _correlated(statement: Mapping[str, Any], own: Mapping[str, Any], trust: str) -> str:
+    """The second sentence, of noise that is correlated between rounds."""
+    made, rounds, most = (int(v) for v in (statement["releases"], own["rounds"], own["participations"]))
+    apart = f", {own['separation']:,} rounds apart or more" if most > 1 else ""
+    return (
+        f"That is {'the whole' if made == rounds else f'the first {made:,} of {rounds:,} rounds'} of one Gaussian "
+        f"mechanism of {rounds:,} rounds with noise of {statement['noise_multiplier']:.4g} times its sensitivity of "
+        f"{own['sensitivity']:.4g} clip norms, correlated between rounds by the strategy {own['name']}, added{trust}, "
+        f"whoever was in the cohorts, if each {statement['unit']} takes part at most {most:,} "
+        f"time{'s' if most > 1 else ''}{apart}, which the sampler sees to, counted by the {statement['accountant']} "
+        f"accountant; not covered: {'; '.join(statement.get('not_covered', ())) or 'nothing else leaves the run'}."
+    )
 
 
 def _whose(statement: Mapping[str, Any]) -> str:

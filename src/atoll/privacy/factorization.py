@@ -27,20 +27,29 @@ Noise is made in a stream. Memory in vectors: none, log2 n, bands - 1, buffers.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from atoll.errors import invalid
+from atoll.errors import invalid, unknown
 from atoll.spec import Spec, record
 
 Draw = Callable[[], Tensor]
 """() -> a vector [L] of independent normal numbers with the standard deviation of Z."""
 
 MOST_ROUNDS = 1 << 14
+
+
+class Next(Protocol):
+    """A strategy's stream."""
+
+    def __call__(self, t: int, state: Tensor, draw: Draw, spacing: float = 0.0) -> Tensor:
+        """The noise of round t."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +61,11 @@ class Strategy:
         rounds: n.
         separation: b: a client takes part at most once in any b rounds that follow each other.
         participations: k: how often a client takes part at most.
-        sensitivity: sens(C), or an upper bound on it.
+        prefix: (r from 1 to n) -> sens of C for the first r rounds alone, or an upper bound on it.
         vectors: vectors of the sum's length that the stream keeps.
-        next: (t from 0, state [vectors, L], draw) -> the round's noise [L]; changes the state in place. Call it once
-            for every round, in order.
+        next: (t from 0, state [vectors, L], draw, spacing) -> the round's noise [L]; changes the state in place. Call
+            it once for every round, in order. With a spacing above 0, of which all that is drawn are multiples, what
+            is taken back of earlier noise is rounded to multiples of it, and so the noise is one (not under `honaker`).
         matrix: () -> C [m, n], a row for each vector that is drawn, in the order in which they are.
     """
 
@@ -63,10 +73,15 @@ class Strategy:
     rounds: int
     separation: int
     participations: int
-    sensitivity: float
+    prefix: Callable[[int], float]
     vectors: int
-    next: Callable[[int, Tensor, Draw], Tensor]
+    next: Next
     matrix: Callable[[], Tensor]
+
+    @property
+    def sensitivity(self) -> float:
+        """sens(C), or an upper bound on it."""
+        return self.prefix(self.rounds)
 
     def init(self, length: int) -> Tensor:
         """The state before round 0: [vectors, length] float64."""
@@ -96,8 +111,8 @@ def independent(rounds: int, *, separation: int = 1, participations: int | None 
     most = _participation(rounds, separation, participations)
     return Strategy(
         record("independent", rounds=rounds, separation=separation, participations=most),
-        rounds, separation, most, math.sqrt(most), 0,
-        lambda t, state, draw: draw(),
+        rounds, separation, most, lambda r: math.sqrt(_visits(r, separation, most)), 0,
+        lambda t, state, draw, spacing=0.0: draw(),
         lambda: torch.eye(rounds, dtype=torch.float64),
     )  # fmt: skip
 
@@ -125,14 +140,18 @@ def tree(rounds: int, *, separation: int = 1, participations: int | None = None,
     """
     most = _participation(rounds, separation, participations)
     levels = rounds.bit_length()
-    squared = most * sum(min(most, -(-(1 << level) // separation)) for level in range(levels))
+
+    def prefix(r: int) -> float:
+        k = _visits(r, separation, most)
+        return math.sqrt(k * sum(min(k, -(-(1 << level) // separation)) for level in range(r.bit_length())))
+
     own = [1.0]  # the weight of a node's own noise in its estimate
     variance = 1.0
     for _ in range(1, levels):
         own.append(2 * variance / (2 * variance + 1) if honaker else 1.0)
         variance = own[-1] if honaker else 1.0
 
-    def step(t: int, state: Tensor, draw: Draw) -> Tensor:
+    def step(t: int, state: Tensor, draw: Draw, spacing: float = 0.0) -> Tensor:
         estimate, level = draw(), 0
         before = torch.zeros_like(estimate)
         while t >> level & 1:
@@ -154,7 +173,7 @@ def tree(rounds: int, *, separation: int = 1, participations: int | None = None,
 
     return Strategy(
         record("tree", rounds=rounds, separation=separation, participations=most, honaker=honaker),
-        rounds, separation, most, math.sqrt(squared), levels, step, matrix,
+        rounds, separation, most, prefix, levels, step, matrix,
     )  # fmt: skip
 
 
@@ -172,8 +191,8 @@ def banded(
         bands: numbers of a column that are not 0, 1 to n.
         separation: b; default as many as bands.
         participations: k; default as many as the separation allows.
-        coefficients: c [bands] instead of the best ones; c_0 > 0. With more bands than the separation they must be
-            non-negative and not increasing, as the best ones are then made to be.
+        coefficients: c [bands] instead of the best ones; c_0 > 0, and all are divided by it. With more bands than the
+            separation they must be non-negative and not increasing, as the best ones are then made to be.
     """
     if isinstance(bands, bool) or not isinstance(bands, int) or not 1 <= bands <= rounds:
         raise invalid("bands", bands, f"an integer from 1 to rounds={rounds}")
@@ -192,12 +211,15 @@ def banded(
                 "coefficients", coefficients, "non-negative and not increasing where bands exceed the separation"
             )
 
-    weights = (c / c[0]).tolist()
+    c = c / c[0]
+    weights = c.tolist()
 
-    def step(t: int, state: Tensor, draw: Draw) -> Tensor:
-        noise = draw().div_(float(c[0]))
+    def step(t: int, state: Tensor, draw: Draw, spacing: float = 0.0) -> Tensor:
+        back = torch.zeros_like(state[0]) if bands > 1 else None
         for j in range(1, min(t, bands - 1) + 1):
-            noise.add_(state[(t - j) % (bands - 1)], alpha=-weights[j])
+            assert back is not None
+            back.add_(state[(t - j) % (bands - 1)], alpha=weights[j])
+        noise = draw() if back is None else draw().sub_(_rounded(back, spacing))
         if bands > 1:
             state[t % (bands - 1)] = noise
         return noise
@@ -205,7 +227,7 @@ def banded(
     whole = torch.nn.functional.pad(c, (0, rounds - bands))
     return Strategy(
         record("banded", rounds=rounds, bands=bands, separation=apart, participations=most, coefficients=c.tolist()),
-        rounds, apart, most, toeplitz_sensitivity(whole, apart, most), bands - 1, step, lambda: toeplitz(whole),
+        rounds, apart, most, _prefix(whole, apart, most), bands - 1, step, lambda: toeplitz(whole),
     )  # fmt: skip
 
 
@@ -243,18 +265,58 @@ def buffered(
             raise invalid("scales", scales, f"{buffers} numbers above 0 whose sum is at most 1")
     c = _buffered_column(torch.tensor(a, dtype=torch.float64), torch.tensor(w, dtype=torch.float64), rounds)
 
-    def step(t: int, state: Tensor, draw: Draw) -> Tensor:
-        noise = draw()
+    def step(t: int, state: Tensor, draw: Draw, spacing: float = 0.0) -> Tensor:
+        back = torch.zeros_like(state[0])
         for i in range(buffers):
-            noise.add_(state[i], alpha=-w[i])
+            back.add_(state[i], alpha=w[i])
+        noise = draw().sub_(_rounded(back, spacing))
         for i in range(buffers):
             state[i].mul_(a[i]).add_(noise)
         return noise
 
     return Strategy(
         record("buffered", rounds=rounds, separation=separation, participations=most, decays=a, scales=w),
-        rounds, separation, most, toeplitz_sensitivity(c, separation, most), buffers, step, lambda: toeplitz(c),
+        rounds, separation, most, _prefix(c, separation, most), buffers, step, lambda: toeplitz(c),
     )  # fmt: skip
+
+
+# --- by name ----------------------------------------------------------------------------------------------------------
+
+STRATEGIES = ("buffered", "banded", "tree", "independent")
+
+
+def named(name: str, rounds: int, separation: int) -> Strategy:
+    """A strategy whose noise can lie on a grid: three buffers, as many bands as the separation, a tree without
+    Honaker's estimate, or fresh noise.
+
+    Args:
+        name: one of `STRATEGIES`.
+        rounds: n.
+        separation: b; the band is cut at n.
+    """
+    if name == "buffered":
+        return buffered(rounds, separation=separation)
+    if name == "banded":
+        return banded(rounds, bands=min(separation, rounds), separation=separation)
+    if name == "tree":
+        return tree(rounds, separation=separation, honaker=False)
+    if name == "independent":
+        return independent(rounds, separation=separation)
+    raise unknown("strategy", name, STRATEGIES)
+
+
+def restored(spec: Mapping[str, Any]) -> Strategy:
+    """The strategy of a spec, with the same numbers whatever would be chosen today."""
+    arguments = {n: v for n, v in spec.items() if n != "name"}
+    if spec["name"] == "buffered":
+        return buffered(**arguments, buffers=len(spec["decays"]))
+    if spec["name"] == "banded":
+        return banded(**arguments)
+    if spec["name"] == "tree":
+        return tree(**arguments)
+    if spec["name"] == "independent":
+        return independent(**arguments)
+    raise unknown("strategy", str(spec["name"]), STRATEGIES)
 
 
 # --- Toeplitz matrices ------------------------------------------------------------------------------------------------
@@ -289,6 +351,16 @@ def toeplitz_sensitivity(column: Tensor, separation: int, participations: int) -
         return math.sqrt(float(_squared_sensitivity(column, separation, participations)))
     assert int(column.nonzero().max()) < separation
     return math.sqrt(participations) * float(column.norm())
+
+
+def _prefix(column: Tensor, separation: int, participations: int) -> Callable[[int], float]:
+    """sens for the first rounds alone, of the lower triangular Toeplitz matrix with this first column [n]."""
+
+    @lru_cache(maxsize=256)
+    def prefix(r: int) -> float:
+        return toeplitz_sensitivity(column[:r], separation, _visits(r, separation, participations))
+
+    return prefix
 
 
 def _squared_sensitivity(column: Tensor, separation: int, participations: int) -> Tensor:
@@ -382,7 +454,7 @@ def _best_buffers(
 
     def unpack(point: Tensor) -> tuple[Tensor, Tensor]:
         a = torch.sigmoid(point[:buffers]) * (1 - 1e-9)
-        w = torch.softmax(point[buffers:-1], dim=0) * torch.sigmoid(point[-1])
+        w = torch.softmax(point[buffers:-1], dim=0) * torch.sigmoid(point[-1]) * (1 - 1e-12)  # rounded: 1 at most
         return a, w
 
     def loss(point: Tensor) -> Tensor:
@@ -404,3 +476,13 @@ def _participation(rounds: int, separation: int, participations: int | None) -> 
     if isinstance(participations, bool) or not isinstance(participations, int) or participations < 1:
         raise invalid("participations", participations, "an integer of at least 1, or None")
     return min(participations, possible)
+
+
+def _visits(rounds: int, separation: int, participations: int) -> int:
+    """How often a client takes part at most in the first rounds."""
+    return min(participations, -(-rounds // separation))
+
+
+def _rounded(values: Tensor, spacing: float) -> Tensor:
+    """Multiples of a power of two that are next to these values, in place; as they are where it is 0."""
+    return values if spacing == 0 else values.div_(spacing).round_().mul_(spacing)

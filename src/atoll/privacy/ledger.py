@@ -4,7 +4,7 @@ A release is entered *before* it is made, so that a ledger never holds less than
 that: the release that would exceed it is refused, and nothing of it happens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from atoll.privacy.accounting import (
     composed_epsilon,
     default_accountant,
 )
+from atoll.privacy.factorization import Strategy
 
 Unit = Literal["client", "example"]
 """Whose data one guarantee is about: all of a client's, or one example of a client."""
@@ -41,6 +42,9 @@ class Ledger:
         accountant: "pld", "rdp" or "analytic"; None: the tightest that is right for the events.
         budget: largest epsilon; None: none.
         events: what was released, equal releases counted together.
+        strategy: of noise that is correlated between releases; None: every release has fresh noise. All of them
+            together are one Gaussian mechanism then, of which those so far are the beginning: its noise multiplier is
+            that of the whole, times the sensitivity of the whole divided by that of the beginning.
     """
 
     unit: Unit
@@ -49,6 +53,7 @@ class Ledger:
     accountant: Accountant | None = None
     budget: float | None = None
     events: list[Event] = field(default_factory=list[Event])
+    strategy: Strategy | None = None
 
     def __post_init__(self) -> None:
         if self.unit not in ("client", "example"):
@@ -67,7 +72,7 @@ class Ledger:
     @property
     def epsilon(self) -> float:
         """Spent so far."""
-        return _epsilon(tuple(self.events), self.delta, self.accountant, True)
+        return self._spent(self.events)
 
     @property
     def releases(self) -> int:
@@ -76,7 +81,7 @@ class Ledger:
 
     def after(self, *more: Event) -> float:
         """Epsilon if these were released too."""
-        return _epsilon(tuple(self._merged(more)), self.delta, self.accountant, True)
+        return self._spent(self._merged(more))
 
     def check(self, event: Event) -> None:
         """Refuse a release that the budget does not allow.
@@ -124,18 +129,41 @@ class Ledger:
         if len(self.events) != 1 or self.events[0].count >= planned:
             return self.epsilon
         at = ahead(self.events[0].count, planned)
-        return _epsilon((replace(self.events[0], count=at),), self.delta, self.accountant, at == planned)
+        return self._spent([replace(self.events[0], count=at)], fine=at == planned)
 
     def _allows(self, event: Event) -> bool:
         if self.budget is None:
             return True
-        then = tuple(self._merged((event,)))
+        then = self._merged((event,))
         # The coarse answer is never less than the fine one.
-        return any(_epsilon(then, self.delta, self.accountant, fine) <= self.budget for fine in (False, True))
+        return any(self._spent(then, fine=fine) <= self.budget for fine in (False, True))
+
+    def _spent(self, events: Sequence[Event], *, fine: bool = True) -> float:
+        """Epsilon of these releases."""
+        if self.strategy is not None and events:
+            rounds = sum(e.count for e in events)
+            share = self.strategy.sensitivity / self.strategy.prefix(rounds)
+            events = [Event(events[0].noise_multiplier * share)]
+        return _epsilon(tuple(events), self.delta, self.accountant, fine)
 
     def statement(self) -> dict[str, Any]:
         """What can be said of it, as plain JSON values."""
+        own = self.strategy
+        told = (
+            {}
+            if own is None
+            else {
+                "strategy": {
+                    "name": own.spec["name"],
+                    "rounds": own.rounds,
+                    "separation": own.separation,
+                    "participations": own.participations,
+                    "sensitivity": own.sensitivity,
+                }
+            }
+        )
         return {
+            **told,
             "unit": self.unit,
             "epsilon": self.epsilon,
             "delta": self.delta,
@@ -145,7 +173,7 @@ class Ledger:
             "releases": self.releases,
             "events": [
                 {
-                    "mechanism": "gaussian",
+                    "mechanism": "gaussian" if own is None else "correlated gaussian",
                     "noise_multiplier": e.noise_multiplier,
                     "sampling": e.sampling,
                     "sampling_rate": e.sampling_rate,
@@ -161,7 +189,22 @@ class Ledger:
         for event in (*self.events, *more):
             one = replace(event, count=1)
             counts[one] = counts.get(one, 0) + event.count
+        self._check_mechanism(counts)
         return [replace(one, count=count) for one, count in counts.items() if count]
+
+    def _check_mechanism(self, counts: Mapping[Event, int]) -> None:
+        """Refuse to count as part of one correlated mechanism what is none."""
+        if self.strategy is None or not counts:
+            return
+        if len(counts) > 1 or next(iter(counts)).sampling != "none":
+            raise invalid(
+                "events", [e.sampling for e in counts], 'releases of one noise multiplier with sampling="none"',
+                "Correlated noise claims nothing from sampling. Keep a ledger of its own for other releases.",
+            )  # fmt: skip
+        if (rounds := sum(counts.values())) > self.strategy.rounds:
+            raise invalid(
+                "steps", rounds, f"at most the {self.strategy.rounds} rounds that the noise was correlated for"
+            )
 
     def _check_neighbours(self, event: Event) -> None:
         if NEIGHBOURS[event.sampling] != self.neighbours:

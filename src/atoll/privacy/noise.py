@@ -8,6 +8,7 @@ from torch import Tensor
 
 from atoll.errors import InvalidArgument, invalid
 from atoll.privacy.accounting import Accountant, check_accountant, check_delta, check_epsilon, check_multiplier
+from atoll.privacy.factorization import Strategy
 from atoll.secret import Source
 
 ROUNDING = 2.0**-18
@@ -21,14 +22,29 @@ GRID = 2.0**-32
 """The public grid's spacing is at most this share of the noise's standard deviation."""
 
 
-def deviation(multiplier: float, bound: float, length: int) -> float:
+def deviation(multiplier: float, bound: float, length: int, *, sensitivity: float = 1.0, rounds: int = 0) -> float:
     """Standard deviation of the noise on a sum of `length` numbers, to which one client adds at most `bound` in L2
     norm.
 
     It is multiplier times bound, and a little more: rounding the sum to the grid of spacing g may move it by up to
     sqrt(length) g for one client, which counts as part of what one client adds.
+
+    Args:
+        multiplier: standard deviation of the noise, divided by what one client moves.
+        bound: L2 norm.
+        length: of the sum.
+        sensitivity: of a correlated strategy, by which what one client adds is multiplied.
+        rounds: of a correlated strategy; in each of them what is taken back is rounded too.
+
+    Raises:
+        InvalidArgument: so much noise that rounding would count as much as what clients send.
     """
-    return multiplier * bound * (1 + ROUNDING) / (1 - multiplier * math.sqrt(length) * GRID)
+    rounding = multiplier * math.sqrt(length) * GRID * (sensitivity + 2 * math.sqrt(rounds))
+    if rounding > 0.5:
+        raise invalid(
+            "noise_multiplier", multiplier, f"less for sums of {length:,} numbers", "Allow a larger epsilon or delta."
+        )
+    return multiplier * sensitivity * bound * (1 + ROUNDING) / (1 - rounding)
 
 
 def releasing(multiplier: float, source: Source) -> Callable[[Tensor, float], Tensor]:
@@ -53,6 +69,7 @@ class Noise:
         budget: a run stops before the release that would spend more.
         accountant: None: the tightest that is right for the sampler.
         seed: of noise and cohorts that anybody can draw again, for tests; None: the cryptographic source.
+        strategy: how noise is correlated between rounds, by name or ready; None: fresh noise in every round.
     """
 
     noise_multiplier: float | None
@@ -61,6 +78,7 @@ class Noise:
     budget: float | None
     accountant: Accountant | None
     seed: int | None
+    strategy: str | Strategy | None = None
 
 
 def noise(
@@ -70,6 +88,7 @@ def noise(
     budget: float | None,
     accountant: Accountant | None,
     seed: int | None,
+    strategy: str | Strategy | None = None,
 ) -> Noise:
     """The checked record.
 
@@ -95,4 +114,4 @@ def noise(
         accountant = check_accountant(accountant)
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
         raise invalid("seed", seed, "an integer for tests, or None for privacy")
-    return Noise(noise_multiplier, epsilon, delta, budget, accountant, seed)
+    return Noise(noise_multiplier, epsilon, delta, budget, accountant, seed, strategy)

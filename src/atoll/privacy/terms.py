@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from atoll.privacy.accounting import NEIGHBOURS, Accountant, Event, Sampling
+from atoll.privacy.factorization import restored
 from atoll.privacy.ledger import Ledger
+from atoll.spec import Spec
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,7 +16,7 @@ class Terms:
     """What was decided before round one.
 
     Attributes:
-        noise_multiplier: standard deviation of the noise divided by the clip norm.
+        noise_multiplier: standard deviation of the noise divided by the clip norm, and by the strategy's sensitivity.
         sampling: how the accountant counts cohorts.
         sampling_rate: which share of the population is in one.
         population: clients there are.
@@ -24,6 +26,7 @@ class Terms:
         budget: largest epsilon; None: none.
         rounds: that were planned.
         private: False where noise and cohorts are seeded, for tests.
+        strategy: by which noise is correlated between rounds; None: it is not.
     """
 
     noise_multiplier: float
@@ -36,6 +39,7 @@ class Terms:
     budget: float | None
     rounds: int
     private: bool
+    strategy: Spec | None = None
 
     @property
     def event(self) -> Event:
@@ -45,7 +49,10 @@ class Terms:
     @property
     def ledger(self) -> Ledger:
         """A ledger without releases."""
-        return Ledger("client", self.delta, NEIGHBOURS[self.sampling], self.accountant, self.budget)
+        strategy = None if self.strategy is None else restored(self.strategy)
+        return Ledger(
+            "client", self.delta, NEIGHBOURS[self.sampling], self.accountant, self.budget, strategy=strategy
+        )  # fmt: skip
 
 
 def statement(terms: Terms, ledger: Ledger) -> dict[str, Any]:

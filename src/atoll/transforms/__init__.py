@@ -5,6 +5,7 @@ from atoll.transforms.base import PayloadError, Transform
 from atoll.transforms.channel import Channel, plain
 from atoll.transforms.client_momentum import client_momentum
 from atoll.transforms.clip_norm import clip_norm
+from atoll.transforms.correlated_noise import correlated_noise
 from atoll.transforms.delta import Downlink, delta
 from atoll.transforms.discrete_gaussian import discrete_gaussian
 from atoll.transforms.eden import eden
@@ -33,6 +34,7 @@ __all__ = [
     "adaptive_clip",
     "client_momentum",
     "clip_norm",
+    "correlated_noise",
     "delta",
     "discrete_gaussian",
     "eden",

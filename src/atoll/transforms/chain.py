@@ -138,7 +138,19 @@ class Chain:
                     f"noise is added to the sum of clipped rows. Use rand_k or rotate, or leave it out."
                 )
         bound, passed = None, False
+        correlated = noisy.noise is not None and noisy.noise.strategy is not None
         for stage in self.stages:
+            if correlated and stage.learn is not None:
+                raise CompositionError(
+                    f"{stage.name} cannot stand in one pipeline with {noisy.name}: noise of one round takes back that "
+                    f"of others only where all are clipped at the same norm. Use clip_norm, or gaussian_noise."
+                )
+            if correlated and not stage.aligned and not passed:
+                raise CompositionError(
+                    f"{stage.name} cannot stand before {noisy.name}: a number of the row would be another one in every "
+                    f"round, and the noise of one round would not take back that of others. Put {stage.name} behind "
+                    f"{noisy.name}, or leave it out."
+                )
             if stage.noise is not None and passed:
                 raise CompositionError(
                     f"{stage.name} cannot stand after {noisy.name}: the sum would be noised twice and counted once. "
