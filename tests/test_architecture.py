@@ -21,7 +21,7 @@ LAYERS = (
     ("algorithms", "transforms", "aggregators", "evaluation"),
     ("engines", "attacks", "composition", "collecting"),
     ("rounds",),
-    ("asynchronous", "result", "net", "releases", "example_releases"),
+    ("asynchronous", "result", "net", "releases", "example_releases", "client_releases"),
     ("simulation",),
     ("experiment", "transfer"),
     ("study", "bench", "conformance", "deployment"),

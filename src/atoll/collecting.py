@@ -186,12 +186,18 @@ class Collector:
         self.left_out += [c for g, name in zip(groups, names, strict=True) if name in out for c in g.members]
         return ruling, refused
 
-    def finish(self, expected: float | None = None, release: Release | None = None) -> Collected:
+    def finish(
+        self,
+        expected: float | None = None,
+        release: Release | None = None,
+        entered: Callable[[], None] | None = None,
+    ) -> Collected:
         """The round's aggregate.
 
         Args:
             expected: expected cohort size, for `mean(denominator="expected")`; default the cohort's own.
             release: adds the noise, where a stage asks for it.
+            entered: called when a channel has shown a sum and before it is used.
 
         Raises:
             CompositionError: too few clients for the rule.
@@ -225,6 +231,8 @@ class Collector:
                 groups, opened = self._opened(width)
             except Void as error:
                 return self._void(str(error))
+            if entered is not None:
+                entered()
             self._weight = math.fsum(o.weight for o in opened)
             saturated = sum(o.saturated for o in opened)
             self._metrics = torch.tensor([math.fsum(o.loss for o in opened), self._weight], dtype=torch.float64)

@@ -26,11 +26,16 @@ def check_parts(algorithm: Algorithm, chain: Chain, aggregator: Aggregator, down
             f'the aggregator {aggregator.name} with denominator="expected" cannot stand beside the channel '
             f"{chain.channel.name}, whose rule divides by nothing: leave denominator out."
         )
-    whole = [stage.name for stage in chain.stages if stage.integers is not None]
-    if whole and aggregator.weights != "uniform":
+    own = [stage.name for stage in chain.stages if stage.client_noise is not None]
+    if own and aggregator.weights != "uniform":
         raise CompositionError(
-            f"{whole[0]} cannot stand before the aggregator {aggregator.name} with weights: its noise is "
-            'sized for clients that all count the same. Use aggregators.mean(weights="uniform").'
+            f"{own[0]} cannot stand before the aggregator {aggregator.name} with weights, which tell of the data, and "
+            'no noise hides them: all clients must count the same. Use aggregators.mean(weights="uniform").'
+        )
+    if own and algorithm.pooled:
+        raise CompositionError(
+            f"{own[0]} cannot protect clients under {algorithm.name}, which puts all their examples in one place: "
+            "there is one client then. Use example-level privacy: atoll.local_sgd(..., privacy=...)."
         )
     mixing = [stage.name for stage in chain.stages if stage.coder is None]
     if algorithm.scalars and mixing:

@@ -219,7 +219,7 @@ class Result:
         size = count * (self.vector.nbytes + self.buffers.nbytes)
         # Whole clients' secrets are their models and who was visited; models that are made anew are releases that
         # nobody counts.
-        uncounted = process.chain.noise is not None or (anybody and process.protects_examples)
+        uncounted = process.chain.protects_clients or (anybody and process.protects_examples)
         if uncounted or size > PERSONAL_BYTES or (anybody and count > PERSONAL_CLIENTS):
             self._saved = "not"
             note = (

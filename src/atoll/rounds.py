@@ -8,7 +8,7 @@
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -32,6 +32,7 @@ from atoll.memory import ClientMemory, Window
 from atoll.messages import Clear, Partial, Report, Task
 from atoll.model import Model
 from atoll.privacy.accounting import Event, check_delta, usual_delta
+from atoll.privacy.client_noise import decide
 from atoll.privacy.ledger import Ledger
 from atoll.privacy.noise import releasing
 from atoll.secret import Source
@@ -143,7 +144,7 @@ class Process:
         self.chain = self.chain.bind(self.selection.layout)
         self.kept = Selection(model.layout, tuple(n for n in model.layout.names if n in self.private_names))
         self.buffer_rule = algorithm.buffers or model.buffer_rule
-        if self.chain.noise is not None and self.averaged_buffers:
+        if self.chain.protects_clients and self.averaged_buffers:
             raise CompositionError(
                 "the model's floating buffers (running statistics of BatchNorm) are averaged, but noise may make a "
                 "variance negative, and a batch's statistics mix its examples: replace BatchNorm by GroupNorm or "
@@ -402,7 +403,7 @@ class Process:
             rows = clear.rows
             finite = finite_rows(rows)
             # A client cannot stop a private round, nor be told of: one that breaks adds nothing.
-            if self.chain.noise is not None and not bool(finite.all()):
+            if self.chain.protects_clients and not bool(finite.all()):
                 rows = torch.where(finite[:, None], rows, 0.0)
             wire, stages = self.chain.encode(rows, mine, task.shared, keys_of(task.seed, task.round, keys, split))
         kept = {f"algorithm/{n}": t for n, t in renewed.items()} | {f"transforms/{n}": t for n, t in stages.items()}
@@ -418,13 +419,16 @@ class Process:
                 "client_init makes."
             )
         weight, metrics = update.weight, update.metrics
+        hidden = self.chain.client_noise is not None and tuple(cohort.clients) != (SERVER,)
+        if hidden:  # a client's noise protects its row, and nothing that goes beside it
+            weight, metrics = torch.ones_like(weight), torch.zeros_like(metrics)
         channel = self.chain.channel
         if channel.seal is not None:
             assert isinstance(wire, Tensor)
             sealing = Keys(task.seed, "channel", task.round, keys)
             finite &= torch.isfinite(metrics).all(dim=1)
             wire = channel.seal(
-                wire, self.chain.sizes(self.length, split)[-1][1], update.weight, metrics, len(task.clients), sealing
+                wire, self.chain.sizes(self.length, split)[-1][1], weight, metrics, len(task.clients), sealing
             )
             weight, metrics = update.weight.new_empty(count, 0), torch.zeros_like(metrics)
         memory = (
@@ -436,6 +440,12 @@ class Process:
         # that the server sees as they are it checks itself, by their sum.
         finite &= finite_rows(memory)
         finite &= torch.isfinite(update.weight[:, 0]) & (update.weight[:, 0] >= 0)
+        if hidden and not bool(finite.all()):
+            # That training broke is told to nobody: such a client sends noise alone, and keeps what it had.
+            if remembered:
+                before = torch.cat([remembered[n].reshape(count, -1) for n in remembered], dim=1)
+                memory = torch.where(finite[:, None], memory, before)
+            finite = torch.ones_like(finite)
         lengths = (width, split - width, update.sums.shape[1])
         size = sum(lengths) * self.row_dtype.itemsize * count if isinstance(wire, Clear) else sent(wire)
         size += count * (24 if channel.seal is None else 0)
@@ -723,6 +733,7 @@ class Process:
         *,
         expected: float | None = None,
         release: Release | None = None,
+        entered: Callable[[], None] | None = None,
     ) -> tuple[State, dict[str, Any]]:
         """One round: the state after it, its sums (loss, examples, clients, bytes up and down), who was "refused"
         (at most 100 of them are named), and how many that are ("refusals"). Refused clients keep the memory they had.
@@ -736,6 +747,8 @@ class Process:
             expected: expected cohort size, for `mean(denominator="expected")`; default the cohort's own size. With
                 noise it must be given unless everyone takes part: it may not depend on who was drawn.
             release: adds the noise in the place of the stage that asks for it, for whoever keeps a ledger.
+            entered: called when a summing channel has shown a sum and before it is used, for whoever keeps a ledger of
+                noise that clients add; with noise alone, of `local_noise`, it is enough that it is given.
 
         With noise nothing is told that it does not protect: losses, and how many clients there were, are those of the
         expected cohort. Nobody knows here how cohorts were drawn: "epsilon" counts every round for everybody.
@@ -759,6 +772,8 @@ class Process:
             expected = float(len(data)) if expected is None and cohort is None else expected
             if release is None:
                 release, told = self._unkept(state, len(data))
+        if self.chain.client_noise is not None and entered is None:
+            told = self._uncounted(state, len(data))
         self.engine.prepare(self, data)
         drawn = data.draw(clients)
         if drawn is not data:
@@ -770,7 +785,7 @@ class Process:
                 for partial in self.engine.run(self, task, drawn, state.memory):
                     collector.add(partial)
                     del partial  # large models: nothing is held that the next step does not need
-            return self.finish(state, task, collector, expected, release, told)
+            return self.finish(state, task, collector, expected, release, told, entered)
         except BaseException:
             state.memory.discard()
             raise
@@ -783,6 +798,7 @@ class Process:
         expected: float | None = None,
         release: Release | None = None,
         told: Mapping[str, float] | None = None,
+        entered: Callable[[], None] | None = None,
     ) -> tuple[State, dict[str, Any]]:
         """The end of a round whose updates are in: the state after it and its sums, as of `next`.
 
@@ -793,11 +809,12 @@ class Process:
             expected: expected cohort size.
             release: adds the noise.
             told: what more is told of a round with noise.
+            entered: called when a channel has shown a sum.
 
         Raises:
             NonFiniteError: the server's step left the finite numbers; nothing was committed.
         """
-        collected = collector.finish(expected, release)
+        collected = collector.finish(expected, release, entered)
         refusals = len(collector.left_out)
         closed = self.close(state, task, collected)
         if collected.count and not bool(finite_rows(self.algorithm.model(closed.algorithm)[None])):
@@ -822,6 +839,8 @@ class Process:
             "summed": collected.summed,
             "notes": collected.notes,
         }
+        if self.chain.client_noise is not None:
+            metrics |= {"loss": float("nan"), "examples": float("nan"), **(told or {})}
         return closed, metrics
 
     def replay(self, state: State, population: int, released: Tensor, expected: float) -> tuple[State, dict[str, Any]]:
@@ -878,6 +897,16 @@ class Process:
         source = Source(seed=noise.seed) if noise.seed is not None else Source()
         release = releasing(noise.noise_multiplier, source.derive("noise", state.round))
         return release, {"epsilon": ledger.epsilon, "delta": delta}
+
+    def _uncounted(self, state: State, population: int) -> dict[str, float]:
+        """Epsilon after this round for a caller who keeps no ledger, if every round counts for every client."""
+        noise = self.chain.client_noise
+        assert noise is not None
+        noise.told.calibrated(next(s.name for s in self.chain.stages if s.client_noise is not None))
+        rounds, size = state.round + 1, self.chain.noised_size(self.length, self.split)
+        terms = decide(noise, *size, population=population, rounds=rounds, releases=rounds)
+        terms.check(rounds)
+        return {"epsilon": terms.spent(rounds), "delta": terms.delta}
 
     def bytes_down(self, state: State, task: Task) -> int:
         """Bytes all clients of a training task receive."""

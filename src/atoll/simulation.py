@@ -19,6 +19,7 @@ from atoll import sampling
 from atoll.aggregators import Aggregator
 from atoll.algorithms import Algorithm
 from atoll.asynchronous import Asynchronous
+from atoll.client_releases import ClientReleases, client_terms
 from atoll.engines import Engine
 from atoll.errors import (
     CompositionError,
@@ -45,6 +46,7 @@ from atoll.journal import (
 )
 from atoll.memory import ClientMemory
 from atoll.model import Model
+from atoll.privacy.client_noise import ClientTerms
 from atoll.privacy.terms import Terms
 from atoll.releases import Releases, check_splits, terms_of, veiled
 from atoll.report.live import progress_for
@@ -157,7 +159,7 @@ def simulate(
         raise invalid("cohort", cohort, f"left out with {algorithm.name}", "The method prescribes its own order.")
     training = data.pooled() if algorithm.pooled else data
     schedule = _checked(schedule, cohort, resume)
-    private = process.chain.noise is not None
+    private = process.chain.protects_clients
     if private or process.protects_examples:
         _check_private(schedule, stop)
     if isinstance(schedule, Buffered):
@@ -181,7 +183,9 @@ def simulate(
     if resume and folder is not None and not folder.exists():
         raise RunError(f"{folder} does not exist: there is no run to resume. Leave out resume=True to start one.")
     # A run that cannot begin leaves no directory; one that is resumed has terms.
-    terms = terms_of(process, sampler, len(training), rounds) if private and not resume else None
+    terms: Terms | ClientTerms | None = None
+    if private and not resume:
+        terms = _terms(process, sampler, training, seed, rounds)
     veil = private or process.protects_examples
     told = data.name if folder is None else veiled(data.fingerprint(), folder) if veil else data.fingerprint()
     spec: Spec = {
@@ -242,6 +246,7 @@ class _Run:
         self.state: State
         self.releases: Releases | None = None
         self.examples: ExampleReleases | None = None
+        self.added: ClientReleases | None = None
         self._saved_round = -1
         self._saved_at = time.monotonic()
         self._save_cost = 0.0
@@ -288,7 +293,7 @@ class _Run:
         self.journal.append("resumed", {"round": checkpoint.round, "rounds": total, "notes": damaged})
         self.history = self.journal.history()
 
-    def guard(self, total: int, terms: Terms | None) -> None:
+    def guard(self, total: int, terms: Terms | ClientTerms | None) -> None:
         """Take up the terms on which noise is added: those of the journal, else these, else new ones."""
         if self.process.protects_examples:
             sizes = getattr(getattr(self.training, "train", None), "sizes", None)
@@ -300,10 +305,16 @@ class _Run:
             known = dict(zip(self.training.clients, sizes.tolist(), strict=True))
             self.examples = ExampleReleases(self.process, known, total, self.journal)
             self.process.example_multiplier = self.examples.multiplier
-        if self.process.chain.noise is None:
+        if not self.process.chain.protects_clients:
             return
-        if terms is None and next(iter(self.journal.events("privacy")), None) is None:
-            terms = terms_of(self.process, self.sampler, len(self.training), total)
+        kind = "privacy" if self.process.chain.noise is not None else "client_noise"
+        if terms is None and next(iter(self.journal.events(kind)), None) is None:
+            terms = _terms(self.process, self.sampler, self.training, self.state.seed, total)
+        if self.process.chain.client_noise is not None:
+            assert not isinstance(terms, Terms)
+            self.added = ClientReleases(self.process, terms, self.training.clients, self.journal)
+            return
+        assert not isinstance(terms, ClientTerms)
         self.releases = Releases(self.process, self.sampler, terms, self.directory, self.journal, self.state.round)
 
     def rounds(
@@ -326,8 +337,14 @@ class _Run:
                 self._validate()  # for which way is better: the run may have been killed where it was to stop
                 self._stop_if_done()
             while self.state.round < total and not self._ended:
+                if self.added is not None and not self._allowed(1):
+                    self.notes.append(
+                        f"The run stops after round {self.state.round} of {planned}: the next release would exceed the "
+                        f"privacy budget of epsilon {self.added.terms.budget:g}."
+                    )
+                    break
                 try:
-                    record = self._round(last=self.state.round + 1 == total)
+                    record = self._round(last=self.state.round + 1 == total or not self._allowed(2))
                 except DataError as error:
                     self.journal.append("failed", {"round": self.state.round + 1, "error": str(error)})
                     self._save()
@@ -370,7 +387,8 @@ class _Run:
             cohort, length, notes = self._cohort(self.schedule)
             if self.examples is not None:
                 self.examples.enter(self.state.round, cohort)
-            self.state, metrics = process.next(self.state, self.training, cohort, expected=expected)
+            entered = None if self.added is None else self._entering(self.added, cohort)
+            self.state, metrics = process.next(self.state, self.training, cohort, expected=expected, entered=entered)
         trained = time.perf_counter()
         number = self.state.round
         found: dict[str, Any] = {}
@@ -381,7 +399,7 @@ class _Run:
             notes += (f"{int(metrics['saturated'])} values were cut to the range of the channel.",)
         notes += (*metrics["notes"], *differing(self.summed, metrics["summed"]))
         self.summed = metrics["summed"] or self.summed
-        guard = self.releases or self.examples
+        guard = self.releases or self.added or self.examples
         train = {"loss": metrics["loss"]} | {n: v for n, v in found.pop("train", {}).items() if n != "loss"}
         return Record(
             round=number,
@@ -455,6 +473,21 @@ class _Run:
         self.state, metrics = self.process.next(state, self.training, cohort, expected=expected, release=release)
         return metrics
 
+    def _allowed(self, rounds: int) -> bool:
+        """Whether a budget of clients' own noise allows the next so many rounds."""
+        if self.added is None or not self.added.limited:
+            return True
+        seed, number, clients = self.state.seed, self.state.round, self.training.clients
+        return self.added.allows([self.sampler.cohort(seed, number + i, clients) for i in range(rounds)])
+
+    def _entering(self, added: ClientReleases, cohort: tuple[str, ...]) -> Callable[[], None]:
+        """Enter the round now, where rows are counted; else what enters it when there is a sum."""
+        number = self.state.round
+        if added.in_sums:
+            return lambda: added.enter(number, cohort)
+        added.enter(number, cohort)
+        return lambda: None
+
     def _evaluate(self) -> dict[str, Any]:
         process, state, found = self.process, self.state, dict[str, Any]()
         vector, notes = process.vector(state), list[str]()
@@ -487,7 +520,7 @@ class _Run:
                 evaluations["personal"] = self._personal()
             clients = {k: {c: e.client(c) for c in e.clients} for k, e in evaluations.items()}
         engine = process.engine.describe()
-        if self.releases is not None:  # how wide tiles are tells of the clients that were drawn last
+        if process.chain.protects_clients:  # how wide tiles are tells of the clients that were drawn last
             engine = {n: engine[n] for n in ("engine", "reason") if n in engine}
         return Result(
             vector=process.vector(state),
@@ -495,7 +528,7 @@ class _Run:
             history=list(self.history),
             spec=self.spec,
             engine=engine,
-            privacy=[g.statement() for g in (self.releases, self.examples) if g is not None],
+            privacy=[g.statement() for g in (self.releases, self.added, self.examples) if g is not None],
             clients=clients,
             notes=list(self.notes),
             directory=self.directory,
@@ -523,7 +556,9 @@ class _Run:
         return identity(self.spec["experiment"])
 
     def _save_if_due(self) -> None:
-        if self.releases is not None and self.state.memory.layout.size:
+        if self.added is not None:
+            due = True  # a round that is run again is another release
+        elif self.releases is not None and self.state.memory.layout.size:
             due = True  # what clients keep cannot be had again from a noised sum
         elif self.checkpoint_every is not None:
             due = self.state.round % self.checkpoint_every == 0
@@ -624,6 +659,15 @@ def _splits(data: "FederatedDataset | LazyDataset", asked: Sequence[str] | None)
     given = ("validation", "test") if asked is None else tuple(asked)
     # What a lazy population would have to draw for it is evaluated only when it is asked for.
     return tuple(n for n in given if data.has(n) and (asked is not None or getattr(data, n) is not None))
+
+
+def _terms(
+    process: Process, sampler: Sampler, data: "FederatedDataset | LazyDataset", seed: int, rounds: int
+) -> Terms | ClientTerms:
+    """The terms of a run that begins."""
+    if process.chain.client_noise is not None:
+        return client_terms(process, sampler, data.clients, seed, rounds)
+    return terms_of(process, sampler, len(data), rounds)
 
 
 def _check_private(schedule: Schedule, stop: EarlyStopping | None) -> None:

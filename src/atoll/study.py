@@ -304,7 +304,7 @@ def check_open(experiment: "Experiment", what: str) -> None:
         InvalidArgument: the experiment asks for it.
     """
     for stage in experiment.transforms if isinstance(experiment.transforms, Sequence) else ():
-        if getattr(stage, "noise", None) is not None:
+        if getattr(stage, "protects", False):
             raise InvalidArgument(
                 f"{what}, which no noise of {stage.name} protects: leave {stage.name} out and work with data that are "
                 "no secret, or run experiment.simulate on its own and look at a holdout."

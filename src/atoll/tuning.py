@@ -206,7 +206,7 @@ class _Looked:
     def _cut(self, experiment: "Experiment", seed: int) -> FederatedDataset:
         """The experiment's data with validation examples; the same test examples in every run."""
         noisy = [p for p in experiment.algorithm.plans if p.privacy is not None]
-        if noisy or any(stage.noise is not None for stage in experiment.transforms):
+        if noisy or any(stage.protects for stage in experiment.transforms):
             raise CompositionError(
                 "tune cannot search for settings of a private run: every trial looks at the same examples, which the "
                 "ledger of the chosen run would not count. Tune on public examples, or fix the settings beforehand."

@@ -65,7 +65,7 @@ def process_of(experiment: Experiment, engine: str) -> Process:
             f"the channel {process.chain.channel.name} is not driven over sites yet: its arithmetic alone would hide "
             'nothing from the server. Use channel="plain", and know that the server sees every update.'
         )
-    if process.protects_examples or process.chain.noise is not None:
+    if process.protects_examples or process.chain.protects_clients:
         raise CompositionError(
             "nobody counts the noise of a run over sites yet, and a guarantee that is not counted is none: run this "
             "experiment by atoll.simulate, or leave the noise out."

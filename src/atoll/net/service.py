@@ -77,9 +77,9 @@ class Service:
         self.process, self.plan, self.files = process, plan, files
         self.rules, self.limits, self.block = rules or Rules(), limits or Limits(), block
         self.rules.check(process)
-        if process.chain.noise is not None:
+        if process.chain.protects_clients:
             raise CompositionError(
-                "noise at the server of a deployment is not counted yet: run this experiment by atoll.simulate."
+                "the noise of a deployment is not counted yet: run this experiment by atoll.simulate."
             )
         if plan.keep and process.chain.channel.seal is not None:
             raise invalid("keep", True, "False with a summing channel, whose codes depend on the cohort")

@@ -1,6 +1,6 @@
 """Differential privacy: what noise buys, what a run has spent, and what may be said of it."""
 
-from atoll.privacy import audit, distributed, factorization, inversion
+from atoll.privacy import audit, client_noise, distributed, factorization, inversion
 from atoll.privacy.accounting import Event, calibrate, epsilon
 from atoll.privacy.example_level import ExampleLevel, example_level
 from atoll.privacy.explain import explain
@@ -12,6 +12,7 @@ __all__ = [
     "Ledger",
     "audit",
     "calibrate",
+    "client_noise",
     "distributed",
     "epsilon",
     "example_level",

@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from atoll.privacy.client_noise import NAMES
+
 _RULES = {
     "poisson": "cohorts drawn in secret, each {unit} with probability {rate:.4g}",
     "fixed": "cohorts drawn in secret, a share of {rate:.4g} of all {unit}s each time",
@@ -36,6 +38,8 @@ def explained(statement: Mapping[str, Any]) -> str:
             f"{_short(statement['epsilon'])} protects nobody. Leave seed= out for a run that protects "
             f"{_whose(statement)}."
         )
+    if statement.get("added_by"):
+        return _by_clients(statement)
     unit, epsilon = str(statement["unit"]), float(statement["epsilon"])
     factor = math.exp(min(epsilon, 700.0))
     changed = "whether its data were there at all" if statement["neighbours"] == "zero-out" else "which data it had"
@@ -71,6 +75,37 @@ def _correlated(statement: Mapping[str, Any], own: Mapping[str, Any], trust: str
         f"time{'s' if most > 1 else ''}{apart}, which the sampler sees to, counted by the {statement['accountant']} "
         f"accountant; not covered: {'; '.join(statement.get('not_covered', ())) or 'nothing else leaves the run'}."
     )
+
+
+def _by_clients(statement: Mapping[str, Any]) -> str:
+    """Two sentences about noise that clients add to what they send."""
+    alone, epsilon = "survivors" not in statement, float(statement["epsilon"])
+    changed = "which data it had" if alone else "whether its data were there at all"
+    delta = float(statement["delta"])
+    chance = f", but for a chance of {delta:g}" if delta else ""
+    who = "the server, which sees every update," if alone else "the server, which sees sums alone,"
+    first = (
+        f"For {_whose(statement)}, all that {who} learns changes the odds for {changed} by a factor of at most "
+        f"{_short(math.exp(min(epsilon, 700.0)))}{chance} (unit {statement['unit']}, epsilon {_short(epsilon)} at "
+        f"delta {delta:g}, neighbours {statement['neighbours']})."
+    )
+    law, times = NAMES[statement["mechanism"]], f"{float(statement['noise_multiplier']):.4g}"
+    count = int(statement["releases"])
+    if alone:
+        what = (
+            f"at most {count:,} updates of one client, each clipped to a norm of {statement['clip']:g} and given {law} "
+            f"noise of {times} times that by the client itself"
+        )
+    else:
+        what = (
+            f"{count:,} sums, each counted for every client, with {law} noise of at least {times} times the largest "
+            f"part of one client, added in shares by the clients"
+        )
+    second = (
+        f"That is {what}, drawn from a cryptographic source and counted by the {statement['accountant']} accountant; "
+        f"trusted: {statement['trusted']}; not covered: {'; '.join(statement['not_covered'])}."
+    )
+    return f"{first} {second}"
 
 
 def _whose(statement: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from atoll.errors import InvalidArgument, invalid
+from atoll.errors import CompositionError, InvalidArgument, invalid
 from atoll.privacy.accounting import Accountant, check_accountant, check_delta, check_epsilon, check_multiplier
 from atoll.privacy.factorization import Strategy
 from atoll.secret import Source
@@ -60,7 +60,7 @@ def releasing(multiplier: float, source: Source) -> Callable[[Tensor, float], Te
 
 @dataclass(frozen=True, slots=True)
 class Noise:
-    """Gaussian noise on the sum of all that clients send.
+    """Noise as a stage was told of it: on the sum of all that clients send, or added by the clients.
 
     Attributes:
         noise_multiplier: its standard deviation divided by the clip norm; None: calibrated for `epsilon`.
@@ -79,6 +79,19 @@ class Noise:
     accountant: Accountant | None
     seed: int | None
     strategy: str | Strategy | None = None
+
+    def calibrated(self, stage: str) -> float:
+        """The noise multiplier of a stage.
+
+        Raises:
+            CompositionError: it is to follow from an epsilon, and nobody has calibrated it.
+        """
+        if self.noise_multiplier is None:
+            raise CompositionError(
+                f"{stage}(epsilon={self.epsilon:g}) cannot calibrate itself here, where nobody knows how many rounds "
+                "there will be: give noise_multiplier=, or use atoll.simulate."
+            )
+        return self.noise_multiplier
 
 
 def noise(

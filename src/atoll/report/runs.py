@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from atoll.errors import RunError
 from atoll.history import Record
+from atoll.privacy import client_noise
 from atoll.privacy.terms import statements
 
 if TYPE_CHECKING:
@@ -132,8 +133,12 @@ def read_run(directory: str | Path) -> Run:
 
 def _privacy(events: "Sequence[Event]") -> list[dict[str, Any]]:
     """What an unfinished run with noise has spent."""
-    decided, made = ([e.body for e in events if e.kind == kind] for kind in ("privacy", "release"))
-    return statements(decided, made)
+
+    def bodies(kind: str) -> list[dict[str, Any]]:
+        return [e.body for e in events if e.kind == kind]
+
+    at_server = statements(bodies("privacy"), bodies("release"))
+    return at_server + client_noise.statements(bodies("client_noise"), bodies("client_release"))
 
 
 def _saved(folder: Path) -> Run:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from atoll import random
 from atoll.errors import InvalidArgument
+from atoll.privacy.client_noise import ClientNoise
 from atoll.privacy.noise import Noise
 from atoll.spec import Spec
 from atoll.transforms.packing import unpack_values
@@ -157,6 +158,8 @@ class Transform:
             whose rows carry more than the row that entered.
         integers: the rows that leave are int64 and may be added up modulo 2^integers; None: they are numbers.
         check: refuses a cohort of so many clients before any work, by raising CompositionError.
+        client_noise: what clients add to their rows in this stage, for their privacy.
+        calibrate: (noise multiplier) -> the stage with it, where an epsilon was asked for.
     """
 
     spec: Spec
@@ -187,11 +190,18 @@ class Transform:
     learn: Callable[[Any, Tensor, float], Any] | None = None
     integers: int | None = None
     check: Callable[[int], None] = lambda count: None
+    client_noise: ClientNoise | None = None
+    calibrate: "Callable[[float], Transform] | None" = None
 
     @property
     def name(self) -> str:
         """The stage's name."""
         return str(self.spec["name"])
+
+    @property
+    def protects(self) -> bool:
+        """Whether it stands for noise that hides what a client sends."""
+        return self.noise is not None or self.client_noise is not None
 
     @property
     def remembers(self) -> bool:

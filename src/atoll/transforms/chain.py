@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from atoll.errors import CompositionError, invalid
+from atoll.privacy.client_noise import ClientNoise
 from atoll.privacy.noise import Noise
 from atoll.transforms.base import Coder, Codes, Form, Keys, PayloadError, Transform, Wire
 from atoll.transforms.channel import Channel
@@ -87,6 +88,7 @@ class Chain:
                 moving = stage
             if stage.decode_each is not None and stage.decode_sum is None:
                 on_rows = stage
+        self._check_client_noise()
         self._check_noise()
         for i, stage in enumerate(self.stages):
             if stage.integers is not None and i + 1 < len(self.stages):
@@ -99,6 +101,12 @@ class Chain:
                     f"{stage.name} cannot stand before the channel {self.channel.name}: it needs one that shows the "
                     f"server nothing but sums of integers modulo 2^{stage.integers} or more, such as "
                     f"atoll.transforms.secure_sum(clip=1.0, bits={max(stage.integers, 32)})."
+                )
+            if stage.client_noise is not None and self.channel.least < stage.client_noise.survivors > 1:
+                raise CompositionError(
+                    f"{stage.name}(survivors={stage.client_noise.survivors}) cannot stand before the channel "
+                    f"{self.channel.name}(least={self.channel.least}), which would show sums of fewer clients than the "
+                    f"noise is sized for: use {self.channel.name}(least={stage.client_noise.survivors}, ...)."
                 )
         if self.channel.sums_only:
             for stage in self.stages:
@@ -170,10 +178,47 @@ class Chain:
                 )
             passed |= stage is noisy
 
+    def _check_client_noise(self) -> None:
+        """Refuse what clients would send beside the rows that their noise protects."""
+        found = next(((i, stage) for i, stage in enumerate(self.stages) if stage.client_noise is not None), None)
+        if found is None:
+            return
+        where, noisy = found
+        for i, stage in enumerate(self.stages):
+            if i != where and stage.protects:
+                raise CompositionError(
+                    f"{stage.name} cannot stand in one pipeline with {noisy.name}: a run keeps one ledger for clients. "
+                    "Keep one of them."
+                )
+            if i < where and stage.codes(8, 8):
+                raise CompositionError(
+                    f"{noisy.name} cannot stand after {stage.name}: what {stage.name} sends beside the row tells of "
+                    f"the update, and no noise hides it. Put {stage.name} after {noisy.name}, or leave it out."
+                )
+
     @property
     def noise(self) -> Noise | None:
         """What is added to the sum of the clients' rows."""
         return next((stage.noise for stage in self.stages if stage.noise is not None), None)
+
+    @property
+    def client_noise(self) -> ClientNoise | None:
+        """What clients add to their own rows."""
+        return next((stage.client_noise for stage in self.stages if stage.client_noise is not None), None)
+
+    @property
+    def protects_clients(self) -> bool:
+        """Whether noise hides what a client sends, so that nothing else of it may be told."""
+        return any(stage.protects for stage in self.stages)
+
+    def noised_size(self, length: int, split: int) -> tuple[int, int]:
+        """Length of the rows that clients add noise to, and where their summed part begins."""
+        stages = zip(self.stages, self.sizes(length, split), strict=False)
+        return next(size for stage, size in stages if stage.client_noise is not None)
+
+    def calibrated(self, multiplier: float) -> "Chain":
+        """The same chain with this noise multiplier for the noise that clients add."""
+        return Chain(tuple(s if s.calibrate is None else s.calibrate(multiplier) for s in self.stages), self.channel)
 
     def seen_size(self, length: int, split: int) -> tuple[int, int]:
         """Length of the rows that `decode_each` gives and `decode_sum` takes, and where their summed part begins."""

@@ -71,6 +71,7 @@ class Channel:
         rule: what combines the sums of groups; None: there is one sum.
         ring: bits of what it adds up; None: it does not add.
         whole: the same channel for rows that are integers already, which it adds up as they are; None: it takes none.
+        least: fewest clients of a sum that is shown.
     """
 
     spec: Spec
@@ -85,6 +86,7 @@ class Channel:
     rule: "Aggregator | None" = None
     ring: int | None = None
     whole: "Channel | None" = None
+    least: int = 1
 
     @property
     def name(self) -> str:

@@ -7,11 +7,15 @@ the equations, their sources and the accounting. One more integer counts the cli
 `bits` bits up, d the row's length padded to whole blocks.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from atoll.errors import CompositionError, invalid
+from atoll.privacy.client_noise import ClientNoise
 from atoll.privacy.distributed import Kind, Scheme, scheme
+from atoll.privacy.noise import Noise
 from atoll.secret import Source
 from atoll.spec import record
 from atoll.transforms.base import Keys, Transform
@@ -20,13 +24,10 @@ from atoll.transforms.rotate import hadamard
 BLOCK = 1 << 12
 
 
-def distributed(
-    kind: Kind, clip: float, noise_multiplier: float, survivors: int, clients: int, bits: int, seed: int | None
-) -> Transform:
+def distributed(kind: Kind, clip: float, told: Noise, survivors: int, clients: int, bits: int) -> Transform:
     """The stage for a kind of noise; see `discrete_gaussian`."""
-    for name, value in (("clip", clip), ("noise_multiplier", noise_multiplier)):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-            raise invalid(name, value, "a finite number above 0")
+    if isinstance(clip, bool) or not isinstance(clip, int | float) or not 0 < clip < float("inf"):
+        raise invalid("clip", clip, "a finite number above 0")
     for name, value in (("survivors", survivors), ("clients", clients)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise invalid(name, value, "an integer of at least 1")
@@ -34,14 +35,16 @@ def distributed(
         raise invalid("survivors", survivors, f"at most clients={clients}, the largest cohort")
     if isinstance(bits, bool) or not isinstance(bits, int) or not 8 <= bits <= 48:
         raise invalid("bits", bits, "an integer from 8 to 48")
-    source = Source(seed=seed)
 
-    def agreed(length: int, split: int) -> Scheme:
+    def scheme_of(length: int, split: int, multiplier: float) -> Scheme:
         block = min(block_of(part) for part in (split, length - split) if part)
         return scheme(
-            kind, clip=float(clip), noise_multiplier=float(noise_multiplier), survivors=survivors, clients=clients,
-            bits=bits, length=padded(split) + padded(length - split), block=block,
+            kind, clip=float(clip), noise_multiplier=multiplier, survivors=survivors, clients=clients, bits=bits,
+            length=padded(split) + padded(length - split), block=block,
         )  # fmt: skip
+
+    def agreed(length: int, split: int) -> Scheme:
+        return scheme_of(length, split, told.calibrated(kind))
 
     def sizes(length: int, split: int) -> tuple[int, int]:
         wide = padded(split)
@@ -51,14 +54,14 @@ def distributed(
         length = rows.shape[1]
         split = length if keys.split is None else keys.split
         whole, wide = sizes(length, split)
-        own = agreed(length, split)
+        own, source = agreed(length, split), Source(seed=told.seed)
         signs = keys.common.signs("rotation", whole - 1)[0].double()
         out = torch.ones(len(rows), whole, dtype=torch.int64)
         for row, client, sent in zip(rows, keys.clients.tolist(), out, strict=True):
             exact = row.double()
             exact = exact * (clip / max(float(torch.linalg.vector_norm(exact)), clip))
             if not bool(torch.isfinite(exact).all()):
-                exact = torch.zeros_like(exact)  # the round is refused later, and names the client
+                exact = torch.zeros_like(exact)  # noise alone: that training broke is a secret too
             spread = torch.zeros(whole - 1, dtype=torch.float64)
             spread[:split], spread[wide : wide + length - split] = exact[:split], exact[split:]
             noisy = source.derive(kind, keys.stage, keys.round, client)
@@ -87,10 +90,14 @@ def distributed(
         back = turn(total[:-1].double() * agreed(length, split).granularity, wide) * signs
         return torch.cat((back[:split], back[wide : wide + length - split]))
 
-    return Transform(
+    def calibrate(multiplier: float) -> Transform:
+        other = distributed(kind, clip, replace(told, noise_multiplier=multiplier), survivors, clients, bits)
+        return replace(other, spec=stage.spec)  # the experiment is the one that asked for an epsilon
+
+    stage = Transform(
         record(
-            kind, clip=clip, noise_multiplier=noise_multiplier, survivors=survivors, clients=clients, bits=bits,
-            seed=seed,
+            kind, clip=clip, noise_multiplier=told.noise_multiplier, epsilon=told.epsilon, delta=told.delta,
+            budget=told.budget, survivors=survivors, clients=clients, bits=bits, seed=told.seed,
         ),
         encode,
         decode_sum=decode,
@@ -102,7 +109,10 @@ def distributed(
         randomness="shared",
         integers=bits,
         check=check,
+        client_noise=ClientNoise(told, kind, float(clip), survivors, scheme_of),
+        calibrate=calibrate,
     )  # fmt: skip
+    return stage
 
 
 def block_of(length: int) -> int:

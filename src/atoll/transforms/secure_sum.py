@@ -162,8 +162,9 @@ def secure_sum(
         threshold=list(threshold), degree=degree, least=least, dropouts=shares,
     )  # fmt: skip
     channel = Channel(
-        spec, True, weight_cap, check, seal, gather, unseal, grade == "full", leaving if shares else None, ring=bits
-    )
+        spec, True, weight_cap, check, seal, gather, unseal, grade == "full", leaving if shares else None, ring=bits,
+        least=least,
+    )  # fmt: skip
     return replace(channel, whole=replace(channel, seal=_integers(bits), unseal=_summed(bits)))
 
 
