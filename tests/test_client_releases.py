@@ -1,12 +1,14 @@
 """Runs whose clients add noise themselves: what is counted, budgets, kills, what is told, and what is refused."""
 
 import math
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from dp_accounting import dp_event
+from dp_accounting.pld import privacy_loss_distribution
 from dp_accounting.rdp import rdp_privacy_accountant
 from problems import quadratics, scalar_model
 from scipy import stats
@@ -21,7 +23,16 @@ from atoll.report.runs import read_run
 from atoll.rounds import Process
 from atoll.secret import Source
 from atoll.study import study
-from atoll.transforms import Transform, clip_norm, discrete_gaussian, gaussian_noise, secure_sum, skellam
+from atoll.transforms import (
+    Transform,
+    clip_norm,
+    discrete_gaussian,
+    gaussian_noise,
+    grouped,
+    local_noise,
+    secure_sum,
+    skellam,
+)
 from atoll.transforms.chain import Chain
 
 CLIENTS, COHORT, ROUNDS = 12, 6, 4
@@ -330,6 +341,116 @@ def test_examples_may_be_protected_beside_clients() -> None:
     result = run(algorithm=atoll.fedavg(plan), rounds=1)
     assert [s["unit"] for s in result.privacy] == ["client", "example"]
     assert len(privacy.explain(result).splitlines()) == 2
+
+
+# --- each client alone ------------------------------------------------------------------------------------------------
+
+VISITS = sampling.sequence([["c0", "c1", "c2"], ["c0", "c3", "c4"], ["c5", "c6", "c0"], ["c3", "c7", "c8"]])
+
+
+def alone(*stages: Transform, **options: Any) -> atoll.Result:
+    given: dict[str, Any] = {"channel": "plain", "cohort": VISITS} | options
+    return run(*(stages or (local_noise(9.0, clip=1.0, delta=1e-3),)), **given)
+
+
+@cache
+def of_rows(count: int) -> float:
+    """Epsilon of some rows of one client with noise of multiplier 9, by dp-accounting."""
+    if not count:
+        return 0.0
+    pld = privacy_loss_distribution.from_gaussian_mechanism(9.0, sensitivity=2.0)
+    return float(pld.self_compose(count).get_epsilon_for_delta(1e-3))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"aggregator": aggregators.median()}, {"channel": secure_sum(clip=9.0)},
+        {"channel": grouped(secure_sum(clip=9.0), aggregators.median(), size=3), "cohort": None},
+    ],
+    ids=["plain", "median", "secure_sum", "grouped"],
+)  # fmt: skip
+def test_each_client_spends_when_it_takes_part_whatever_follows(options: dict[str, Any]) -> None:
+    result = alone(**options)
+    (said,) = result.privacy
+    took = {"c0": 3, "c1": 1, "c2": 1, "c3": 2, **{f"c{i}": 1 for i in range(4, 9)}, **dict.fromkeys(LATER, 0)}
+    if "cohort" in options:
+        took = dict.fromkeys(took, ROUNDS)
+    most = max(took.values())
+    assert (said["unit"], said["neighbours"], said["releases"]) == ("client, local model", "replace-one", most)
+    assert said["clients"] == pytest.approx({c: of_rows(n) for c, n in took.items()}, rel=5e-3)
+    assert said["epsilon"] == max(said["clients"].values()) == result.history[-1].epsilon
+    assert all(math.isnan(r.loss) and r.test == {} and r.holdout for r in result.history)
+
+
+LATER = ("c9", "c10", "c11")
+
+
+def test_a_budget_stops_the_run_before_a_client_would_exceed_it(tmp_path: Path) -> None:
+    """One update of each client: c0 has sent one when round 2 asks for another."""
+    stage = local_noise(9.0, clip=1.0, delta=1e-3, budget=1.01 * of_rows(1))
+    result = alone(stage, directory=tmp_path / "run", evaluate_every=3)
+    assert len(result.history) == 1 and any("stops after round 1 of 4" in note for note in result.notes)
+    assert result.history[-1].holdout and result.privacy[0]["releases"] == 1
+    apart = sampling.sequence([["c0", "c1"], ["c2", "c3"], ["c4", "c5"], ["c6", "c7"]])
+    assert len(alone(stage, cohort=apart).history) == ROUNDS, "who has sent nothing has spent nothing"
+    with pytest.raises(BudgetSpent, match=r"1 releases would take epsilon to .*above the budget of 0.1"):
+        alone(local_noise(9.0, clip=1.0, budget=0.1), directory=tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("law", ["gaussian", "laplace"])
+def test_an_epsilon_calibrates_for_the_client_that_takes_part_most(law: Any) -> None:
+    (said,) = alone(local_noise(clip=1.0, epsilon=4.0, mechanism=law)).privacy
+    assert 3.98 <= said["epsilon"] <= 4.0 == said["budget"] and said["releases"] == 3
+    if law == "laplace":
+        assert said["delta"] == 0 and said["epsilon"] == pytest.approx(3 * 2 * math.sqrt(2) / said["noise_multiplier"])
+        assert "but for a chance" not in privacy.explain(said)
+
+
+def test_calibrated_noise_is_what_clients_add() -> None:
+    """Clients that have nothing to say: the model is their noise alone."""
+    size = 20_000
+    module = nn.Linear(size, 1, bias=False).double()
+    nn.init.zeros_(module.weight)
+    silent = atoll.Model(module, lambda output, target: 0.0 * output[:, 0])
+    x = torch.ones(2, size, dtype=torch.float64)
+    result = alone(
+        local_noise(clip=0.5, epsilon=4.0), model=silent, rounds=1, cohort=None,
+        data=atoll.FederatedDataset.from_arrays({f"c{i}": (x, torch.zeros(2)) for i in range(4)}),
+    )  # fmt: skip
+    std = result.privacy[0]["noise_multiplier"] * 0.5 / math.sqrt(4)
+    assert stats.kstest(result.vector.numpy(), "norm", args=(0.0, std)).pvalue > 1e-6
+    assert abs(float(result.vector.std()) / std - 1) < 6 / math.sqrt(2 * size)
+
+
+def test_a_visit_that_was_cut_short_by_a_kill_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = Process.finish
+
+    def finishing(self: Process, state: Any, *given: Any) -> Any:
+        if state.round == 2:
+            raise Killed
+        return closed(self, state, *given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Process, "finish", finishing)
+        with pytest.raises(Killed):
+            alone(directory=tmp_path)
+    (half,) = read_run(tmp_path).privacy
+    assert half["releases"] == 3 and half["epsilon"] == pytest.approx(of_rows(3), rel=5e-3)
+    (said,) = alone(directory=tmp_path, resume=True).privacy
+    assert said["releases"] == 4 and said["clients"]["c5"] == pytest.approx(of_rows(2), rel=5e-3)
+    assert len(entered(tmp_path)) == ROUNDS + 1
+
+
+def test_the_sentences_of_local_privacy() -> None:
+    text = privacy.explain(alone())
+    for part in (
+        "unit client, local model", "the server, which sees every update", "nobody but the client itself",
+        "at most 3 updates of one client", "L2 norm of 1", "Gaussian noise of 9 times", "replace-one",
+    ):  # fmt: skip
+        assert part in text, part
+    assert privacy.explain(alone(local_noise(9.0, clip=1.0, seed=1))).startswith("NOT PRIVATE")
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

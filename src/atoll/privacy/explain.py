@@ -92,9 +92,10 @@ def _by_clients(statement: Mapping[str, Any]) -> str:
     law, times = NAMES[statement["mechanism"]], f"{float(statement['noise_multiplier']):.4g}"
     count = int(statement["releases"])
     if alone:
+        order = "L1" if statement["mechanism"] == "laplace" else "L2"
         what = (
-            f"at most {count:,} updates of one client, each clipped to a norm of {statement['clip']:g} and given {law} "
-            f"noise of {times} times that by the client itself"
+            f"at most {count:,} updates of one client, each clipped to an {order} norm of {statement['clip']:g} and "
+            f"given {law} noise of {times} times that by the client itself"
         )
     else:
         what = (

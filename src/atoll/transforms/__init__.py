@@ -15,6 +15,7 @@ from atoll.transforms.error_feedback import error_feedback
 from atoll.transforms.gaussian_noise import gaussian_noise
 from atoll.transforms.grouped import grouped
 from atoll.transforms.half import half
+from atoll.transforms.local_noise import local_noise
 from atoll.transforms.norm_bound import norm_bound
 from atoll.transforms.power_sgd import power_sgd
 from atoll.transforms.quantize import quantize
@@ -44,6 +45,7 @@ __all__ = [
     "gaussian_noise",
     "grouped",
     "half",
+    "local_noise",
     "norm_bound",
     "plain",
     "power_sgd",
