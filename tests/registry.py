@@ -166,7 +166,6 @@ TRANSFORMS: dict[str, Callable[[], Transform]] = {
     "rotate, small blocks": lambda: transforms.rotate(block=8),
     "eden": lambda: transforms.eden(3),
     "local_noise": lambda: transforms.local_noise(9.0, clip=0.05, seed=1),
-    "local_noise, laplace": lambda: transforms.local_noise(9.0, clip=0.05, mechanism="laplace", seed=1),
     "power_sgd": lambda: transforms.power_sgd(1),
     "entropy_code": transforms.entropy_code,
     "error_feedback": lambda: transforms.error_feedback(transforms.top_k(0.3)),

@@ -15,6 +15,7 @@ from world import drawn
 import atoll
 from atoll import aggregators, transforms
 from atoll.algorithms import fedadam, fedavg, fedbn, fedper, scaffold
+from atoll.errors import CompositionError
 from atoll.local import local_sgd
 from atoll.net import control, frames
 from atoll.net.agent import Agent, Trainer
@@ -91,7 +92,7 @@ MANY = KIND.data((5, 8, 6, 3, 5, 6, 8, 3), torch.float32)
 LEFT_OUT = {"pooled", "cyclic"}  # one puts all examples into one place, the other has cohorts of its own
 EVERY = (
     [("algorithm", n) for n in ALGORITHMS if n not in LEFT_OUT]
-    + [("transform", n) for n in TRANSFORMS]
+    + [("transform", n) for n in TRANSFORMS if TRANSFORMS[n]().client_noise is None]
     + [("aggregator", n) for n in AGGREGATORS]
 )
 
@@ -119,6 +120,16 @@ def test_whatever_is_listed_can_be_deployed(what: str, name: str) -> None:
     world = deploy(lambda: listed(what, name), MANY, 2, sites(lambda: listed(what, name), MANY))
     assert world.server is not None
     assert torch.equal(made.vector(state), made.vector(world.server.model))
+
+
+@pytest.mark.parametrize("name", [n for n in TRANSFORMS if TRANSFORMS[n]().client_noise is not None])
+def test_noise_that_nobody_counts_is_not_deployed(name: str, tmp_path: Path) -> None:
+    made = Process(
+        KIND.model(torch.float32), fedavg(PLAN), transforms=(TRANSFORMS[name](),), engine="loop",
+        aggregator=aggregators.mean(weights="uniform"),
+    )  # fmt: skip
+    with pytest.raises(CompositionError, match="noise of a deployment is not counted yet"):
+        Service(made, Plan("run", 2), Disk(tmp_path), now=0.0)
 
 
 @pytest.mark.parametrize("name", ["fedavg", "scaffold", "averaged buffers"])
