@@ -1,6 +1,9 @@
 """Runs whose clients add noise themselves: what is counted, budgets, kills, what is told, and what is refused."""
 
 import math
+import os
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -264,6 +267,23 @@ def test_killed_anywhere_the_ledger_has_no_less_than_what_ran(
     assert said["epsilon"] == pytest.approx(of_sums("skellam", ROUNDS + POINTS[point]))
 
 
+@pytest.mark.slow
+def test_killed_with_sigkill_the_ledger_has_what_ran(tmp_path: Path) -> None:
+    script = tmp_path / "child.py"
+    script.write_text(
+        "import os, signal, sys\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from test_client_releases import run\n"
+        "def tell(record):\n"
+        "    if record.round == 3:\n        os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"run(directory={str(tmp_path / 'run')!r}, callbacks=(tell,))\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], check=False, env=os.environ)
+    assert done.returncode == -9 and len(entered(tmp_path / "run")) == 3
+    (said,) = run(directory=tmp_path / "run", resume=True).privacy
+    assert said["releases"] == ROUNDS == len(entered(tmp_path / "run"))
+
+
 # --- what is told -----------------------------------------------------------------------------------------------------
 
 
@@ -441,6 +461,13 @@ def test_a_visit_that_was_cut_short_by_a_kill_is_counted(tmp_path: Path, monkeyp
     (said,) = alone(directory=tmp_path, resume=True).privacy
     assert said["releases"] == 4 and said["clients"]["c5"] == pytest.approx(of_rows(2), rel=5e-3)
     assert len(entered(tmp_path)) == ROUNDS + 1
+
+
+def test_seeded_noise_is_the_same_for_any_number_of_workers_and_other_noise_never() -> None:
+    stage = local_noise(clip=1.0, epsilon=4.0, seed=3)
+    assert torch.equal(*[alone(stage, engine="vectorized", workers=workers).vector for workers in (1, 2)])
+    secret = local_noise(clip=1.0, epsilon=4.0)
+    assert not torch.equal(*[alone(secret, engine="vectorized", workers=2).vector for _ in range(2)])
 
 
 def test_the_sentences_of_local_privacy() -> None:
