@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from atoll.secret import Source, laws
-from atoll.secret.rejection import ENTRIES, Table, table
+from atoll.secret.rejection import CHUNK, ENTRIES, STRETCH, Table, table
 
 LAWS = {
     "gaussian 0.7": laws.gaussian(0.7),
@@ -85,7 +85,7 @@ def test_few_proposals_are_rejected(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["gaussian 0.7", "gaussian 2.5", "laplace 1.5", "poisson 3.3"])
 def test_draws_follow_the_law(name: str) -> None:
-    assert misfit(draw(table(LAWS[name]), 200_000), LAWS[name]) > 1e-4
+    assert misfit(draw(table(LAWS[name]), STRETCH + CHUNK + 5), LAWS[name]) > 1e-4
 
 
 def wide(law: laws.Law, most_bits: int) -> Table:

@@ -1,6 +1,7 @@
 """The secret source: published vectors, laws of what is drawn, and a stream that never repeats."""
 
 import copy
+import math
 import os
 import pickle
 from collections.abc import Callable
@@ -277,6 +278,16 @@ def test_values_that_noise_cannot_protect_are_refused_without_telling_them(broke
     with pytest.raises(InvalidArgument, match="clip what is summed") as told:
         Source(seed=1).add_normal(torch.tensor([0.0, broken], dtype=torch.float64), 1.0)
     assert "1048576" not in str(told.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_values_are_cut_before_the_same_noise_where_a_bound_is_told(dtype: torch.dtype) -> None:
+    values = torch.tensor([-math.inf, -9.0, -8.0, 0.5, 8.0, 9e30, math.inf], dtype=dtype)
+    found = Source(seed=1).add_normal(values, 0.1, within=8.0)
+    assert torch.equal(found, Source(seed=1).add_normal(values.clamp(-8.0, 8.0), 0.1))
+    assert torch.equal(values[[0, -1]], torch.tensor([-math.inf, math.inf], dtype=dtype))
+    with pytest.raises(InvalidArgument, match="clip what is summed"):
+        Source(seed=1).add_normal(torch.tensor([0.0, math.nan], dtype=dtype), 1.0, within=8.0)
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def releasing(multiplier: float, source: Source) -> Callable[[Tensor, float], Te
     def release(total: Tensor, bound: float) -> Tensor:
         std = deviation(multiplier, bound, total.numel())
         # The grid holds so much; cutting coordinates brings sums nearer to each other, never further apart.
-        return source.add_normal(total.clamp(-MOST * std, MOST * std), std)
+        return source.add_normal(total, std, within=MOST * std)
 
     return release
 

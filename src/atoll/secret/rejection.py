@@ -30,8 +30,22 @@ MOST_BINS = 1 << 13
 CHUNK = 1 << 15
 """Draws at a time: their buffers stay in a core's cache."""
 
+STRETCH = 8 * CHUNK
+"""Draws whose rejected ones are drawn again together."""
+
 Words = Callable[[int], NDArray[np.uint64]]
 """(count) -> uniform words of 64 bits."""
+
+
+class Room:
+    """Memory for the steps of so many draws: what is written again and again stays in the cache."""
+
+    __slots__ = ("drawn", "late", "places")
+
+    def __init__(self, count: int) -> None:
+        self.places = np.empty(count, dtype=np.int64)
+        self.drawn = np.empty(count, dtype=np.uint64)
+        self.late = np.empty(count, dtype=np.bool_)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,30 +69,39 @@ class Table:
     entries: NDArray[np.uint64]
 
     def fill(self, out: NDArray[np.int64], words: Words) -> None:
-        """Fill a vector with independent draws."""
-        for begin in range(0, len(out), CHUNK):
-            piece = out[begin : begin + CHUNK]
-            missing = self._propose(piece, words)
+        """Fill a contiguous vector with independent draws."""
+        room = Room(min(len(out), CHUNK))
+        for begin in range(0, len(out), STRETCH):
+            piece = out[begin : begin + STRETCH]
+            missing = self._chunks(piece, words, room)
             while len(missing):
                 again = np.empty(len(missing), dtype=np.int64)
-                left = self._propose(again, words)
+                left = self._chunks(again, words, room)
                 piece[missing] = again
                 missing = missing[left]
 
-    def _propose(self, out: NDArray[np.int64], words: Words) -> NDArray[np.intp]:
+    def _chunks(self, out: NDArray[np.int64], words: Words, room: "Room") -> NDArray[np.intp]:
+        """As `_propose`, chunk by chunk."""
+        found = [self._propose(out[at : at + CHUNK], words, room) + at for at in range(0, len(out), CHUNK)]
+        return np.concatenate(found) if len(found) > 1 else found[0]
+
+    def _propose(self, out: NDArray[np.int64], words: Words, room: "Room") -> NDArray[np.intp]:
         """Write a proposal for each number of `out`; returns the places of those that are rejected."""
-        word = words(len(out))
-        entry = np.take(self.entries, (word & np.uint64(ENTRIES - 1)).view(np.int64), mode="clip")
-        drawn = word >> np.uint64(64 - self.bits)
-        slow = np.flatnonzero(drawn >= (entry & np.uint64((1 << self.bits) - 1)))
+        word, entry = words(len(out)), out.view(np.uint64)
+        places, drawn, late = room.places[: len(out)], room.drawn[: len(out)], room.late[: len(out)]
+        np.bitwise_and(word, np.uint64(ENTRIES - 1), out=places.view(np.uint64))
+        np.take(self.entries, places, out=entry, mode="wrap")
+        np.right_shift(word, np.uint64(64 - self.bits), out=drawn)
+        sure = np.bitwise_and(entry, np.uint64((1 << self.bits) - 1), out=places.view(np.uint64))
+        slow = np.flatnonzero(np.greater_equal(drawn, sure, out=late))
         entry >>= np.uint64(self.bits)
-        slow_bins = entry[slow].astype(np.int64)
+        slow_bins = entry[slow].view(np.int64)
         if self.shift:
             entry <<= np.uint64(self.shift)
             word >>= np.uint64(INDEX_BITS)
             word &= np.uint64((1 << self.shift) - 1)
             entry |= word
-        np.add(entry.view(np.int64), self.law.low, out=out)
+        out += self.law.low
         if not len(slow):
             return slow
         return slow[~self._accept(out[slow], self.owned[slow_bins], drawn[slow], words)]

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from atoll.errors import InvalidArgument, invalid
 from atoll.secret import laws
-from atoll.secret.rejection import CHUNK, Table, table
+from atoll.secret.rejection import CHUNK, STRETCH, Table, table
 
 FINE = 32
 """Binary digits between a standard deviation and the grid of double precision."""
@@ -40,7 +40,14 @@ FINE = 32
 COARSE = 19
 """The same for single precision, whose 24 digits must hold 13.4 standard deviations."""
 
+MIDDLE = 1.5 * 2.0**52
+MAGIC = 0x4338 << 48
+"""The bits of `MIDDLE`, around which doubles are the integers: those of MIDDLE + x are MAGIC + x for |x| < 2^51."""
+
 BUFFER = 1 << 14
+ZEROS = memoryview(bytes(8 * CHUNK))
+"""What is encrypted to see the stream."""
+
 LARGEST = 2.0**40
 
 
@@ -285,12 +292,13 @@ class Source:
         spacing = grid(scale)
         return self._on_grid(_laplace(scale / spacing), spacing, size, torch.float64)
 
-    def add_normal(self, values: Tensor, std: float) -> Tensor:
+    def add_normal(self, values: Tensor, std: float, *, within: float | None = None) -> Tensor:
         """The Gaussian mechanism: values rounded to the public grid `grid(std)`, plus Gaussian noise on it.
 
         Args:
             values: float64 or float32 of any shape, finite, of absolute values up to 2^18 std.
             std: standard deviation of the noise, 1e-30 to 1e30.
+            within: cut values to this absolute value first, at most 2^17 std; only NaN is refused then.
 
         Returns:
             A new tensor like `values`. In single precision it is the sum in double precision, rounded.
@@ -298,7 +306,7 @@ class Source:
         Raises:
             InvalidArgument: values that the grid cannot hold; the text does not tell them.
         """
-        return self._add(values, _gaussian(std / grid(std)), grid(std), "std")
+        return self._add(values, _gaussian(std / grid(std)), grid(std), "std", within)
 
     def add_laplace(self, values: Tensor, scale: float) -> Tensor:
         """The Laplace mechanism: values rounded to the public grid `grid(scale)`, plus Laplace noise on it.
@@ -318,26 +326,38 @@ class Source:
     def _on_grid(self, law: Table, spacing: float, size: int | Sequence[int], dtype: torch.dtype) -> Tensor:
         shape = _shape(size)
         out = torch.empty(math.prod(shape), dtype=dtype)
-        integers = np.empty(min(len(out), CHUNK), dtype=np.int64)
-        for piece in out.split(CHUNK):
+        integers = np.empty(min(len(out), STRETCH), dtype=np.int64)
+        for piece in out.split(STRETCH):
             law.fill(integers[: len(piece)], self.words)
             piece.copy_(torch.from_numpy(integers[: len(piece)])).mul_(spacing)
         return out.reshape(shape)
 
-    def _add(self, values: Tensor, law: Table, spacing: float, unit: str) -> Tensor:
+    def _add(self, values: Tensor, law: Table, spacing: float, unit: str, within: float | None = None) -> Tensor:
         if values.dtype not in (torch.float64, torch.float32):
             raise invalid("values", values.dtype, "float64 or float32")
         out = values.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        integers = np.empty(min(out.numel(), CHUNK), dtype=np.int64)
-        for piece in out.view(-1).split(CHUNK):
-            points = piece.to(torch.float64).div(spacing).round()
-            if not bool((points.abs() <= 2.0**50).all()):  # not true of NaN either
+        bound = 2.0**50 * spacing
+        if out.numel() and not _holds(out, bound if within is None else within):
+            if within is not None:
+                out.clamp_(-within, within)
+            if within is None or not _holds(out, bound):
                 raise InvalidArgument(
                     f"values hold NaN, infinities or numbers above 2^18 {unit}, which noise cannot protect: "
                     "clip what is summed, and refuse what is not finite, before noise is added."
                 )
-            law.fill(integers[: len(piece)], self.words)
-            piece.copy_(points.add_(torch.from_numpy(integers[: len(piece)])).mul_(spacing))
+        flat = out.view(-1).numpy()
+        integers, room = np.empty(min(len(flat), STRETCH), dtype=np.int64), np.empty(min(len(flat), CHUNK))
+        for begin in range(0, len(flat), STRETCH):
+            stretch = flat[begin : begin + STRETCH]
+            law.fill(integers[: len(stretch)], self.words)
+            for at in range(0, len(stretch), CHUNK):
+                piece, noise = stretch[at : at + CHUNK], integers[at : min(at + CHUNK, len(stretch))]
+                points = np.multiply(piece, 1 / spacing, out=room[: len(piece)], dtype=np.float64)
+                np.rint(points, out=points)
+                # All are integers below 2^53: the noise becomes one of double precision without a conversion.
+                noise += MAGIC
+                points += np.subtract(noise.view(np.float64), MIDDLE, out=noise.view(np.float64))
+                np.multiply(points, spacing, out=piece, casting="same_kind")
         return out.to(values.device)
 
 
@@ -355,10 +375,12 @@ def keystream(key: bytes, nonce: bytes, counter: int, count: int) -> NDArray[np.
     """
     if counter + -(-count // 64) > 1 << 32:
         raise invalid("count", count, "at most 2^32 - counter blocks of 64 bytes")
-    out = bytearray(count)
+    out = np.empty(count, dtype=np.uint8)
     cipher = Cipher(algorithms.ChaCha20(key, counter.to_bytes(4, "little") + nonce), mode=None).encryptor()
-    cipher.update_into(bytes(count), out)
-    return np.frombuffer(out, dtype=np.uint8)
+    for begin in range(0, count, len(ZEROS)):
+        piece = out[begin : begin + len(ZEROS)]
+        cipher.update_into(ZEROS[: len(piece)], memoryview(piece))
+    return out
 
 
 def grid(std: float, dtype: torch.dtype = torch.float64) -> float:
@@ -373,6 +395,12 @@ def grid(std: float, dtype: torch.dtype = torch.float64) -> float:
     if dtype not in (torch.float64, torch.float32):
         raise invalid("dtype", dtype, "torch.float64 or torch.float32", "Round after the noise was added.")
     return math.ldexp(1.0, math.frexp(std)[1] - 1 - (FINE if dtype == torch.float64 else COARSE))
+
+
+def _holds(values: Tensor, bound: float) -> bool:
+    """Whether no absolute value is above the bound; false of NaN."""
+    least, most = torch.aminmax(values)
+    return -bound <= float(least) and float(most) <= bound
 
 
 @lru_cache(maxsize=16)
