@@ -45,6 +45,64 @@ def test_clipped_sums_equal_the_naive_loop(name: str) -> None:
     torch.testing.assert_close(fast, slow, rtol=1e-4, atol=2e-5)
 
 
+class Pooled(nn.Module):
+    """Linear layers over positions, averaged at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu(self.first(x)).mean(dim=1))
+
+
+@pytest.mark.parametrize("positions", [1, 2, 12], ids=["one", "few", "many"])  # 12 squared is more than 4 times 6
+def test_linear_layers_over_positions_are_clipped_example_by_example(positions: int) -> None:
+    draw = torch.Generator().manual_seed(3)
+    sizes = {"a": 3, "b": 90, "c": 70}  # more than are taken at once, and not equally many
+    data = atoll.FederatedDataset.from_arrays(
+        {
+            n: (torch.randn(k, positions, 4, generator=draw, dtype=torch.float64), torch.arange(k) % 3)
+            for n, k in sizes.items()
+        }
+    )
+    model = atoll.Model(Pooled().double(), "cross_entropy")
+    told = example_level(clip=0.3, noise_multiplier=1e-6, seed=1)
+    for own in (plan(batch_size=None, privacy=told), plan(batch_size=2, privacy=told)):
+        ends: list[Tensor] = []
+        for engine in (Loop(), Vectorized()):
+            run = Process(model, atoll.fedavg(own), engine=engine)
+            ends.append(run.vector(run.next(run.init(), data)[0]))
+        torch.testing.assert_close(ends[1], ends[0], rtol=1e-8, atol=1e-8)
+        assert float((ends[0] - model.init()).norm()) > 1e-4
+
+
+class Wide(nn.Module):
+    """The same linear map in two ways, of which only one is a linear layer."""
+
+    def __init__(self, *, layer: bool) -> None:
+        super().__init__()
+        self.weight, self.layer = nn.Parameter(torch.full((3, 4), 9.0)), layer
+        self.linear = nn.Linear(4, 3)
+        nn.init.constant_(self.linear.weight, 9.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) if self.layer else self.linear(x) + x @ self.weight.T
+
+
+@pytest.mark.parametrize("layer", [True, False])
+def test_an_example_whose_gradient_is_not_finite_adds_nothing(layer: bool) -> None:
+    x, y = torch.randn(8, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64), torch.arange(8) % 3
+    x[[0, 3]] = 1e308  # nine of these are more than a number holds
+    data = atoll.FederatedDataset.from_arrays({"a": (x, y), "b": (x[4:], y[4:])})
+    model, ends = atoll.Model(Wide(layer=layer).double(), "cross_entropy"), list[Tensor]()
+    for engine in (Loop(), Vectorized()):
+        run = Process(model, atoll.fedavg(plan(batch_size=None)), engine=engine)
+        ends.append(run.vector(run.next(run.init(), data)[0]))
+    assert bool(ends[0].isfinite().all())
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-8, atol=1e-8)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -86,7 +144,7 @@ def test_one_example_moves_the_sum_by_at_most_the_clip_norm(monkeypatch: pytest.
     sums: list[Tensor] = []
 
     class Spy(module.Source):
-        def add_normal(self, values: Tensor, std: float) -> Tensor:
+        def add_normal(self, values: Tensor, std: float, *, within: float | None = None) -> Tensor:
             sums.append(values.clone())
             return values
 
@@ -124,9 +182,9 @@ def test_noise_and_batches_have_the_stated_laws() -> None:
 
     counts: list[int] = []
 
-    def summed(client: int, y: Tensor, held: Tensor, places: Tensor, step: int, c: float) -> Tensor:
-        counts.append(len(places))
-        return torch.zeros(len(y), dtype=torch.float64)
+    def summed(clients: Any, y: Tensor, held: Tensor, places: Any, step: int, c: float) -> list[Tensor]:
+        counts.append(len(places[0]))
+        return [torch.zeros(y.shape[1], dtype=torch.float64)]
 
     kind = MODELS["perceptron"]
     process = Process(kind.model(), atoll.fedavg(own), engine="loop")

@@ -3,6 +3,7 @@
 Every other engine is tested against this one.
 """
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from atoll import random
 from atoll.cohort import Cohort, Minibatch, Term
 from atoll.engines.base import Chosen, Engine, Remembering, Tile, orders
 from atoll.engines.dropout import Draw, KeyedDropout, SeededDraws
-from atoll.engines.private import Sum, example_keys, train_privately
+from atoll.engines.private import Sums, example_keys, train_privately
 from atoll.local import CLIP_EPS, Plan
 from atoll.messages import Task
 from atoll.model import Batch
@@ -90,8 +91,8 @@ class _Client(Cohort):
             if term is not None:
                 self.expose("the features of a term of the loss")
             return train_privately(
-                self, self._clipped_sum(purpose, train), rows, plan, anchor=anchor, pull=pull, shift=shift, train=train,
-                buffers=buffers, purpose=purpose,
+                self, self._clipped_sums(purpose, train), rows, plan, anchor=anchor, pull=pull, shift=shift,
+                train=train, buffers=buffers, purpose=purpose,
             )  # fmt: skip
         self.expose("training without privacy=")
         y = rows[0].detach().clone()
@@ -150,20 +151,22 @@ class _Client(Cohort):
         wide = torch.ones(1, 1, dtype=torch.float64)
         return Trained(y[None], held[None], one * total, one * rates, wide * loss_sum, wide * seen)
 
-    def _clipped_sum(self, purpose: str, train: Tensor | None) -> Sum:
+    def _clipped_sums(self, purpose: str, train: Tensor | None) -> Sums:
         """One example after the other."""
 
-        def summed(client: int, y: Tensor, held: Tensor, places: Tensor, step: int, clip: float) -> Tensor:
-            total = torch.zeros(len(y), dtype=torch.float64)
-            for place, key in zip(places.tolist(), example_keys(self._key[client], places), strict=True):
+        def summed(
+            clients: Sequence[int], rows: Tensor, held: Tensor, places: Sequence[Tensor], step: int, clip: float
+        ) -> list[Tensor]:
+            total = torch.zeros(rows.shape[1], dtype=torch.float64)
+            for place, key in zip(places[0].tolist(), example_keys(self._key[0], places[0]), strict=True):
                 batch = {n: t[place : place + 1] for n, t in self._train.items()}
-                own, counters = held.clone(), self.model.counters()
-                gradient, _ = self._gradient(y, own, counters, batch, purpose, step, key=np.array([key]))
+                own, counters = held[0].clone(), self.model.counters()
+                gradient, _ = self._gradient(rows[0], own, counters, batch, purpose, step, key=np.array([key]))
                 gradient = gradient if train is None else torch.where(train, gradient, 0.0)
                 norm = float(torch.linalg.vector_norm(gradient.double()))
                 if np.isfinite(norm):
                     total += gradient.double() * min(1.0, clip * (1 - 1e-5) / norm if norm else 1.0)
-            return total
+            return [total]
 
         return summed
 

@@ -91,6 +91,11 @@ class Run:
         return (self.pending if number in self.repeated and self.pending is not None else self.sink), number
 
 
+def shared(weight: Tensor) -> bool:
+    """Whether rows [C, ...] are one and the same tensor, as those of the examples of a batch are."""
+    return len(weight) > 1 and weight.stride(0) == 0
+
+
 class Operation(ABC):
     """A step of a program.
 
@@ -244,7 +249,7 @@ class Local(Operation):
 
 
 class Linear(Operation):
-    """y = x W^T + b as one batched product; of a frozen W, as one product for all rows; of factors, by these."""
+    """y = x W^T + b as one batched product; of a W all rows share, as one product for all; of factors, by these."""
 
     def __init__(self, given: Slot, x: Slot, weight: Attribute, bias: Attribute | None) -> None:
         super().__init__(given, (x,), (weight, bias))
@@ -258,7 +263,7 @@ class Linear(Operation):
     def forward(self, run: Run) -> None:
         x: Tensor = run.values[self._x.number]
         flat = x if x.ndim == 3 else x.reshape(len(x), -1, x.shape[-1])
-        weight = run.weight(self._weight)
+        weight = self._read(run)
         if isinstance(weight, Factors) or weight.ndim == 2:
             out = weight.forward(flat) if isinstance(weight, Factors) else torch.matmul(flat, weight.t())
             if self._bias is not None:
@@ -277,7 +282,7 @@ class Linear(Operation):
             return
         flat: Tensor = run.saved[self.number]
         slope = gradient if gradient.ndim == 3 else gradient.reshape(len(gradient), -1, gradient.shape[-1])
-        weight = run.weight(self._weight)
+        weight = self._read(run)
         if run.needs(self._x):
             if isinstance(weight, Factors):
                 below = weight.backward(slope)
@@ -288,7 +293,12 @@ class Linear(Operation):
         if (to := run.sink_of(self._weight)) is not None:
             to[0].product(to[1], slope.mT, flat)
         if (to := run.sink_of(self._bias)) is not None:
-            to[0].add(to[1], slope.sum(dim=1))
+            to[0].sum(to[1], slope)
+
+    def _read(self, run: Run) -> Part:
+        """The weights [C, m, n], or one matrix [m, n] for all rows."""
+        weight = run.weight(self._weight)
+        return weight[0] if isinstance(weight, Tensor) and weight.ndim == 3 and shared(weight) else weight
 
 
 class Elementwise(Operation):
@@ -385,8 +395,8 @@ class Embedding(Operation):
         # An index out of range would read another client's table.
         if x.numel() and (int(x.min()) < 0 or int(x.max()) >= size):
             raise IndexError(f"index out of range in {self._name}: {int(x.min())}..{int(x.max())} of {size}")
-        if table.ndim == 2:
-            run.values[self.out] = functional.embedding(x, table)
+        if table.ndim == 2 or shared(table):
+            run.values[self.out] = functional.embedding(x, table if table.ndim == 2 else table[0])
             return
         start = torch.arange(run.rows, device=x.device).view(-1, *(1,) * (x.ndim - 1)) * size
         run.values[self.out] = functional.embedding(x + start, table.reshape(-1, table.shape[-1]))
@@ -454,7 +464,8 @@ class Convolution(Operation):
     """A convolution with each row's own kernel.
 
     Two forms, found by measurement on CPUs: one product of patches for all rows where a kernel reads few numbers (a
-    first layer) or the work is small; else the library's kernel, row by row, in channels-last order.
+    first layer) or the work is small; else the library's kernel, row by row, in channels-last order. Where all rows
+    share a kernel, one call of the library for all of them.
     """
 
     def __init__(
@@ -492,6 +503,10 @@ class Convolution(Operation):
         if self._by_patches(x, weight):
             run.values[self.out] = self._patched(run, x, weight, bias)
             return
+        if shared(weight):
+            out = aten.convolution(x.flatten(0, 1), weight[0], None, *self._how).unflatten(0, x.shape[:2])
+            run.values[self.out] = out if bias is None else out + bias.view(len(bias), 1, -1, *(1,) * (out.ndim - 3))
+            return
         outs = [
             aten.convolution(
                 _channels_last(x[r]), weight[r], None if bias is None else bias.expand(run.rows, -1)[r], *self._how
@@ -521,10 +536,16 @@ class Convolution(Operation):
         if columns is not None:
             slope = gradient.movedim(2, -1).reshape(run.rows, -1, gradient.shape[2])
             if wanted:
-                run.give(self._x, self._folded(torch.bmm(slope, weight.flatten(2)), x))
+                flat = weight.flatten(2)
+                below = torch.matmul(slope, flat[0]) if shared(weight) else torch.bmm(slope, flat)
+                run.give(self._x, self._folded(below, x))
             if to is not None:
                 to[0].product(to[1], slope.mT, columns)
             return
+        if wanted and shared(weight):
+            whole = gradient.flatten(0, 1), x.flatten(0, 1), weight[0], None, *self._how, [True, False, False]
+            run.give(self._x, aten.convolution_backward(*whole)[0].view(x.shape))
+            wanted = False
         mask, belows, gradients = [wanted, to is not None, False], [], []
         for r in range(run.rows):
             slope = _channels_last(gradient[r])
@@ -564,7 +585,15 @@ class Convolution(Operation):
         )
         columns = patches.reshape(rows, count * high * wide, -1)
         flat = weight.flatten(2).mT
-        out = torch.bmm(columns, flat) if bias is None else torch.baddbmm(bias.expand(rows, -1)[:, None], columns, flat)
+        if shared(weight):
+            out = torch.matmul(columns, flat[0])
+            out = out if bias is None else out.add_(bias.expand(rows, -1)[:, None])
+        else:
+            out = (
+                torch.bmm(columns, flat)
+                if bias is None
+                else torch.baddbmm(bias.expand(rows, -1)[:, None], columns, flat)
+            )
         if run.need is not None and run.need[self.out]:
             run.saved[self.number] = columns
         return out.view(rows, count, high, wide, -1).movedim(-1, 2)

@@ -1,14 +1,18 @@
 """Local steps on clipped and noised sums of single examples' gradients (`atoll.privacy.example_level`).
 
-One client after the other: its minibatches are Poisson samples, of which no two have the same size. The gradients of a
-batch are those of a tile whose rows are examples: every row is the same model and sees one example. `PerExample` takes
-them in as products, and adds up the clipped ones without ever writing a single one out, where a layer allows: of one
-position the norm of a product left x right is |left| |right| (Goodfellow 2015, "Efficient per-example gradient
-computations"), of several it follows from their inner products (Bu, Wang, Zha & Karypis 2023, "Differentially private
-optimization on large model at small cost"), and the clipped sum is one product with the rows' factors.
+Minibatches are Poisson samples, of which no two have the same size. No gradient of a single example is written out
+where a layer allows: of one position the norm of a product left x right is |left| |right| (Goodfellow 2015, "Efficient
+per-example gradient computations"), of several it follows from their inner products (Bu, Wang, Zha & Karypis 2023,
+"Differentially private optimization on large model at small cost"), and the clipped sum is one product with the
+examples' factors. There are two forms of this:
+
+`PerBatch`: the rows are clients, whose batches are filled up to the largest with examples of factor nought. For models
+whose parameters are read by linear layers alone.
+`PerExample`: one client after the other; the gradients of its batch are those of a tile whose rows are examples: every
+row is the same model and sees one example.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -21,19 +25,19 @@ from atoll.errors import CompositionError
 from atoll.local import Plan
 from atoll.privacy.noise import releasing
 from atoll.secret import Source
-from atoll.vectors import Trained
+from atoll.vectors import Layout, Trained
 
 if TYPE_CHECKING:
     from atoll.cohort import Cohort
 
-Sum = Callable[[int, Tensor, Tensor, Tensor, int, float], Tensor]
-"""(client, parameters y [P], buffers [B], places of the batch [b], step, clip) -> sum of clipped gradients [P]
-float64."""
+Sums = Callable[[Sequence[int], Tensor, Tensor, Sequence[Tensor], int, float], Iterable[Tensor]]
+"""(numbers of clients [k], parameters y [C, P], buffers [C, B], places of each one's batch, step, clip) -> each one's
+sum of clipped gradients [P], in double precision or y's own."""
 
 
 def train_privately(
     cohort: "Cohort",
-    clipped_sum: Sum,
+    clipped_sums: Sums,
     rows: Tensor,
     plan: Plan,
     *,
@@ -64,42 +68,50 @@ def train_privately(
     sizes = cohort.examples[:, 0].long().cpu().numpy()
     totals = plan.steps_of(sizes, cohort.clients, cohort.round)
     root = Source() if told.seed is None else Source(seed=told.seed)
-    ended, rates = rows.detach().clone(), np.zeros(len(sizes))
-    for i, (n, total) in enumerate(zip(sizes.tolist(), totals.tolist(), strict=True)):
-        source = root.derive("examples", purpose, cohort.round, cohort.clients[i])
-        share = sampling_rate(plan, n)
-        y, velocity, second = rows[i].detach().clone(), torch.zeros_like(rows[0]), torch.zeros_like(rows[0])
-        for step in range(total):
-            places = torch.nonzero(source.bernoulli(share, n))[:, 0]
-            found = clipped_sum(i, y, held[i], places, step, told.clip)
-            gradient = (releasing(multiplier, source)(found, told.clip) / (share * n)).to(y)
+    sources = [root.derive("examples", purpose, cohort.round, client) for client in cohort.clients]
+    shares = [sampling_rate(plan, n) for n in sizes.tolist()]
+    releases = [releasing(multiplier, source) for source in sources]
+    y, rates = rows.detach().clone(), np.zeros(len(sizes))
+    first = torch.zeros_like(y) if plan.optimizer != "sgd" or plan.momentum else None
+    second = torch.zeros_like(y) if plan.optimizer != "sgd" else None
+    for step in range(int(totals.max(initial=0))):
+        active = np.flatnonzero(totals > step).tolist()
+        places = [torch.nonzero(sources[i].bernoulli(shares[i], int(sizes[i])))[:, 0] for i in active]
+        rate = float(plan.rate(cohort.round, np.array([step]))[0])
+        for i, found in zip(active, clipped_sums(active, y, held, places, step, told.clip), strict=True):
+            own = y[i]
+            gradient = releases[i](found, told.clip).div_(shares[i] * int(sizes[i])).to(y)
             if pull:
                 assert anchor is not None
-                gradient = gradient + pull * (y - (anchor if anchor.ndim == 1 else anchor[i]))
+                gradient.add_(own - (anchor if anchor.ndim == 1 else anchor[i]), alpha=pull)
             if shift is not None:
-                gradient = gradient + (shift if shift.ndim == 1 else shift[i])
-            rate = float(plan.rate(cohort.round, np.array([step]))[0])
+                gradient.add_(shift if shift.ndim == 1 else shift[i])
             if plan.weight_decay and plan.optimizer != "adamw":
-                gradient = gradient + plan.weight_decay * y
-            if plan.optimizer == "sgd":
-                velocity = plan.momentum * velocity + gradient
-                change = -rate * velocity
+                gradient.add_(own, alpha=plan.weight_decay)
+            if first is None:
+                change = gradient
+            elif second is None:
+                change = first[i].mul_(plan.momentum).add_(gradient)
             else:
-                beta1, beta2 = plan.betas
-                velocity = beta1 * velocity + (1 - beta1) * gradient
-                second = beta2 * second + (1 - beta2) * gradient**2
-                spread = (second / (1 - beta2 ** (step + 1))).sqrt() + plan.eps
-                change = -rate * (velocity / (1 - beta1 ** (step + 1))) / spread
+                change = _adam(plan, first[i], second[i], gradient, step)
                 if plan.optimizer == "adamw":
-                    change = change - rate * plan.weight_decay * y
-            y = y + (change if train is None else torch.where(train, change, 0.0))
+                    change.add_(own, alpha=plan.weight_decay)
+            own.sub_(change if train is None else torch.where(train, change, 0.0), alpha=rate)
             rates[i] += rate
-        ended[i] = y
     nothing = torch.zeros(len(sizes), 1, dtype=torch.float64)
     return Trained(
-        ended, held, torch.from_numpy(totals).to(rows)[:, None], torch.from_numpy(rates).to(rows)[:, None],
+        y, held, torch.from_numpy(totals).to(rows)[:, None], torch.from_numpy(rates).to(rows)[:, None],
         nothing, nothing.clone(),
     )  # fmt: skip
+
+
+def _adam(plan: Plan, first: Tensor, second: Tensor, gradient: Tensor, step: int) -> Tensor:
+    """The direction of Adam; moments are renewed in place."""
+    beta1, beta2 = plan.betas
+    first.mul_(beta1).add_(gradient, alpha=1 - beta1)
+    second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+    spread = (second / (1 - beta2 ** (step + 1))).sqrt_().add_(plan.eps)
+    return (first / (1 - beta1 ** (step + 1))).div_(spread)
 
 
 def sampling_rate(plan: Plan, examples: int) -> float:
@@ -175,18 +187,103 @@ class PerExample(Sink):
         return total
 
     def total(self, factor: Tensor) -> Tensor:
-        """The sum of the gradients by factor [b], [P] float64; nought where nothing came."""
-        found: list[Tensor] = []
-        for number, part in enumerate(self._parts):
+        """The sum of the gradients by factor [b], [P]; nought where nothing came."""
+        like = cast(Tensor, self._parts[0])
+        sizes = [cast(Tensor, part)[0].numel() for part in self._parts]
+        sums, own = like.new_empty(sum(sizes)), factor.to(like)
+        whole = bool((factor > 0).all())  # else what is not finite must not be multiplied by nought
+        for number, into in enumerate(sums.split(sizes)):
             if number in self._products:
                 left, right = self._products[number]
-                scaled = torch.where(factor[:, None, None] > 0, left, 0.0) * factor.to(left)[:, None, None]
-                clean = torch.where(factor[:, None, None] > 0, right, 0.0)
-                joined = scaled.transpose(0, 1).flatten(1) @ clean.flatten(0, 1)
-                found.append(joined.reshape(-1).double())
+                if not whole:
+                    left, right = (torch.where(factor[:, None, None] > 0, t, 0.0) for t in (left, right))
+                scaled = (left * own[:, None, None]).transpose(0, 1).flatten(1)
+                torch.mm(scaled, right.flatten(0, 1), out=into.view(scaled.shape[0], -1))
             elif number in self._whole:
-                clean = torch.where(factor[:, None] > 0, self._whole[number], 0.0)
-                found.append((factor.to(clean) @ clean).double())
+                found = self._whole[number]
+                torch.mv((found if whole else torch.where(factor[:, None] > 0, found, 0.0)).t(), own, out=into)
             else:
-                found.append(torch.zeros(cast(Tensor, part)[0].numel(), dtype=torch.float64))
-        return torch.cat(found)
+                into.zero_()
+        return sums
+
+
+class PerBatch(Sink):
+    """Takes in the gradients of rows that are clients, for the sums of their examples' clipped ones.
+
+    Args:
+        layout: of the parameters.
+        rows: the parameters [k, P].
+        examples: b, in each row's batch.
+        wanted: numbers of the parameters that are trained; None: all.
+    """
+
+    def __init__(self, layout: Layout, rows: Tensor, examples: int, wanted: frozenset[int] | None = None) -> None:
+        self._layout, self._rows, self._examples, self._wanted = layout, rows, examples, wanted
+        self._products: dict[int, tuple[Tensor, Tensor | None]] = {}
+
+    def wants(self, number: int) -> bool:
+        """Whether this parameter is trained."""
+        return self._wanted is None or number in self._wanted
+
+    def product(self, number: int, left: Tensor, right: Tensor) -> None:
+        """The gradients are left [k, m, b t] @ right [k, b t, p], with t positions of each example."""
+        self._products[number] = left, right
+
+    def sum(self, number: int, values: Tensor) -> None:
+        """The gradients are sums of values [k, b t, m]."""
+        self._products[number] = values.mT, None
+
+    def add(self, number: int, gradient: Tensor) -> None:
+        """Refused: a gradient that is summed over the batch tells nothing of its examples."""
+        raise AssertionError("only linear layers hand over what single examples add")
+
+    def scatter(self, number: int, places: Tensor, values: Tensor) -> None:
+        """Refused, as `add`."""
+        raise AssertionError("only linear layers hand over what single examples add")
+
+    def squares(self) -> Tensor:
+        """Squared norms of all trained parameters' gradients together, [k, b] float64."""
+        total = torch.zeros(len(self._rows), self._examples, dtype=torch.float64)
+        for left, right in self._products.values():
+            total += self._squares(left, right)
+        return total
+
+    def _squares(self, left: Tensor, right: Tensor | None) -> Tensor:
+        k, m, b = len(left), left.shape[1], self._examples
+        if left.shape[2] == b:
+            square = left.square().sum(1)
+            return square if right is None else square * right.square().sum(2)
+        slopes = left.unflatten(2, (b, -1)).movedim(1, 3).flatten(0, 1)  # [k b, t, m]
+        if right is None:
+            return slopes.sum(1).square().sum(1).view(k, b)
+        inputs = right.unflatten(1, (b, -1)).flatten(0, 1)  # [k b, t, p]
+        if inputs.shape[1] ** 2 > m * inputs.shape[2]:  # positions are so many that the gradients are smaller
+            return torch.bmm(slopes.mT, inputs).square().sum((1, 2)).view(k, b)
+        return (torch.bmm(slopes, slopes.mT) * torch.bmm(inputs, inputs.mT)).sum((1, 2)).clamp(min=0).view(k, b)
+
+    def totals(self, factor: Tensor, finite: Tensor) -> Tensor:
+        """The sums of the gradients by factor [k, b], [k, P]; nought where nothing came.
+
+        Args:
+            factor: of each example.
+            finite: whether its gradient is: else it must not be multiplied, even by nought.
+        """
+        sums, own = torch.empty_like(self._rows), factor.to(self._rows)
+        whole = bool(finite.all())
+        for number, (_, shape, begin, end) in enumerate(self._layout):
+            if number not in self._products:
+                sums[:, begin:end].zero_()
+                continue
+            left, right = self._products[number]
+            scale = own.repeat_interleave(left.shape[2] // self._examples, dim=1)[:, None]
+            if not whole:
+                kept = finite.repeat_interleave(scale.shape[2] // self._examples, dim=1)[:, None]
+                left = torch.where(kept, left, 0.0)
+                right = None if right is None else torch.where(kept.mT, right, 0.0)
+            if right is None:
+                sums[:, begin:end] = torch.bmm(left, scale.mT)[:, :, 0]
+                continue
+            scaled, into = left * scale, sums[:, begin:end].unflatten(1, shape)
+            for k in range(len(factor)):  # row by row: into what is strided, products go through a copy
+                torch.mm(scaled[k], right[k], out=into[k])
+        return sums

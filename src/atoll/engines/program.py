@@ -33,6 +33,7 @@ class Program:
 
     Attributes:
         features: number of the value that is the model's features; None: it names none, or they have no value here.
+        linear: whether linear layers alone read its parameters, each once.
 
     Args:
         model: the model.
@@ -73,6 +74,7 @@ class Program:
         self._start = builder.start
         uses = [p for op in self._operations for p in op.parameters]
         self.repeated = frozenset(p for p in uses if uses.count(p) > 1)
+        self.linear = not self.repeated and all(isinstance(op, Linear) for op in self._operations if op.parameters)
         linear = {op.weight: op for op in self._operations if isinstance(op, Linear)}
         self._weights = {p: op for p, op in linear.items() if p is not None and p not in self.repeated}
         self._needs: dict[frozenset[int] | None, list[bool]] = {}

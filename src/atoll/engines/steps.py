@@ -40,6 +40,10 @@ class Sink(ABC):
     def add(self, number: int, gradient: Tensor) -> None:
         """The gradient [k, ...] itself."""
 
+    def sum(self, number: int, values: Tensor) -> None:
+        """The gradient [k, m] is the sum of values [k, n, m] over examples and their positions."""
+        self.add(number, values.sum(dim=1))
+
     @abstractmethod
     def scatter(self, number: int, places: Tensor, values: Tensor) -> None:
         """The gradient of a table [k, n, d] is the sum of values [k, m, d] at places [k, m]."""

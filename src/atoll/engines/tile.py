@@ -4,7 +4,7 @@ At every step rows are grouped by true batch size; clients that are done leave t
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, cast
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from atoll import random
 from atoll.cohort import Cohort, Minibatch, Term
@@ -23,7 +24,8 @@ from atoll.engines.blocks import Blocks, Part
 from atoll.engines.dropout import Draw
 from atoll.engines.factors import Use, factored
 from atoll.engines.minibatches import minibatches
-from atoll.engines.private import PerExample, Sum, example_keys, factors, train_privately
+from atoll.engines.objective import slopes
+from atoll.engines.private import PerBatch, PerExample, Sums, example_keys, factors, train_privately
 from atoll.engines.program import Program
 from atoll.engines.schedule import Members, schedule
 from atoll.engines.steps import Gradients, Rule, Sink, by_factors, splits
@@ -156,8 +158,8 @@ class Rows(Cohort):
             if term is not None:
                 self.expose("the features of a term of the loss")
             return train_privately(
-                self, self._clipped_sum(purpose, train), rows, plan, anchor=anchor, pull=pull, shift=shift, train=train,
-                buffers=buffers, purpose=purpose,
+                self, self._clipped_sums(purpose, train), rows, plan, anchor=anchor, pull=pull, shift=shift,
+                train=train, buffers=buffers, purpose=purpose,
             )  # fmt: skip
         self.expose("training without privacy=")
         model, count = self.model, len(self.clients)
@@ -222,31 +224,94 @@ class Rows(Cohort):
             change=change,
         )
 
-    def _clipped_sum(self, purpose: str, train: Tensor | None) -> Sum:
-        """A batch's examples as rows of the same model, some at a time."""
-        model, how = self.model, self._how
-        layout = model.layout
+    def _clipped_sums(self, purpose: str, train: Tensor | None) -> Sums:
+        """Clients side by side where the model's layers allow, else each by itself."""
+        layout, how = self.model.layout, self._how
         wanted = None if train is None else frozenset(i for i, (_, _, a, b) in enumerate(layout) if train[a:b].any())
         if train is not None and splits(layout, train):
             raise CompositionError(
                 "a mask inside a parameter cannot be clipped example by example: train whole parameters."
             )
+        program = how.program
+        side_by_side = program is not None and program.linear and not how.random
 
-        def summed(client: int, y: Tensor, held: Tensor, places: Tensor, step: int, clip: float) -> Tensor:
-            total = torch.zeros(len(y), dtype=torch.float64)
-            widest = TOGETHER if how.program is not None or how.batched else 1
-            for some in places.split(widest) if len(places) else ():  # a Poisson sample may be empty
-                parts: list[Part] = [t.expand(len(some), *t.shape) for t in layout.view(y).values()]
-                own = Buffers(model, held.expand(len(some), -1).clone()).take(slice(None))
-                batch = self._gather((some + int(self._begin[client]))[:, None])
-                keys, numbers = example_keys(self._keys[client], some), np.full(len(some), step)
-                draw = Draw(self._seed, purpose, self.round, keys, numbers) if how.random else None
-                sink = PerExample(parts, wanted)
-                self._gradients(parts, own, batch, draw, sink, wanted)
-                total += sink.total(factors(sink.squares(), clip))
-            return total
+        def summed(
+            clients: Sequence[int], rows: Tensor, held: Tensor, places: Sequence[Tensor], step: int, clip: float
+        ) -> Iterable[Tensor]:
+            if program is not None and side_by_side:
+                return self._side_by_side(program, clients, rows, held, places, clip, wanted)
+            return (
+                self._by_itself(client, rows[client], held[client], own, purpose, step, clip, wanted)
+                for client, own in zip(clients, places, strict=True)
+            )
 
         return summed
+
+    def _side_by_side(
+        self,
+        program: Program,
+        clients: Sequence[int],
+        rows: Tensor,
+        held: Tensor,
+        places: Sequence[Tensor],
+        clip: float,
+        wanted: frozenset[int] | None,
+    ) -> Tensor:
+        """Sums [k, P] of clients' clipped gradients, some of their examples at a time; rows and buffers of all."""
+        model, sizes = self.model, np.array([len(own) for own in places])
+        pieces = range(0, int(sizes.max(initial=0)), TOGETHER)
+        one = len(pieces) == 1 and int(sizes.min()) > 0  # a Poisson sample may be empty
+        total = rows.new_empty(0) if one else rows.new_zeros(len(clients), rows.shape[1], dtype=torch.float64)
+        for begin in pieces:
+            among = np.flatnonzero(sizes > begin).tolist()
+            members = torch.tensor([clients[k] for k in among])
+            own = [places[k][begin : begin + TOGETHER] for k in among]
+            index = pad_sequence(own, batch_first=True)  # filled up with the client's first example
+            real = torch.arange(index.shape[1]) < torch.tensor([len(o) for o in own])[:, None]
+            y = rows if len(members) == len(rows) else rows[members]
+            parts = list(model.layout.view(y).values())
+            buffers = Buffers(model, held[members]).take(slice(None))
+            batch = self._gather(index + torch.from_numpy(self._begin)[members][:, None])
+            sink = PerBatch(model.layout, y, index.shape[1], wanted)
+            output, run = program.forward(parts, buffers, batch, trained=wanted)
+            _, slope = slopes(model.loss, output.flatten(0, 1)[:, None], batch["y"].flatten(0, 1)[:, None])
+            program.backward(run, slope.view(output.shape), sink)
+            squares = sink.squares()
+            found = sink.totals(torch.where(real, factors(squares, clip), 0.0), squares.isfinite())
+            if one:
+                return found
+            total[among] += found
+        return total
+
+    def _by_itself(
+        self,
+        client: int,
+        y: Tensor,
+        held: Tensor,
+        places: Tensor,
+        purpose: str,
+        step: int,
+        clip: float,
+        wanted: frozenset[int] | None,
+    ) -> Tensor:
+        """The sum [P] of a client's clipped gradients: its examples are rows of the same model, some at a time."""
+        model, how = self.model, self._how
+        widest = TOGETHER if how.program is not None or how.batched else 1
+        pieces = places.split(widest) if len(places) else ()  # a Poisson sample may be empty
+        total = torch.zeros(0) if len(pieces) == 1 else y.new_zeros(len(y), dtype=torch.float64)
+        for some in pieces:
+            parts: list[Part] = [t.expand(len(some), *t.shape) for t in model.layout.view(y).values()]
+            own = Buffers(model, held.expand(len(some), -1).clone()).take(slice(None))
+            batch = self._gather((some + int(self._begin[client]))[:, None])
+            keys, numbers = example_keys(self._keys[client], some), np.full(len(some), step)
+            draw = Draw(self._seed, purpose, self.round, keys, numbers) if how.random else None
+            sink = PerExample(parts, wanted)
+            self._gradients(parts, own, batch, draw, sink, wanted)
+            found = sink.total(factors(sink.squares(), clip))
+            if len(pieces) == 1:
+                return found
+            total += found
+        return total
 
     def _factored(
         self,

@@ -208,7 +208,8 @@ class Vectorized(Engine):
         assert self._paths is not None
         sizes = np.array([examples])
         seen = max((int(p.total_examples(sizes)[0]) for p in self._plans), default=0)
-        by = factored(self._paths.uses, seen)
+        private = any(p.privacy is not None for p in self._plans)  # noise has no factors
+        by = {} if private else factored(self._paths.uses, seen)
         saved = sum(prod(self._layout.shapes[n]) - room * sum(self._layout.shapes[n]) for n, room in by.items())
         return self._row - saved * self._item
 
