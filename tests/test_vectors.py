@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atoll.vectors import Layout
+from atoll.vectors import PIECE, Layout, lengths
 
 shapes = st.lists(st.lists(st.integers(0, 3), max_size=3).map(tuple), min_size=1, max_size=5)
 
@@ -104,3 +104,28 @@ def test_neighbours_are_taken_in_one_piece() -> None:
     assert nothing.size == 0 and nothing.take(torch.zeros(3, 10)).shape == (3, 0)
     vector = torch.zeros(10)
     assert LAYOUT.without([]).take(vector) is vector
+
+
+@pytest.mark.parametrize("columns", [0, 1, PIECE, 2 * PIECE, 5 * PIECE + 3, 100_001])
+@pytest.mark.parametrize("scale", [1e-30, 1e-8, 1.0, 1e30])
+def test_norms_in_single_precision_are_never_too_small_and_hardly_too_large(columns: int, scale: float) -> None:
+    draw = torch.Generator().manual_seed(columns)
+    rows = torch.randn(4, columns + 2, generator=draw)[:, 2:] * scale
+    rows[1] = 0.1 * scale  # all roundings the same way
+    rows[2] = 0.0
+    exact, found = torch.linalg.vector_norm(rows.double(), dim=1), lengths(rows)
+    assert found.shape == (4, 1) and found.dtype == torch.float64
+    assert bool((found[:, 0] >= exact * (1 - 1e-14)).all()) and bool((found[:, 0] <= exact * (1 + 8e-6)).all())
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+@pytest.mark.parametrize("at", [0, 3 * PIECE])
+def test_norms_of_rows_that_are_not_finite_are_not_either(broken: float, at: int) -> None:
+    rows = torch.ones(2, 3 * PIECE + 1)
+    rows[1, at] = broken
+    assert torch.isfinite(lengths(rows))[:, 0].tolist() == [True, False]
+
+
+def test_norms_in_double_precision_are_torch_s() -> None:
+    rows = torch.randn(3, 1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert torch.equal(lengths(rows)[:, 0], torch.linalg.vector_norm(rows, dim=1))

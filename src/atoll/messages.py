@@ -64,12 +64,32 @@ class Clear:
 
 
 @dataclass(frozen=True, slots=True)
+class Scaled:
+    """Rows that the pipeline multiplies by a factor each, which need not be written out to be added up.
+
+    Attributes:
+        plain: [C, L].
+        factor: [C, 1] float64.
+    """
+
+    plain: Tensor
+    factor: Tensor
+
+    @property
+    def rows(self) -> Tensor:
+        """The rows that are sent, no longer than in double precision."""
+        kept = self.factor * torch.where(self.factor < 1, 1 - 2 * torch.finfo(self.plain.dtype).eps, 1.0)
+        return self.plain * kept.to(self.plain.dtype)
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """A tile's answer to a training task.
 
     Attributes:
         clients: names, one for each row.
-        wire: encoded rows; the sealed codes of a summing channel; in the clear where the server adds up the very rows.
+        wire: encoded rows; the sealed codes of a summing channel; in the clear where the server adds up the very rows;
+            with factors where it adds up rows that were scaled, and noise.
         parts: lengths of the averaged part, the averaged buffers and the summed part.
         weight: [C, 1]; empty under a summing channel, which carries weights inside.
         metrics: sums of loss and examples, [C, 2].
@@ -79,7 +99,7 @@ class Report:
     """
 
     clients: tuple[str, ...]
-    wire: "Tensor | Mapping[str, Tensor] | Clear"
+    wire: "Tensor | Mapping[str, Tensor] | Clear | Scaled"
     parts: tuple[int, int, int]
     weight: Tensor
     metrics: Tensor

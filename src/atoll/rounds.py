@@ -29,7 +29,7 @@ from atoll.engines import resolve as resolve_engine
 from atoll.errors import CompositionError, InvalidArgument, NonFiniteError, invalid
 from atoll.evaluation import Evaluation, check_split, joined, output_sums, split_sums, summarise, summary
 from atoll.memory import ClientMemory, Window
-from atoll.messages import Clear, Partial, Report, Task
+from atoll.messages import Clear, Partial, Report, Scaled, Task
 from atoll.model import Model
 from atoll.privacy.accounting import Event, check_delta, usual_delta
 from atoll.privacy.client_noise import decide
@@ -44,7 +44,7 @@ from atoll.transforms.channel import resolve as resolve_channel
 from atoll.transforms.delta import Downlink, served
 from atoll.transforms.delta import resolve as resolve_downlink
 from atoll.tree import leaves, nbytes, rebuild
-from atoll.vectors import Aggregate, Change, Layout, Personal, Selection
+from atoll.vectors import Aggregate, Change, Layout, Personal, Selection, lengths
 
 if TYPE_CHECKING:
     from atoll.data import FederatedDataset, LazyDataset, Split
@@ -235,7 +235,7 @@ class Process:
         (chosen,) = engine.split(task, data)
         cohort, remembered = engine.tile(self, task, data, memory, chosen)
         report = self.work(task, cohort, remembered)
-        if isinstance(report.wire, Clear):
+        if isinstance(report.wire, Clear | Scaled):
             row = report.wire.rows[0].clone()
         else:
             keys = keys_of(task.seed, task.round, random.client_keys(report.clients), sum(report.parts[:2]))
@@ -398,14 +398,21 @@ class Process:
         clear = Clear(update.change, rest)
         keys = random.client_keys(cohort.clients)
         mine = {n.removeprefix("transforms/"): t for n, t in remembered.items() if n.startswith("transforms/")}
-        finite, wire, stages = torch.ones(count, dtype=torch.bool), clear, dict[str, Tensor]()
+        wire: Tensor | Mapping[str, Tensor] | Clear | Scaled = clear
+        finite, stages = torch.ones(count, dtype=torch.bool), dict[str, Tensor]()
         if not self.adds_rows:
             rows = clear.rows
-            finite = finite_rows(rows)
+            sizes = lengths(rows) if self.chain.noise is not None else None
+            finite = finite_rows(rows) if sizes is None else torch.isfinite(sizes[:, 0])
             # A client cannot stop a private round, nor be told of: one that breaks adds nothing.
             if self.chain.protects_clients and not bool(finite.all()):
+                finite |= finite_rows(rows)
                 rows = torch.where(finite[:, None], rows, 0.0)
-            wire, stages = self.chain.encode(rows, mine, task.shared, keys_of(task.seed, task.round, keys, split))
+            factor = None if sizes is None else self.chain.scaled(sizes)
+            if factor is None:
+                wire, stages = self.chain.encode(rows, mine, task.shared, keys_of(task.seed, task.round, keys, split))
+            else:
+                wire, stages = Scaled(rows, factor), mine
         kept = {f"algorithm/{n}": t for n, t in renewed.items()} | {f"transforms/{n}": t for n, t in stages.items()}
         if update.trained is not None:
             if self.private_names:
@@ -446,10 +453,11 @@ class Process:
                 before = torch.cat([remembered[n].reshape(count, -1) for n in remembered], dim=1)
                 memory = torch.where(finite[:, None], memory, before)
             finite = torch.ones_like(finite)
-        lengths = (width, split - width, update.sums.shape[1])
-        size = sum(lengths) * self.row_dtype.itemsize * count if isinstance(wire, Clear) else sent(wire)
+        parts = (width, split - width, update.sums.shape[1])
+        plain = isinstance(wire, Clear | Scaled)
+        size = sum(parts) * self.row_dtype.itemsize * count if plain else sent(wire)
         size += count * (24 if channel.seal is None else 0)
-        return Report(cohort.clients, wire, lengths, weight, metrics, finite, memory, size)
+        return Report(cohort.clients, wire, parts, weight, metrics, finite, memory, size)
 
     def blank(self, task: Task) -> Report:
         """A single client's report with nothing in it: the shapes and types that a site may send."""
@@ -506,6 +514,9 @@ class Process:
                 codes = add(codes)
         elif isinstance(report.wire, Clear):
             total = self._added(report.wire, weight, split, good)
+        elif isinstance(report.wire, Scaled):
+            factor = report.wire.factor * good.to(report.wire.factor)[:, None]
+            total = self._widely_added(report.wire.plain, weight.double(), split, factor)
         else:
             keys = keys_of(task.seed, task.round, random.client_keys(report.clients), split)
             rows = self.chain.decode_each(report.wire, task.shared, length, keys, self.model.dtype)
@@ -568,7 +579,7 @@ class Process:
         """
         exact = torch.promote_types(self.row_dtype, torch.float32)
         if self.chain.noise is not None:  # what rounding adds must not tell of who is in the sum
-            return self._widely_added(clear.rows, weight.double(), split)
+            return self._widely_added(clear.rows, weight.double(), split, torch.ones_like(weight, dtype=torch.float64))
         alone = len(weight) == 1
         total = clear.total(weight.to(exact), split, last=alone)
         if bool(torch.isfinite(total.sum())):
@@ -581,14 +592,23 @@ class Process:
         return clear.total(weight.double(), split) if bool(good.all()) else total
 
     @staticmethod
-    def _widely_added(rows: Tensor, weight: Tensor, split: int) -> Tensor:
-        """The sum [L] in double precision, in pieces: a wide copy of all rows would not stay in the cache."""
+    def _widely_added(rows: Tensor, weight: Tensor, split: int, factor: Tensor) -> Tensor:
+        """The sum [L] of rows by factor in double precision, in pieces: a wide copy of all would not stay in the cache.
+
+        Args:
+            rows: [C, L].
+            weight: of the first `split` columns, [C, 1].
+            split: where columns begin that are not weighted.
+            factor: of all columns, [C, 1].
+        """
         total = rows.new_empty(rows.shape[1], dtype=torch.float64)
-        ones, width = torch.ones_like(weight), max(1, PIECE // max(1, 4 * len(rows)))
-        for begin, end, factor in ((0, split, weight), (split, rows.shape[1], ones)):
+        width = max(1, PIECE // max(1, len(rows)))
+        room = rows.new_empty(len(rows), min(width, rows.shape[1]), dtype=torch.float64)
+        for begin, end, own in ((0, split, weight * factor), (split, rows.shape[1], factor)):
             for at in range(begin, end, width):
                 upto = min(at + width, end)
-                torch.mm(factor.T, rows[:, at:upto].double(), out=total[None, at:upto])
+                piece = room[:, : upto - at].copy_(rows[:, at:upto])
+                torch.mm(own.T, piece, out=total[None, at:upto])
         return total
 
     def collector(self, state: State, task: Task) -> Collector:

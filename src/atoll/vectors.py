@@ -132,6 +132,31 @@ class Selection:
         return into
 
 
+PIECE = 128
+"""Squares that are added up in single precision."""
+
+EXCESS = (PIECE // 2 + 3) * 2.0**-24
+"""What a norm by pieces may be too small by: half the roundings of the squares and their sum, and those of roots."""
+
+
+def lengths(rows: Tensor) -> Tensor:
+    """L2 norms [C, 1] of rows [C, L], float64; of rows in single precision never too small, and at most 8e-6 too large.
+
+    Of these, squares are added up in single precision by pieces of `PIECE` numbers, which cannot be off by more than
+    their number of roundings, whatever their order; pieces in double. It takes a fifth of the time.
+    """
+    count = rows.shape[1] // PIECE
+    if rows.dtype != torch.float32 or count < 2:
+        return torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)
+    pieces = torch.linalg.vector_norm(rows[:, : count * PIECE].unflatten(1, (count, PIECE)), dim=2).double()
+    rest = torch.linalg.vector_norm(rows[:, count * PIECE :], dim=1, dtype=torch.float64)
+    found = (pieces.square().sum(dim=1) + rest.square()).sqrt().mul_(1 + EXCESS)
+    # Squares may be too large for single precision, or too small.
+    for i in (~((found > 1e-6) & torch.isfinite(found))).nonzero()[:, 0].tolist():
+        found[i] = torch.linalg.vector_norm(rows[i], dtype=torch.float64)
+    return found[:, None]
+
+
 class Change:
     """What training changed, one row per client: all rows [C, D] are made when they are asked for.
 

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 import atoll
 from atoll import aggregators, privacy, sampling, transforms
 from atoll.errors import BudgetSpent, CompositionError, InvalidArgument
+from atoll.messages import Scaled
 from atoll.privacy.noise import deviation
 from atoll.rounds import Process
 from atoll.transforms import clip_norm, ef21, error_feedback, gaussian_noise, quantize, rand_k, rotate, top_k
+from atoll.vectors import lengths
 
 MEAN = aggregators.mean(weights="uniform", denominator="expected")
 
@@ -49,6 +51,40 @@ def silent(parameters: int, clients: int) -> atoll.FederatedDataset:
     """Clients whose loss is flat: they send nothing."""
     x = torch.ones(2, parameters, dtype=torch.float64)
     return atoll.FederatedDataset.from_arrays({f"c{i}": (x, torch.zeros(2)) for i in range(clients)})
+
+
+# --- the sum ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+@pytest.mark.parametrize("weights", ["uniform", "examples"])
+def test_rows_that_are_scaled_as_they_are_added_up_give_the_sum_of_clipped_rows(
+    kind: torch.dtype, weights: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = torch.Generator().manual_seed(2)
+    x = torch.randn(30, 40, generator=draw, dtype=kind) * torch.logspace(-2, 1, 30)[:, None]
+    parts = {f"c{i}": (x[3 * i : 3 * i + 3 - i % 2], torch.arange(3 - i % 2)) for i in range(10)}
+    data, model = atoll.FederatedDataset.from_arrays(parts), atoll.Model(nn.Linear(40, 10).to(kind), "cross_entropy")
+    mean = aggregators.mean(weights=weights, denominator="expected", **({} if weights == "uniform" else {"clip": 3}))
+    sums = list[Tensor]()
+    algorithm = atoll.scaffold(atoll.local_sgd(0.3, steps=2, batch_size=None))  # which has a summed part
+    for stages in ((clip_norm(0.1), clip_norm(0.08), gaussian_noise(1.0)),) * 2:
+        run = process(*stages, model=model, algorithm=algorithm, aggregator=mean, engine="auto")
+        run.next(run.init(), data, expected=10.0, release=capture(sums))
+        monkeypatch.setattr("atoll.transforms.chain.Chain.scaled", lambda chain, sizes: None)
+    assert float(sums[0].norm()) > 0.05
+    tolerance = 1e-12 if kind == torch.float64 else 1e-6
+    torch.testing.assert_close(*sums, rtol=tolerance, atol=tolerance * 0.08)
+
+
+def test_rows_to_be_scaled_are_no_longer_than_the_bound_when_they_are_sent() -> None:
+    rows = torch.randn(200, 1000, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, 200)[:, None]
+    run = process(clip_norm(0.7), gaussian_noise(1.0))
+    factor = run.chain.scaled(lengths(rows))
+    assert factor is not None
+    sent = Scaled(rows, factor).rows
+    assert float(sent.double().norm(dim=1).max()) <= 0.7
+    assert torch.equal(sent[:20], rows[:20]) and float(sent[-1].double().norm()) > 0.69999
 
 
 # --- the noise --------------------------------------------------------------------------------------------------------

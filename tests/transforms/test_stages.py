@@ -42,7 +42,7 @@ from atoll.transforms import (
 from atoll.transforms.base import Keys
 from atoll.transforms.chain import Chain, compose, keys_of, sent
 from atoll.transforms.top_k import kept_of
-from atoll.vectors import Layout
+from atoll.vectors import Layout, lengths
 
 stages = pytest.mark.parametrize("name", TRANSFORMS)
 LENGTH, SPLIT = 333, 300
@@ -141,6 +141,15 @@ def test_nothing_is_sent_for_nothing_and_noughts_stay_noughts(name: str) -> None
     stay = torch.equal(send(chain, torch.zeros(2, LENGTH), keys(2))[0].abs(), torch.zeros(2, LENGTH))
     assert stay == (chain.client_noise is None), "noise hides that there is nothing"
     assert send(chain, torch.zeros(2, 0), keys(2, split=0))[0].shape == (2, 0)
+
+
+@pytest.mark.parametrize("name", [n for n, make in TRANSFORMS.items() if make().scale is not None])
+def test_a_factor_that_is_told_is_the_one_rows_are_multiplied_by(name: str) -> None:
+    stage, given = TRANSFORMS[name](), torch.logspace(-4, 4, 9, dtype=torch.float64)[:, None] * rows(9)
+    wire, memory = stage.encode(given, {}, stage.share(stage.init(LENGTH)), keys(9))
+    assert stage.scale is not None and not memory and not stage.remembers
+    assert stage.decode_each is None and stage.decode_sum is None and stage.size(LENGTH, SPLIT) == (LENGTH, SPLIT)
+    torch.testing.assert_close(wire, given * stage.scale(lengths(given)), rtol=1e-15, atol=0)
 
 
 @stages

@@ -19,7 +19,7 @@ import torch
 
 from atoll.errors import NonFiniteError, RunError
 from atoll.memory import ClientMemory
-from atoll.messages import Clear
+from atoll.messages import Clear, Scaled
 from atoll.net import party
 from atoll.net.control import Answer, Deliver, Request, Stamp, Work, content_hash
 from atoll.net.frames import FrameError, Limits, TensorSpec, decode, encode
@@ -252,7 +252,7 @@ class Trainer:
             cohort, remembered = engine.tile(process, task, self._data, kept, chosen)
             report = process.work(task, cohort, remembered)
             frame = pack_report(report)
-        wire = report.wire.rows if isinstance(report.wire, Clear) else report.wire
+        wire = report.wire.rows if isinstance(report.wire, Clear | Scaled) else report.wire
         fine = bool(report.finite.all() and torch.isfinite(report.metrics).all())
         if not fine or (isinstance(wire, torch.Tensor) and not bool(torch.isfinite(wire).all())):
             raise NonFiniteError(f"round {task.round + 1}: training became non-finite.")

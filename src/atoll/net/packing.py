@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from atoll.errors import RunError
-from atoll.messages import Clear, Report, Task
+from atoll.messages import Clear, Report, Scaled, Task
 from atoll.net.control import LONGEST_TEXT, Deliver, Value, Work
 from atoll.net.frames import FrameError, Limits, Schema, TensorSpec, decode, encode, schema_of
 from atoll.rounds import Process, State
@@ -86,7 +86,7 @@ def unpack_task(template: Task, work: Work, content: bytes, limits: Limits | Non
 
 def pack_report(report: Report) -> bytes:
     """The frame of one client's report: what it keeps for itself stays out."""
-    wire = report.wire.rows if isinstance(report.wire, Clear) else report.wire
+    wire = report.wire.rows if isinstance(report.wire, Clear | Scaled) else report.wire
     codes = {"wire": wire} if isinstance(wire, Tensor) else {f"wire/{n}": t for n, t in wire.items()}
     return encode(codes | {"weight": report.weight.double(), "metrics": report.metrics.double()})
 

@@ -157,6 +157,8 @@ class Transform:
         learn: (server state, sum of the rows that left the stage, expected cohort) -> state after the round, for stages
             whose rows carry more than the row that entered.
         integers: the rows that leave are int64 and may be added up modulo 2^integers; None: they are numbers.
+        scale: (L2 norms of the rows that enter [C, 1] float64) -> factors [C, 1], where `encode` does no more than
+            multiply rows by these and the server undoes nothing; None: it does something else.
         check: refuses a cohort of so many clients before any work, by raising CompositionError.
         client_noise: what clients add to their rows in this stage, for their privacy.
         calibrate: (noise multiplier) -> the stage with it, where an epsilon was asked for.
@@ -189,6 +191,7 @@ class Transform:
     noise: Noise | None = None
     learn: Callable[[Any, Tensor, float], Any] | None = None
     integers: int | None = None
+    scale: Callable[[Tensor], Tensor] | None = None
     check: Callable[[int], None] = lambda count: None
     client_noise: ClientNoise | None = None
     calibrate: "Callable[[float], Transform] | None" = None

@@ -322,6 +322,15 @@ class Chain:
             return coded(codes, self.coder), renewed
         return (last if last is not None and len(codes) == 1 else codes), renewed
 
+    def scaled(self, sizes: Tensor) -> Tensor | None:
+        """Factors [C, 1] by which rows of these L2 norms [C, 1] leave the chain; None: it does more than scale them."""
+        factor = torch.ones_like(sizes)
+        for stage in self.stages:
+            if stage.scale is None:
+                return None
+            factor = factor * stage.scale(sizes * factor)
+        return factor
+
     def opened(self, wire: Wire, length: int, split: int, dtype: torch.dtype) -> Codes:
         """The codes of a tile's clients, in the form of this chain; rows are called "rows".
 

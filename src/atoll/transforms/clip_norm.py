@@ -12,6 +12,7 @@ from torch import Tensor
 from atoll.errors import invalid
 from atoll.spec import record
 from atoll.transforms.base import Keys, Transform
+from atoll.vectors import lengths
 
 
 def clip_norm(norm: float) -> Transform:
@@ -26,7 +27,9 @@ def clip_norm(norm: float) -> Transform:
         raise invalid("norm", norm, "a finite number above 0")
 
     def encode(rows: Tensor, memory: dict[str, Tensor], shared: None, keys: Keys) -> tuple[Tensor, dict[str, Tensor]]:
-        return rows * shrinking(rows, norm), memory
+        # Rounding the factor and the products adds up to one part in 1 / eps; noise counts on the bound.
+        shorter = norm * (1 - 2 * torch.finfo(rows.dtype).eps)
+        return rows * shrinking(lengths(rows), norm, shorter).to(rows.dtype), memory
 
     return Transform(
         record("clip_norm", norm=norm),
@@ -34,12 +37,10 @@ def clip_norm(norm: float) -> Transform:
         unbiased=False,
         contracts=False,
         bound=lambda before: norm if before is None else min(before, norm),
+        scale=lambda sizes: shrinking(sizes, norm, norm * (1 - 2 * torch.finfo(sizes.dtype).eps)),
     )
 
 
-def shrinking(rows: Tensor, norm: float) -> Tensor:
-    """Factors [C, 1] that bring rows [C, L] down to a norm, rounding included; 1 for those within it."""
-    lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)
-    # Rounding the factor and the products adds up to one part in 1 / eps; noise counts on the bound.
-    shorter = norm * (1 - 2 * torch.finfo(rows.dtype).eps)
-    return torch.where(lengths > norm, shorter / lengths, 1.0).to(rows.dtype)
+def shrinking(sizes: Tensor, norm: float, shorter: float) -> Tensor:
+    """Factors [C, 1] that bring rows of these norms [C, 1] down to `shorter`; 1 for those within `norm`."""
+    return torch.where(sizes > norm, shorter / sizes, 1.0)

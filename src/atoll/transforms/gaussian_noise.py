@@ -12,6 +12,7 @@ no low bit of it can tell what was added to it (Mironov 2012). An empty cohort r
 Cost: one normal number for each coordinate of the sum, in every round, at the server.
 """
 
+import torch
 from torch import Tensor
 
 from atoll.privacy.accounting import Accountant
@@ -56,4 +57,5 @@ def gaussian_noise(
         ),
         encode,
         noise=told,
+        scale=torch.ones_like,
     )  # fmt: skip
