@@ -378,8 +378,8 @@ def keystream(key: bytes, nonce: bytes, counter: int, count: int) -> NDArray[np.
     out = np.empty(count, dtype=np.uint8)
     cipher = Cipher(algorithms.ChaCha20(key, counter.to_bytes(4, "little") + nonce), mode=None).encryptor()
     for begin in range(0, count, len(ZEROS)):
-        piece = out[begin : begin + len(ZEROS)]
-        cipher.update_into(ZEROS[: len(piece)], memoryview(piece))
+        piece = out.data[begin : begin + len(ZEROS)]
+        cipher.update_into(ZEROS[: len(piece)], piece)
     return out
 
 
