@@ -77,6 +77,25 @@ def test_rows_that_are_scaled_as_they_are_added_up_give_the_sum_of_clipped_rows(
     torch.testing.assert_close(*sums, rtol=tolerance, atol=tolerance * 0.08)
 
 
+@pytest.mark.parametrize("broken", ["loss", "row"])
+def test_a_client_that_breaks_adds_nothing_to_the_sum_of_scaled_rows(broken: str) -> None:
+    base = atoll.fedavg(atoll.local_sgd(1.0, steps=1, batch_size=None))
+
+    def local(message: Any, memory: Any, cohort: Any) -> Any:
+        update, memory = base.local(message, memory, cohort)
+        at = torch.tensor([[c == "c1"] for c in cohort.clients])
+        if broken == "loss":
+            return update.replace(metrics=torch.where(at, torch.nan, update.metrics)), memory
+        return update.replace(mean=torch.where(at, torch.nan, update.mean)), memory
+
+    sums, data = list[Tensor](), quadratics((1.0, 1.0, 1.0), (0.5, 7.0, -0.2))
+    run = process(algorithm=replace(base, local=local), engine="auto")
+    run.next(run.init(), data, expected=3.0, release=capture(sums))
+    run = process(engine="auto")
+    run.next(run.init(), data, [c for c in data.clients if c != "c1"], expected=3.0, release=capture(sums))
+    torch.testing.assert_close(sums[0], sums[1], rtol=0, atol=1e-12)
+
+
 def test_rows_to_be_scaled_are_no_longer_than_the_bound_when_they_are_sent() -> None:
     rows = torch.randn(200, 1000, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, 200)[:, None]
     run = process(clip_norm(0.7), gaussian_noise(1.0))
