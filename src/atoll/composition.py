@@ -151,6 +151,11 @@ def check_examples(algorithm: Algorithm, model: Model) -> None:
             f"some of the plans of {algorithm.name} have privacy= and others another or none: what the others "
             "learn would leave the client unprotected. Give all of them the same privacy=."
         )
+    if model.dtype.itemsize < 4:
+        raise CompositionError(
+            f"the model's numbers are {model.dtype}, in which norms and sums of single gradients are so rough that "
+            "clipping bounds nothing: use a model in torch.float32 or torch.float64 under example-level privacy."
+        )
     for name, part in model.modules():
         kind = type(part).__name__
         if "BatchNorm" in kind or ("InstanceNorm" in kind and getattr(part, "track_running_stats", False)):

@@ -15,6 +15,7 @@ import atoll
 from atoll import privacy
 from atoll.engines import Loop, Vectorized, operations
 from atoll.engines import private as module
+from atoll.engines.arena import Arena
 from atoll.errors import CompositionError, InvalidArgument
 from atoll.privacy import example_level
 from atoll.rounds import Process
@@ -78,7 +79,7 @@ class Pooled(nn.Module):
 @pytest.mark.parametrize("positions", [1, 2, 12], ids=["one", "few", "many"])  # 12 squared is more than 4 times 6
 def test_linear_layers_over_positions_are_clipped_example_by_example(positions: int) -> None:
     draw = torch.Generator().manual_seed(3)
-    sizes = {"a": 3, "b": 90, "c": 70}  # more than are taken at once, and not equally many
+    sizes = {"a": 3, "b": 80, "c": 66}  # more than are taken at once, and not equally many
     data = atoll.FederatedDataset.from_arrays(
         {
             n: (torch.randn(k, positions, 4, generator=draw, dtype=torch.float64), torch.arange(k) % 3)
@@ -87,7 +88,7 @@ def test_linear_layers_over_positions_are_clipped_example_by_example(positions: 
     )
     model = atoll.Model(Pooled().double(), "cross_entropy")
     told = example_level(clip=0.3, noise_multiplier=1e-6, seed=1)
-    for own in (plan(batch_size=None, privacy=told), plan(batch_size=2, privacy=told)):
+    for own in (plan(batch_size=None, steps=1, privacy=told), plan(batch_size=2, privacy=told)):
         ends: list[Tensor] = []
         for engine in (Loop(), Vectorized()):
             run = Process(model, atoll.fedavg(own), engine=engine)
@@ -215,7 +216,7 @@ def test_noise_and_batches_have_the_stated_laws() -> None:
     many = atoll.local_sgd(0.1, steps=400, batch_size=batch, privacy=example_level(clip=clip, noise_multiplier=z))
     module.train_privately(
         cohort, summed, cohort.rows(task.message.vector), many, anchor=None, pull=0.0, shift=None, train=None,
-        buffers=None, purpose="train",
+        buffers=None, purpose="train", arena=Arena(),
     )  # fmt: skip
     found = np.array(counts)
     assert abs(found.mean() - batch) < 6 * math.sqrt(batch * 0.8 / 400) and 4 < found.var() < 13
@@ -242,6 +243,13 @@ def test_methods_that_look_at_examples_otherwise_are_refused(algorithm: Any, sai
     for engine in (Loop(), Vectorized()):
         with pytest.raises(CompositionError, match=said):
             trained(MODELS["perceptron"], engine, plan(), algorithm)
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_models_in_half_precision_are_refused_with_a_replacement(kind: torch.dtype) -> None:
+    model = atoll.Model(nn.Linear(2, 3).to(kind), "cross_entropy")
+    with pytest.raises(CompositionError, match=rf"{kind}.*use a model in torch\.float32"):
+        Process(model, atoll.fedavg(plan()))
 
 
 MIXING = ["batch norm, mean", "batch norm, local", "batch norm, frozen", "convolution, batch norm"]

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from atoll import random
 from atoll.cohort import Cohort, Minibatch, Term
+from atoll.engines.arena import Arena
 from atoll.engines.base import Chosen, Engine, Remembering, Tile, orders
 from atoll.engines.dropout import Draw, KeyedDropout, SeededDraws
 from atoll.engines.private import Sums, example_keys, train_privately
@@ -92,7 +93,7 @@ class _Client(Cohort):
                 self.expose("the features of a term of the loss")
             return train_privately(
                 self, self._clipped_sums(purpose, train), rows, plan, anchor=anchor, pull=pull, shift=shift,
-                train=train, buffers=buffers, purpose=purpose,
+                train=train, buffers=buffers, purpose=purpose, arena=Arena(),
             )  # fmt: skip
         self.expose("training without privacy=")
         y = rows[0].detach().clone()

@@ -19,13 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from atoll.engines.arena import Arena
 from atoll.engines.blocks import Part
 from atoll.engines.steps import Sink
 from atoll.errors import CompositionError
 from atoll.local import Plan
 from atoll.privacy.noise import releasing
 from atoll.secret import Source
-from atoll.vectors import Layout, Trained
+from atoll.vectors import Change, Layout, Trained
 
 if TYPE_CHECKING:
     from atoll.cohort import Cohort
@@ -47,6 +48,7 @@ def train_privately(
     train: Tensor | None,
     buffers: Tensor | None,
     purpose: str,
+    arena: Arena,
 ) -> Trained:
     """As `Cohort.sgd`, by steps on noised sums; it tells no loss, and buffers stay as they are."""
     told, multiplier = plan.privacy, cohort.noise_multiplier
@@ -70,8 +72,10 @@ def train_privately(
     root = Source() if told.seed is None else Source(seed=told.seed)
     sources = [root.derive("examples", purpose, cohort.round, client) for client in cohort.clients]
     shares = [sampling_rate(plan, n) for n in sizes.tolist()]
+    expected = [share * n for share, n in zip(shares, sizes.tolist(), strict=True)]
     releases = [releasing(multiplier, source) for source in sources]
-    y, rates = rows.detach().clone(), np.zeros(len(sizes))
+    y, rates = arena.empty(*rows.shape, like=rows).copy_(rows.detach()), np.zeros(len(sizes))
+    bare = plan.plain and not pull and shift is None and train is None
     first = torch.zeros_like(y) if plan.optimizer != "sgd" or plan.momentum else None
     second = torch.zeros_like(y) if plan.optimizer != "sgd" else None
     for step in range(int(totals.max(initial=0))):
@@ -79,8 +83,12 @@ def train_privately(
         places = [torch.nonzero(sources[i].bernoulli(shares[i], int(sizes[i])))[:, 0] for i in active]
         rate = float(plan.rate(cohort.round, np.array([step]))[0])
         for i, found in zip(active, clipped_sums(active, y, held, places, step, told.clip), strict=True):
-            own = y[i]
-            gradient = releases[i](found, told.clip).div_(shares[i] * int(sizes[i])).to(y)
+            own, gradient = y[i], releases[i](found, told.clip).to(y)
+            rates[i] += rate
+            if bare:
+                own.sub_(gradient, alpha=rate / expected[i])
+                continue
+            gradient.div_(expected[i])
             if pull:
                 assert anchor is not None
                 gradient.add_(own - (anchor if anchor.ndim == 1 else anchor[i]), alpha=pull)
@@ -89,19 +97,23 @@ def train_privately(
             if plan.weight_decay and plan.optimizer != "adamw":
                 gradient.add_(own, alpha=plan.weight_decay)
             if first is None:
-                change = gradient
+                way = gradient
             elif second is None:
-                change = first[i].mul_(plan.momentum).add_(gradient)
+                way = first[i].mul_(plan.momentum).add_(gradient)
             else:
-                change = _adam(plan, first[i], second[i], gradient, step)
+                way = _adam(plan, first[i], second[i], gradient, step)
                 if plan.optimizer == "adamw":
-                    change.add_(own, alpha=plan.weight_decay)
-            own.sub_(change if train is None else torch.where(train, change, 0.0), alpha=rate)
-            rates[i] += rate
+                    way.add_(own, alpha=plan.weight_decay)
+            own.sub_(way if train is None else torch.where(train, way, 0.0), alpha=rate)
+
+    def change(start: Tensor) -> Change:
+        shape = len(y), y.shape[1]
+        return Change(shape, lambda: torch.sub(y, start.detach(), out=arena.empty(*shape, like=y)))
+
     nothing = torch.zeros(len(sizes), 1, dtype=torch.float64)
     return Trained(
         y, held, torch.from_numpy(totals).to(rows)[:, None], torch.from_numpy(rates).to(rows)[:, None],
-        nothing, nothing.clone(),
+        nothing, nothing.clone(), change=change,
     )  # fmt: skip
 
 
@@ -212,13 +224,16 @@ class PerBatch(Sink):
 
     Args:
         layout: of the parameters.
-        rows: the parameters [k, P].
-        examples: b, in each row's batch.
+        sums: memory for the answer [k, P].
+        counts: examples of each row, of the b that the largest has.
         wanted: numbers of the parameters that are trained; None: all.
     """
 
-    def __init__(self, layout: Layout, rows: Tensor, examples: int, wanted: frozenset[int] | None = None) -> None:
-        self._layout, self._rows, self._examples, self._wanted = layout, rows, examples, wanted
+    def __init__(
+        self, layout: Layout, sums: Tensor, counts: Sequence[int], wanted: frozenset[int] | None = None
+    ) -> None:
+        self._layout, self._sums, self._counts, self._wanted = layout, sums, counts, wanted
+        self._examples = max(counts)
         self._products: dict[int, tuple[Tensor, Tensor | None]] = {}
 
     def wants(self, number: int) -> bool:
@@ -243,7 +258,7 @@ class PerBatch(Sink):
 
     def squares(self) -> Tensor:
         """Squared norms of all trained parameters' gradients together, [k, b] float64."""
-        total = torch.zeros(len(self._rows), self._examples, dtype=torch.float64)
+        total = torch.zeros(len(self._sums), self._examples, dtype=torch.float64)
         for left, right in self._products.values():
             total += self._squares(left, right)
         return total
@@ -268,22 +283,25 @@ class PerBatch(Sink):
             factor: of each example.
             finite: whether its gradient is: else it must not be multiplied, even by nought.
         """
-        sums, own = torch.empty_like(self._rows), factor.to(self._rows)
-        whole = bool(finite.all())
+        sums, whole = self._sums, bool(finite.all())
+        real = torch.arange(self._examples) < torch.tensor(self._counts)[:, None]
+        own = torch.where(real, factor, 0.0).to(sums)
         for number, (_, shape, begin, end) in enumerate(self._layout):
             if number not in self._products:
                 sums[:, begin:end].zero_()
                 continue
             left, right = self._products[number]
-            scale = own.repeat_interleave(left.shape[2] // self._examples, dim=1)[:, None]
+            positions = left.shape[2] // self._examples
+            scale = own.repeat_interleave(positions, dim=1)[:, None]
             if not whole:
-                kept = finite.repeat_interleave(scale.shape[2] // self._examples, dim=1)[:, None]
+                kept = finite.repeat_interleave(positions, dim=1)[:, None]
                 left = torch.where(kept, left, 0.0)
                 right = None if right is None else torch.where(kept.mT, right, 0.0)
             if right is None:
                 sums[:, begin:end] = torch.bmm(left, scale.mT)[:, :, 0]
                 continue
             scaled, into = left * scale, sums[:, begin:end].unflatten(1, shape)
-            for k in range(len(factor)):  # row by row: into what is strided, products go through a copy
-                torch.mm(scaled[k], right[k], out=into[k])
+            for k, count in enumerate(self._counts):  # row by row: into what is strided, products go through a copy
+                upto = count * positions
+                torch.mm(scaled[k, :, :upto], right[k, :upto], out=into[k])
         return sums

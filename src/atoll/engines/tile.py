@@ -157,9 +157,10 @@ class Rows(Cohort):
         if plan.privacy is not None:
             if term is not None:
                 self.expose("the features of a term of the loss")
+            arena = self._arena or Arena()
             return train_privately(
-                self, self._clipped_sums(purpose, train), rows, plan, anchor=anchor, pull=pull, shift=shift,
-                train=train, buffers=buffers, purpose=purpose,
+                self, self._clipped_sums(rows, purpose, train, arena), rows, plan, anchor=anchor, pull=pull,
+                shift=shift, train=train, buffers=buffers, purpose=purpose, arena=arena,
             )  # fmt: skip
         self.expose("training without privacy=")
         model, count = self.model, len(self.clients)
@@ -224,7 +225,7 @@ class Rows(Cohort):
             change=change,
         )
 
-    def _clipped_sums(self, purpose: str, train: Tensor | None) -> Sums:
+    def _clipped_sums(self, rows: Tensor, purpose: str, train: Tensor | None, arena: Arena) -> Sums:
         """Clients side by side where the model's layers allow, else each by itself."""
         layout, how = self.model.layout, self._how
         wanted = None if train is None else frozenset(i for i, (_, _, a, b) in enumerate(layout) if train[a:b].any())
@@ -232,14 +233,15 @@ class Rows(Cohort):
             raise CompositionError(
                 "a mask inside a parameter cannot be clipped example by example: train whole parameters."
             )
-        program = how.program
-        side_by_side = program is not None and program.linear and not how.random
+        program, room = how.program, None
+        if program is not None and program.linear and not how.random:
+            room = arena.empty(*rows.shape, like=rows)
 
         def summed(
             clients: Sequence[int], rows: Tensor, held: Tensor, places: Sequence[Tensor], step: int, clip: float
         ) -> Iterable[Tensor]:
-            if program is not None and side_by_side:
-                return self._side_by_side(program, clients, rows, held, places, clip, wanted)
+            if program is not None and room is not None:
+                return self._side_by_side(program, clients, rows, held, places, clip, wanted, room)
             return (
                 self._by_itself(client, rows[client], held[client], own, purpose, step, clip, wanted)
                 for client, own in zip(clients, places, strict=True)
@@ -256,8 +258,12 @@ class Rows(Cohort):
         places: Sequence[Tensor],
         clip: float,
         wanted: frozenset[int] | None,
+        room: Tensor,
     ) -> Tensor:
-        """Sums [k, P] of clients' clipped gradients, some of their examples at a time; rows and buffers of all."""
+        """Sums [k, P] of clients' clipped gradients, some of their examples at a time.
+
+        Rows and buffers are everybody's; where the answer fits into the room [C, P], it is there until the next.
+        """
         model, sizes = self.model, np.array([len(own) for own in places])
         pieces = range(0, int(sizes.max(initial=0)), TOGETHER)
         one = len(pieces) == 1 and int(sizes.min()) > 0  # a Poisson sample may be empty
@@ -267,17 +273,16 @@ class Rows(Cohort):
             members = torch.tensor([clients[k] for k in among])
             own = [places[k][begin : begin + TOGETHER] for k in among]
             index = pad_sequence(own, batch_first=True)  # filled up with the client's first example
-            real = torch.arange(index.shape[1]) < torch.tensor([len(o) for o in own])[:, None]
             y = rows if len(members) == len(rows) else rows[members]
             parts = list(model.layout.view(y).values())
             buffers = Buffers(model, held[members]).take(slice(None))
             batch = self._gather(index + torch.from_numpy(self._begin)[members][:, None])
-            sink = PerBatch(model.layout, y, index.shape[1], wanted)
+            sink = PerBatch(model.layout, room[: len(own)], [len(o) for o in own], wanted)
             output, run = program.forward(parts, buffers, batch, trained=wanted)
             _, slope = slopes(model.loss, output.flatten(0, 1)[:, None], batch["y"].flatten(0, 1)[:, None])
             program.backward(run, slope.view(output.shape), sink)
             squares = sink.squares()
-            found = sink.totals(torch.where(real, factors(squares, clip), 0.0), squares.isfinite())
+            found = sink.totals(factors(squares, clip), squares.isfinite())
             if one:
                 return found
             total[among] += found
