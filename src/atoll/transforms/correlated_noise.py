@@ -15,6 +15,7 @@ Cost: one normal number for each coordinate of the sum in every round (about two
 vector that the strategy keeps.
 """
 
+import torch
 from torch import Tensor
 
 from atoll.errors import invalid, unknown
@@ -73,4 +74,5 @@ def correlated_noise(
         ),
         encode,
         noise=told,
+        scale=torch.ones_like,
     )  # fmt: skip
