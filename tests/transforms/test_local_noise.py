@@ -92,8 +92,8 @@ def test_any_two_rows_are_at_most_as_far_apart_as_the_noise_is_sized_for(
     """Adversarial pairs, rounded to the grid that the noise lies on, before noise is added."""
     seen: list[tuple[Tensor, float]] = []
 
-    def capture(self: Source, values: Tensor, size: float) -> Tensor:
-        seen.append((values.div(grid(size)).round() * grid(size), size))
+    def capture(self: Source, values: Tensor, size: float, *, within: float = math.inf) -> Tensor:
+        seen.append((values.clamp(-within, within).div(grid(size)).round() * grid(size), size))
         return values
 
     monkeypatch.setattr(Source, "add_normal" if law == "gaussian" else "add_laplace", capture)
