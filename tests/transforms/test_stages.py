@@ -301,7 +301,7 @@ ADDING = (
 
 def test_the_table_lists_every_stage() -> None:
     # What needs a ring, or noise behind it, has suites of its own.
-    rings = ("discrete_gaussian", "skellam", "gaussian_noise", "adaptive_clip")
+    rings = ("discrete_gaussian", "skellam", "gaussian_noise", "correlated_noise", "adaptive_clip")
     others = ("Channel", "Downlink", "PayloadError", "Transform", "delta", *CHANNELS, *rings)
     made = {n for n in transforms.__all__ if n not in others}
     assert made == {s.name for s in STAGES.values()}
