@@ -426,7 +426,8 @@ class Process:
                 "client_init makes."
             )
         weight, metrics = update.weight, update.metrics
-        hidden = self.chain.client_noise is not None and tuple(cohort.clients) != (SERVER,)
+        at_home = self._home is not None and tuple(cohort.clients) == (SERVER,)  # else a client is called so
+        hidden = self.chain.client_noise is not None and not at_home
         if hidden:  # a client's noise protects its row, and nothing that goes beside it
             weight, metrics = torch.ones_like(weight), torch.zeros_like(metrics)
         channel = self.chain.channel

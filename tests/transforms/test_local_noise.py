@@ -187,6 +187,21 @@ def test_nothing_leaves_a_client_beside_its_noised_row(channel: str, engine: str
     assert len(set(told)) == 1
 
 
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_client_that_is_called_server_is_protected_like_others(broken: bool) -> None:
+    """Without data of the server's own the name is anybody's."""
+    far = 1e300 if broken else 3.0
+    data = quadratics((1.0, 2.0, far), (1.0, 2.0, far), names=("a", "b", "server"))
+    run = process(local_noise(1.0, clip=1.0))
+    run.engine.prepare(run, data)
+    state = run.init()
+    task = run.open(state, data.clients, 3)
+    for cohort, remembered in run.engine.tiles(run, task, data, state.memory):
+        report = run.work(task, cohort, remembered)
+        assert bool(report.finite.all()) and not bool(report.metrics.any()) and bool((report.weight == 1).all())
+    run.next(state, data)
+
+
 def test_the_servers_own_broken_training_is_told_as_ever() -> None:
     run = process(
         local_noise(1.0, clip=1.0), aggregator=aggregators.fltrust(root="server"),
