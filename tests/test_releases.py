@@ -706,7 +706,9 @@ def test_visits_are_counted_again_when_rounds_are_run_again(tmp_path: Path) -> N
 def test_clients_and_examples_are_two_statements() -> None:
     result = run(algorithm=atoll.fedavg(protected()), rounds=2)
     assert [s["unit"] for s in result.privacy] == ["client", "example"]
-    assert result.privacy[1]["clients"]["c0"] == pytest.approx(of_client(6, 2)), "who took part stays a secret"
+    assert result.privacy[1]["epsilon"] == pytest.approx(of_client(6, 2)), "who took part stays a secret"
+    assert result.privacy[1]["clients"] == {}, "a client's own epsilon tells how many examples it has"
+    assert any("how many examples clients have" in what for what in result.privacy[0]["not_covered"])
     assert len(privacy.explain(result).splitlines()) == 2
 
 

@@ -42,6 +42,7 @@ class ExampleReleases:
         told = plans[0].privacy
         assert told is not None
         self._told, self._journal, self._rounds = told, journal, rounds
+        self._lists = not process.chain.protects_clients  # a client's own epsilon tells how many examples it has
         each = {n: self._use(process, n) for n in set(sizes.values())}
         self._uses: dict[str, Use] = {client: each[n] for client, n in sizes.items()}
         begun = next(iter(journal.events("privacy_examples")), None)
@@ -96,7 +97,7 @@ class ExampleReleases:
             }
             for rate, steps in worst[0]
         ]
-        listed = self._uses if len(self._uses) <= LISTED else {}
+        listed = self._uses if self._lists and len(self._uses) <= LISTED else {}
         return {
             "unit": "example",
             "epsilon": spent,

@@ -522,13 +522,16 @@ class _Run:
         engine = process.engine.describe()
         if process.chain.protects_clients:  # how wide tiles are tells of the clients that were drawn last
             engine = {n: engine[n] for n in ("engine", "reason") if n in engine}
+        privacy = [g.statement() for g in (self.releases, self.added, self.examples) if g is not None]
+        if self.examples is not None and process.chain.protects_clients:
+            privacy[0]["not_covered"].append("how many examples clients have, by which single examples' privacy counts")
         return Result(
             vector=process.vector(state),
             buffers=state.buffers,
             history=list(self.history),
             spec=self.spec,
             engine=engine,
-            privacy=[g.statement() for g in (self.releases, self.added, self.examples) if g is not None],
+            privacy=privacy,
             clients=clients,
             notes=list(self.notes),
             directory=self.directory,
