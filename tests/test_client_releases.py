@@ -359,8 +359,11 @@ def test_examples_may_be_protected_beside_clients() -> None:
         privacy=privacy.example_level(clip=1.0, noise_multiplier=2.0, delta=1e-3, accountant="rdp"),
     )  # fmt: skip
     result = run(algorithm=atoll.fedavg(plan), rounds=1)
-    assert [s["unit"] for s in result.privacy] == ["client", "example"]
+    client, example = result.privacy
+    assert (client["unit"], example["unit"]) == ("client", "example")
     assert len(privacy.explain(result).splitlines()) == 2
+    assert example["clients"] == {}, "a client's own epsilon tells how many examples it has"
+    assert any("how many examples clients have" in what for what in client["not_covered"])
 
 
 # --- each client alone ------------------------------------------------------------------------------------------------
@@ -417,6 +420,21 @@ def test_a_budget_stops_the_run_before_a_client_would_exceed_it(tmp_path: Path) 
     with pytest.raises(BudgetSpent, match=r"1 releases would take epsilon to .*above the budget of 0.1"):
         alone(local_noise(9.0, clip=1.0, budget=0.1), directory=tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("stage", "said"),
+    [
+        (local_noise(1e9, clip=1.0), "^noise_multiplier=1000000000.0.*less for sums of 15 numbers"),
+        (local_noise(1e9, clip=1.0, mechanism="laplace"), "more rounding than data"),
+        (local_noise(1.0, clip=1e-31), "^clip=1e-31"), (local_noise(1.0, clip=1e31, mechanism="laplace"), "^clip=1e"),
+    ],
+    ids=["much", "much laplace", "tiny", "huge laplace"],
+)  # fmt: skip
+def test_noise_that_no_client_could_add_is_refused_before_any_work(stage: Transform, said: str, tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgument, match=said):
+        alone(stage, directory=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("law", ["gaussian", "laplace"])

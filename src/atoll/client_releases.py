@@ -28,7 +28,8 @@ def client_terms(process: Process, sampler: Sampler, clients: Sequence[str], see
     noise = process.chain.client_noise
     assert noise is not None
     releases = rounds
-    if noise.scheme is None and noise.told.noise_multiplier is None:
+    everybody = sampler.expected(len(clients)) >= len(clients)
+    if noise.scheme is None and noise.told.noise_multiplier is None and not everybody:
         # Cohorts are no secret here: how often each client will take part is known beforehand.
         visits = Counter(c for r in range(rounds) for c in sampler.cohort(seed, r, clients))
         releases = max(visits.values(), default=rounds)

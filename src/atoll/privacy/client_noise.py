@@ -21,17 +21,20 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from atoll.errors import BudgetSpent, InvalidArgument
+from atoll.errors import BudgetSpent, InvalidArgument, invalid
 from atoll.privacy import distributed
 from atoll.privacy.accounting import LARGEST, check_delta, gaussian_epsilon, smallest, usual_delta
 from atoll.privacy.distributed import Scheme
-from atoll.privacy.noise import GRID, MOST, ROUNDING, Noise
+from atoll.privacy.noise import GRID, MOST, ROUNDING, Noise, deviation
 from atoll.secret import Source
 
 Mechanism = Literal["discrete_gaussian", "skellam", "gaussian", "laplace"]
 
 LISTED = 50
 """Up to so many clients have their own epsilon in a statement."""
+
+SMALLEST, WIDEST = 1e-30, 1e30
+"""Between them lies the size of noise that is drawn on a grid."""
 
 NAMES: Mapping[str, str] = {
     "discrete_gaussian": "discrete Gaussian", "skellam": "Skellam", "gaussian": "Gaussian", "laplace": "Laplace",
@@ -160,6 +163,20 @@ def laplace_scale(multiplier: float, clip: float, length: int) -> float:
     return wanted * (1 + ROUNDING) / (1 - lost)
 
 
+def check_alone(noise: ClientNoise, multiplier: float, length: int) -> None:
+    """Refuse noise on rows of so many numbers that no client could add.
+
+    Raises:
+        InvalidArgument: it is too large for the row's length, or beyond what the grid holds.
+    """
+    scale = (laplace_scale if noise.mechanism == "laplace" else deviation)(multiplier, noise.clip, length)
+    if not SMALLEST <= scale <= WIDEST:
+        raise invalid(
+            "clip", noise.clip, f"one whose noise is of a size from {SMALLEST:g} to {WIDEST:g}, not {scale:.3g}",
+            "Give the clip in units of the update.",
+        )  # fmt: skip
+
+
 def adding_laplace(multiplier: float, source: Source) -> Callable[[Tensor, float], Tensor]:
     """(row [L] float64, its L1 norm at most) -> the row with Laplace noise from this source."""
 
@@ -189,8 +206,8 @@ def decide(noise: ClientNoise, length: int, split: int, *, population: int, roun
     delta = 0.0 if pure else check_delta(usual_delta(population) if told.delta is None else told.delta, population)
 
     def terms(multiplier: float) -> ClientTerms:
-        if pure:
-            laplace_scale(multiplier, noise.clip, length)
+        if noise.scheme is None:
+            check_alone(noise, multiplier, length)
         scheme = None if noise.scheme is None else noise.scheme(length, split, multiplier)
         budget = told.budget if told.epsilon is None else told.epsilon
         return ClientTerms(
