@@ -508,6 +508,8 @@ def test_what_the_noise_in_shares_does_not_protect_is_refused_by_name() -> None:
         run(channel=secure_sum(clip=1.0))
     with pytest.raises(CompositionError, match=r"skellam cannot protect clients under pooled.*example-level"):
         run(algorithm=atoll.algorithms.pooled(atoll.local_sgd(0.1)), cohort=None)
+    with pytest.raises(CompositionError, match=r"skellam has no numbers to add noise to.*Leave skellam out"):
+        run(algorithm=atoll.local_only(atoll.local_sgd(0.1)))
     with pytest.raises(CompositionError, match=r"gaussian_noise cannot stand in one pipeline with skellam"):
         run(clip_norm(1.0), gaussian_noise(1.0), shares())
     with pytest.raises(CompositionError, match="replace BatchNorm by GroupNorm"):

@@ -240,7 +240,8 @@ def test_a_rule_over_groups_under_a_secure_sum() -> None:
     ("options", "said"),
     [
         ({}, "noise_multiplier= or epsilon="), ({"noise_multiplier": 1.0, "epsilon": 1.0}, "and not both"),
-        ({"noise_multiplier": 0.0}, "^noise_multiplier=0.0"), ({"noise_multiplier": 1.0, "clip": -1.0}, "^clip=-1.0"),
+        ({"noise_multiplier": 0.0}, "^noise_multiplier=0.0"),
+        ({"noise_multiplier": 1.0, "clip": -1.0}, "^clip=-1.0.* above 0.$"),
         ({"noise_multiplier": 1.0, "mechanism": "uniform"}, "^mechanism='uniform'"),
         ({"noise_multiplier": 1.0, "mechanism": "laplace", "delta": 1e-5}, "^delta=1e-05.*holds at delta 0"),
         ({"epsilon": 1.0, "budget": 1.0}, "^budget=1.0"), ({"noise_multiplier": 1.0, "seed": 1.5}, "^seed=1.5"),

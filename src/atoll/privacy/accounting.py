@@ -346,7 +346,8 @@ def _log_phi(x: float) -> float:
 def check_multiplier(value: object, name: str = "noise_multiplier") -> float:
     """A finite number above 0; without noise there is no epsilon."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise invalid(name, value, "a finite number above 0", "It is the noise's standard deviation / the clip norm.")
+        remedy = "It is the noise's standard deviation / the clip norm." if name == "noise_multiplier" else ""
+        raise invalid(name, value, "a finite number above 0", remedy)
     return float(value)
 
 

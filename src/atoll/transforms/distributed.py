@@ -37,6 +37,10 @@ def distributed(kind: Kind, clip: float, told: Noise, survivors: int, clients: i
         raise invalid("bits", bits, "an integer from 8 to 48")
 
     def scheme_of(length: int, split: int, multiplier: float) -> Scheme:
+        if not length:
+            raise CompositionError(
+                f"{kind} has no numbers to add noise to: clients send nothing under this algorithm. Leave {kind} out."
+            )
         block = min(block_of(part) for part in (split, length - split) if part)
         return scheme(
             kind, clip=float(clip), noise_multiplier=multiplier, survivors=survivors, clients=clients, bits=bits,
