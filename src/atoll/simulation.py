@@ -572,11 +572,11 @@ class _Run:
             return
         began = time.monotonic()
         state = self.state
+        if self.releases is not None and not self.releases.save(state.round):
+            return  # the run goes on from the checkpoint before, by the sums that are kept
         tree = _tree(state)
         tensors, values = encode_leaves({**dict(leaves(tree)), "private": state.private})
         state.memory.flush()
-        if self.releases is not None:
-            self.releases.save(state.round)
         checkpoint = Checkpoint(
             state.round,
             tensors,
