@@ -465,6 +465,9 @@ class _Run:
         kept = releases.kept(state.round)
         if kept is not None:
             self.state, metrics = self.process.replay(state, len(clients), kept, expected)
+            if state.memory.layout.size:
+                lost = "what clients would have kept of this round was lost when the run was stopped; its sum was not."
+                metrics["notes"] += (lost,)
             return metrics
         release = releases.release(state.round)
         cohort = releases.cohort(state.seed, state.round, clients)
