@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import atoll
 from atoll import privacy, releases, sampling, simulation
-from atoll.errors import BudgetSpent, CompositionError, InvalidArgument, RunError
+from atoll.errors import BudgetSpent, CompositionError, InvalidArgument, NonFiniteError, RunError
 from atoll.journal import open_journal
 from atoll.privacy import factorization
 from atoll.study import study
@@ -292,7 +292,11 @@ def test_killed_anywhere_every_release_is_counted_once(
     result = run(**options, resume=True)
     assert counted(tmp_path) == ROUNDS == result.privacy[0]["releases"]
     assert [r.round for r in result.history] == list(range(1, ROUNDS + 1))
-    if method != "scaffold":
+    lost = [r.round for r in result.history if any("lost when the run was stopped" in note for note in r.notes)]
+    if method == "scaffold":  # a sum brings back no client's memory: the record says so
+        assert lost == {POINTS[0]: [], POINTS[1]: [4], POINTS[2]: [4], POINTS[3]: []}[point]
+    else:
+        assert not lost
         assert set(kept) >= {f"round-{i:08d}.safetensors" for i in range(1, 4)}
         # The end follows from the noised sums alone: those from before the kill were used, and not drawn again.
         journal = open_journal(tmp_path)
@@ -547,6 +551,41 @@ def test_noise_on_disk_is_its_owner_s_and_goes_with_the_sums(tmp_path: Path) -> 
     result.save(tmp_path / "saved")
     names = [p.name for p in (tmp_path / "saved").rglob("*")]
     assert names and not any(n.startswith(("round-", "noise-")) for n in names)
+
+
+def test_noise_that_was_being_written_at_a_kill_does_not_stay(tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        correlated(directory=tmp_path, checkpoint_every=1, callbacks=(stop_after(3),))
+    torn = tmp_path / "releases" / ".round-00000004.safetensors.1"
+    torn.write_bytes(b"noise of a process that is gone")
+    correlated(directory=tmp_path, checkpoint_every=1, resume=True)
+    assert not torn.exists()
+
+
+@pytest.mark.parametrize("kind", ["buffered", "independent", "fresh"])
+def test_a_round_that_left_the_finite_numbers_fails_again_from_its_kept_sum(kind: str, tmp_path: Path) -> None:
+    noise = gaussian_noise(8.0, seed=3) if kind == "fresh" else correlated_noise(8.0, strategy=kind, seed=3)
+    far = atoll.fedavg(atoll.local_sgd(0.1), server=atoll.server.sgd(lr=4e37))
+    told: dict[str, Any] = {"algorithm": far, "cohort": APART, "directory": tmp_path, "checkpoint_every": 100}
+    with pytest.raises(NonFiniteError) as first:
+        run(noise, **told)
+    made = counted(tmp_path)
+    assert 1 < made <= ROUNDS, "the round before was fine"
+    with pytest.raises(NonFiniteError) as again:
+        run(noise, **told, resume=True)
+    assert str(again.value) == str(first.value) and str(first.value).startswith(f"round {made}:")
+    result = run(noise, **told | {"rounds": made - 1}, resume=True)
+    assert bool(torch.isfinite(result.vector).all()) and counted(tmp_path) == made == result.privacy[0]["releases"]
+
+
+def test_sums_of_a_run_without_a_journal_are_no_other_run_s(tmp_path: Path) -> None:
+    correlated(directory=tmp_path, checkpoint_every=100)
+    for path in tmp_path.glob("journal.sqlite*"):
+        path.unlink()
+    for resume in (False, True):
+        with pytest.raises(RunError, match=r"noised sums of a run whose journal is gone.*another directory"):
+            correlated(directory=tmp_path, resume=resume, algorithm=atoll.fedavg(atoll.local_sgd(0.5)))
+    assert counted(tmp_path) == 0
 
 
 def test_a_damaged_checkpoint_leaves_the_one_before_and_its_noise(tmp_path: Path) -> None:

@@ -191,6 +191,13 @@ def test_nobody_takes_part_again_within_the_separation(size: int, separation: in
     assert any(sampler.cohort(4, t, clients) != sampler.cohort(3, t, clients) for t in range(10)) or size == population
 
 
+def test_groups_are_dealt_alike_in_every_version_of_numpy() -> None:
+    clients = [f"c{i}" for i in range(8)]
+    sampler = sampling.min_separation(2, 4)  # who is in which group; a run counts on it over restarts
+    groups = [("c0", "c4"), ("c1", "c2"), ("c3", "c6"), ("c5", "c7")]
+    assert [sampler.cohort(3, round, clients) for round in range(4)] == groups
+
+
 def test_a_separation_the_population_is_too_small_for_is_refused() -> None:
     with pytest.raises(InvalidArgument, match=r"separation=5 is not allowed.*at most 4"):
         sampling.min_separation(3, 5).check([f"c{i}" for i in range(14)])

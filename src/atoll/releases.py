@@ -148,7 +148,7 @@ class Releases:
         round: from which the run goes on.
 
     Raises:
-        RunError: correlated noise cannot go on, since what was drawn is lost.
+        RunError: correlated noise cannot go on, since what was drawn is lost; sums of a run without a journal.
     """
 
     def __init__(
@@ -166,6 +166,14 @@ class Releases:
         begun = next(iter(journal.events("privacy")), None)
         if begun is not None:
             terms = Terms(**begun.body["terms"])
+        elif self._on_disk():
+            raise RunError(
+                f"{self._folder} holds noised sums of a run whose journal is gone: nobody knows what they spent, nor "
+                "of which experiment they are. Choose another directory; what that run spent counts as well."
+            )
+        if self._folder is not None:
+            for path in self._folder.glob(".*"):  # of a process that was killed as it wrote: noise, and never released
+                path.unlink()
         assert terms is not None
         if begun is None:
             journal.append("privacy", {"terms": asdict(terms)})
@@ -239,12 +247,19 @@ class Releases:
 
         return release
 
-    def save(self, round: int) -> None:
-        """Keep what the next rounds take back, before a checkpoint says that this round is done."""
+    def save(self, round: int) -> bool:
+        """Keep what the next rounds take back, before a checkpoint says that this round is done.
+
+        Returns:
+            Whether there may be one: not where the next sum has been made already, and its round then failed.
+        """
         own = self._correlated
-        if self._folder is None or own is None or own.state is None or not own.strategy.vectors or own.round != round:
-            return
+        if self._folder is None or own is None or own.state is None or not own.strategy.vectors:
+            return True
+        if own.round != round:
+            return False
         _write(self._folder / _noise(round), {"state": own.state}, {"round": round})
+        return True
 
     def settled(self, round: int) -> None:
         """Forget the noised sums up to a round, and noise before it: two durable checkpoints stand behind it."""

@@ -838,11 +838,8 @@ class Process:
         collected = collector.finish(expected, release, entered)
         refusals = len(collector.left_out)
         closed = self.close(state, task, collected)
-        if collected.count and not bool(finite_rows(self.algorithm.model(closed.algorithm)[None])):
-            raise NonFiniteError(
-                f"round {task.round + 1}: the server's step made the model non-finite although every update was "
-                "finite. Lower the server's lr, or raise its tau."
-            )
+        if collected.count:
+            self._check_finite(closed)
         state.memory.withdraw([*collector.left_out, *collector.dropped])
         state.memory.commit()
         closed = replace(closed, memory_version=state.memory.version)
@@ -872,12 +869,24 @@ class Process:
             population: clients there are.
             released: the noised sum as `release` gave it.
             expected: expected cohort size.
+
+        Raises:
+            NonFiniteError: the server's step left the finite numbers.
         """
         task = self.open(state, (), population)
         total = torch.zeros_like(released)
         collected = self.released(task, total, expected, lambda summed, bound: released)
         closed = self.close(state, task, replace(collected, aggregator=state.aggregator))
+        self._check_finite(closed)
         return closed, self._told(task, expected)
+
+    def _check_finite(self, closed: State) -> None:
+        """Refuse the state after a round whose model is not finite."""
+        if not bool(finite_rows(self.algorithm.model(closed.algorithm)[None])):
+            raise NonFiniteError(
+                f"round {closed.round}: the server's step made the model non-finite although every update was "
+                "finite. Lower the server's lr, or raise its tau."
+            )
 
     def _told(self, task: Task, expected: float) -> dict[str, Any]:
         """What may be told of a round with noise."""

@@ -210,8 +210,11 @@ def _shuffled(seed: int, turn: int, population: int) -> "np.ndarray":
 
 @lru_cache(maxsize=1)
 def _dealt(seed: int, population: int) -> "np.ndarray":
-    """The order in which a population is dealt into groups. Not to be written to."""
-    return numpy_generator(seed, "separation").permutation(population)
+    """The order in which a population is dealt into groups. Not to be written to.
+
+    Raw bits are the same in every version of NumPy; its permutations need not be, and a run may go on under another.
+    """
+    return np.argsort(numpy_generator(seed, "separation").bit_generator.random_raw(population), kind="stable")
 
 
 def _anyone(clients: Sequence[str]) -> None:

@@ -465,6 +465,9 @@ class _Run:
         kept = releases.kept(state.round)
         if kept is not None:
             self.state, metrics = self.process.replay(state, len(clients), kept, expected)
+            if state.memory.layout.size:
+                lost = "what clients would have kept of this round was lost when the run was stopped; its sum was not."
+                metrics["notes"] += (lost,)
             return metrics
         release = releases.release(state.round)
         cohort = releases.cohort(state.seed, state.round, clients)
@@ -575,11 +578,11 @@ class _Run:
             return
         began = time.monotonic()
         state = self.state
+        if self.releases is not None and not self.releases.save(state.round):
+            return  # the run goes on from the checkpoint before, by the sums that are kept
         tree = _tree(state)
         tensors, values = encode_leaves({**dict(leaves(tree)), "private": state.private})
         state.memory.flush()
-        if self.releases is not None:
-            self.releases.save(state.round)
         checkpoint = Checkpoint(
             state.round,
             tensors,

@@ -266,6 +266,16 @@ def test_impossible_strategies_are_refused_by_name(call, name: str) -> None:
         call()
 
 
+@pytest.mark.parametrize(("rounds", "coefficients"), [(60, (1.0, 2.0)), (200, (1.0, -1.2)), (2, (1.0, 1e300))])
+def test_coefficients_under_which_noise_outgrows_double_precision_are_refused(
+    rounds: int, coefficients: tuple[float, ...]
+) -> None:
+    with pytest.raises(InvalidArgument, match=rf"^coefficients=.*does not grow over {rounds} rounds"):
+        f.banded(rounds, bands=2, coefficients=coefficients)
+    f.banded(rounds, bands=2, coefficients=(1.0, -0.9))
+    f.banded(rounds, bands=2, coefficients=(1.0, 1.0))
+
+
 def test_participations_are_never_more_than_the_separation_allows() -> None:
     assert f.independent(10, separation=4, participations=100).participations == 3
     assert f.independent(10, separation=4, participations=2).participations == 2

@@ -134,6 +134,14 @@ def test_noise_goes_on_behind_a_round_that_was_kept(name: str) -> None:
     assert torch.equal(whole.state, resumed.state)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_sum_that_no_noise_hides_is_refused_before_any_is_drawn(value: float) -> None:
+    noise = Correlated(factorization.named("buffered", ROUNDS, APART), 1.0, 1.0)
+    with pytest.raises(InvalidArgument, match="NaN or infinities"):
+        noise.add(torch.tensor([0.0, value], dtype=torch.float64), Source(seed=1))
+    assert noise.round == 0 and noise.state is None
+
+
 def test_noise_is_sized_for_the_strategy_and_for_rounding() -> None:
     plain = deviation(1.5, 0.2, 1000)
     assert plain == pytest.approx(0.3, rel=1e-5) and plain > 0.3

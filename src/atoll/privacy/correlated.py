@@ -24,6 +24,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from atoll.errors import InvalidArgument
 from atoll.privacy.factorization import Draw, Strategy
 from atoll.privacy.noise import MOST, deviation
 from atoll.secret import Source, grid
@@ -52,7 +53,16 @@ class Correlated:
         return deviation(self._multiplier, self._bound, length, sensitivity=own.sensitivity, rounds=own.rounds)
 
     def add(self, total: Tensor, source: Source) -> tuple[Tensor, Tensor]:
-        """The round's sum [L] with noise, and the vectors [., L] that were drawn for it, which are secret."""
+        """The round's sum [L] with noise, and the vectors [., L] that were drawn for it, which are secret.
+
+        Raises:
+            InvalidArgument: a sum that is not finite, which no noise hides; nothing was drawn.
+        """
+        if not bool(torch.isfinite(total).all()):
+            raise InvalidArgument(
+                "the sum holds NaN or infinities, which noise cannot protect: clip what is summed, and refuse what is "
+                "not finite, before noise is added."
+            )
         std, drawn = self.deviation(total.numel()), list[Tensor]()
 
         def draw() -> Tensor:

@@ -43,6 +43,11 @@ Draw = Callable[[], Tensor]
 
 MOST_ROUNDS = 1 << 14
 
+MOST_GROWTH = 2.0**15
+"""Largest bands |c|_2 |C^-1|_1 of coefficients that may grow: numbers that are taken back are then so small, nothing of
+the noise being above 13.4 standard deviations, that `bands` roundings in double precision stay below half a spacing of
+the public grid."""
+
 
 class Next(Protocol):
     """A strategy's stream."""
@@ -192,7 +197,8 @@ def banded(
         separation: b; default as many as bands.
         participations: k; default as many as the separation allows.
         coefficients: c [bands] instead of the best ones; c_0 > 0, and all are divided by it. With more bands than the
-            separation they must be non-negative and not increasing, as the best ones are then made to be.
+            separation they must be non-negative and not increasing, as the best ones are then made to be; with fewer
+            C^-1 must stay small, or the noise grows from round to round until what is drawn is lost in its last bits.
     """
     if isinstance(bands, bool) or not isinstance(bands, int) or not 1 <= bands <= rounds:
         raise invalid("bands", bands, f"an integer from 1 to rounds={rounds}")
@@ -210,6 +216,14 @@ def banded(
             raise invalid(
                 "coefficients", coefficients, "non-negative and not increasing where bands exceed the separation"
             )
+        if not bool((c >= 0).all() and (c[1:] <= c[:-1]).all()):
+            inverse = _inverse(torch.nn.functional.pad(c / c[0], (0, rounds - bands)))
+            if not bands * float((c / c[0]).norm() * inverse.abs().sum()) <= MOST_GROWTH:
+                raise invalid(
+                    "coefficients", coefficients, f"such that noise does not grow over {rounds} rounds, in which "
+                    "double precision would swallow what hides new data",
+                    "Coefficients that are non-negative and do not increase never let it.",
+                )  # fmt: skip
 
     c = c / c[0]
     weights = c.tolist()
