@@ -123,7 +123,7 @@ def test_slope_finds_growth_and_its_absence(load: Load) -> None:
     assert 19.8 < growing[1] <= growing[0] <= growing[2] < 20.2
 
 
-@pytest.mark.parametrize("directory", [False, True])
+@pytest.mark.parametrize("directory", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_client_memory_does_not_grow_once_all_have_been_visited(load: Load, tmp_path: Path, directory: bool) -> None:
     long = load("long_run")
     found = long.run("scaffold", long.SMALL, tmp_path / "run" if directory else None)

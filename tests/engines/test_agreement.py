@@ -77,8 +77,17 @@ def same(found: dict[str, Tensor], expected: dict[str, Tensor], near: float = NE
 models = pytest.mark.parametrize("name", MODELS)
 
 
-@models
-@pytest.mark.parametrize("how", ["epochs", "steps", "whole"])
+def _hows() -> list[Any]:
+    """Every model with every plan; in the quick suite with passes and, by turns, one of the others."""
+    turns = {"epochs": None, "steps": 0, "whole": 1}
+    return [
+        pytest.param(name, how, marks=[] if turn in (None, i % 2) else [pytest.mark.slow])
+        for i, name in enumerate(MODELS)
+        for how, turn in turns.items()
+    ]
+
+
+@pytest.mark.parametrize(("name", "how"), _hows())
 def test_every_engine_trains_every_model_as_the_specification_does(name: str, how: str) -> None:
     kind = MODELS[name]
     data = kind.data(sizes(kind))

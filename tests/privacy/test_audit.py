@@ -181,8 +181,8 @@ def through_training(noise_multiplier: float) -> audit.Audit:
     result = atoll.simulate(
         atoll.Model(module, loss="mse"), atoll.FederatedDataset.from_arrays(clients),
         algorithm=atoll.fedavg(atoll.local_sgd(1.0, steps=1, batch_size=None)), rounds=1, transforms=(stage,),
-        channel=transforms.secure_sum(clip=1.0), aggregator=atoll.aggregators.mean(weights="uniform"), evaluate_every=0,
-        progress=False,
+        channel=transforms.secure_sum(clip=1.0, least=len(clients)),
+        aggregator=atoll.aggregators.mean(weights="uniform"), evaluate_every=0, progress=False,
     )  # fmt: skip
     return audit.one_run(result.vector.double().numpy(), included.numpy(), delta=1e-5)
 
