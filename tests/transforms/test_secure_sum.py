@@ -17,7 +17,7 @@ from atoll.errors import CompositionError, InvalidArgument
 from atoll.local import local_sgd
 from atoll.rounds import Process
 from atoll.secagg.groups import deal
-from atoll.transforms import Channel, clip_norm, error_feedback, grouped, rand_k, rotate, secure_sum, top_k
+from atoll.transforms import Channel, clip_norm, error_feedback, grouped, power_sgd, rand_k, rotate, secure_sum, top_k
 from atoll.transforms.base import Codes, Keys
 from atoll.transforms.chain import compose, keys_of
 from atoll.transforms.channel import Opened, add, merge
@@ -301,7 +301,7 @@ def test_nothing_is_reported_beside_the_sum() -> None:
         assert report.weight.numel() == 0 and not report.metrics.any()
 
 
-@pytest.mark.parametrize("stage", [rand_k(0.5), rotate(), clip_norm(0.5)])
+@pytest.mark.parametrize("stage", [rand_k(0.5), rotate(), clip_norm(0.5), power_sgd(2)])
 def test_what_sums_may_stand_before_it(stage: Any) -> None:
     kind = MODELS["perceptron"]
     data = kind.data((2, 2, 2, 2))
