@@ -269,7 +269,7 @@ def test_what_cannot_be_done_is_refused(cluster: Any, monkeypatch: pytest.Monkey
     # A cluster whose CPUs are taken: as many actors as there is room for.
     occupied = cluster.remote(num_cpus=2)(Idle).remote()
     cluster.get(occupied.here.remote())
-    monkeypatch.setattr(engine_ray, "PATIENCE_SECONDS", 8.0)
+    monkeypatch.setattr(engine_ray, "PATIENCE_SECONDS", 15.0)
     process = Process(KIND.model(), fedavg(PLAN), engine=Ray(Vectorized(tile=2)))
     with pytest.warns(UserWarning, match="room for 1 actors, not for 3"):
         process.next(process.init(), data)
