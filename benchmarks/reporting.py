@@ -124,7 +124,7 @@ def finish(name: str, found: Findings, *, quick: bool, out: Path | None, argumen
         given = list(sys.argv[1:] if arguments is None else arguments)
         context = {
             **machine(),
-            "command": shlex.join(["python", f"benchmarks/{name}.py", *_without_out(given)]),
+            "command": shlex.join(["python", f"benchmarks/{name}.py", *_shown(given)]),
             "date": datetime.date.today().isoformat(),
         }
         drawn: list[str] = []
@@ -160,6 +160,11 @@ def _page(found: Findings, context: Mapping[str, str], pictures: Sequence[str], 
     parts += [f"![{picture}]({picture})" for picture in pictures]
     parts += ["## Where and when", "\n".join(f"- {key}: {value}" for key, value in context.items())]
     return "\n\n".join(parts) + "\n"
+
+
+def _shown(arguments: Sequence[str]) -> list[str]:
+    """The command line as a page tells it: without where it wrote, and of files of the machine their names alone."""
+    return [Path(a).name if Path(a).is_absolute() else a for a in _without_out(arguments)]
 
 
 def _without_out(arguments: Sequence[str]) -> list[str]:

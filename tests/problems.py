@@ -1,6 +1,10 @@
 """Problems whose answers can be worked out by hand: scalar quadratics f_i(x) = a_i / 2 (x - b_i)^2 + constant."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +50,33 @@ def quadratics(
         target = torch.stack((torch.full((n,), curve, dtype=torch.float64), centres), dim=1)
         clients[f"c{i}" if names is None else names[i]] = (torch.zeros(n, 1, dtype=torch.float64), target)
     return FederatedDataset.from_arrays(clients, test=clients)
+
+
+def killed(folder: Path, round: int, module: str, call: str) -> None:
+    """Make a call of a test module, with `callbacks=(tell,)` in it, in a process that is killed behind a round."""
+    script = folder / "child.py"
+    script.write_text(
+        "import os, signal, sys\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        f"from {module} import *\n"
+        "def tell(record):\n"
+        f"    if record.round == {round}:\n        os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"{call}\n"
+    )
+    assert subprocess.run([sys.executable, str(script)], check=False, env=os.environ).returncode == -9
+
+
+def wide(parameters: int) -> Model:
+    """A model of so many numbers, all 0, whose loss is flat."""
+    module = nn.Linear(parameters, 1, bias=False).double()
+    nn.init.zeros_(module.weight)
+    return Model(module, lambda output, target: 0.0 * output[:, 0])
+
+
+def silent(parameters: int, clients: int) -> FederatedDataset:
+    """Clients whose loss is flat: they send nothing."""
+    x = torch.ones(2, parameters, dtype=torch.float64)
+    return FederatedDataset.from_arrays({f"c{i}": (x, torch.zeros(2)) for i in range(clients)})
 
 
 def points(a: Sequence[float], b: Sequence[float], sizes: Sequence[int]) -> FederatedDataset:

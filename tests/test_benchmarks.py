@@ -38,11 +38,12 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
         sys.modules.pop(name, None)
 
 
-def arguments(name: str) -> list[str]:
+def arguments(name: str, scratch: Path) -> list[str]:
     """What a quick run takes on this machine."""
     folder = Path(os.environ.get("ATOLL_DATA", "/nonexistent"))
     at_hand = any(all((place / file).exists() for file in MNIST_FILES) for place in (folder, folder / "mnist"))
-    return ["--synthetic"] if name in ("compression", "mnist_2nn", "robustness") and not at_hand else []
+    synthetic = ["--synthetic"] if name in ("compression", "mnist_2nn", "robustness") and not at_hand else []
+    return [*synthetic, *(["--keep", str(scratch / "kept")] if name == "robustness" else [])]
 
 
 @pytest.mark.parametrize(
@@ -53,7 +54,7 @@ def test_quick_run_writes_its_result(name: str, load: Load, tmp_path: Path, caps
         pytest.skip("the pictures of traffic signs are not at hand")
     threads = torch.get_num_threads()
     kept = {path: path.read_bytes() for path in (BENCHMARKS / "results").glob("*")}
-    assert load(name).main(["--quick", "--out", str(tmp_path / "found"), *arguments(name)]) == 0
+    assert load(name).main(["--quick", "--out", str(tmp_path / "found"), *arguments(name, tmp_path)]) == 0
     page, body = (tmp_path / "found.md").read_text(), json.loads((tmp_path / "found.json").read_text())
     assert "A quick run" in page
     assert body["quick"] is True

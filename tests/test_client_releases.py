@@ -1,9 +1,6 @@
 """Runs whose clients add noise themselves: what is counted, budgets, kills, what is told, and what is refused."""
 
 import math
-import os
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +10,7 @@ import torch
 from dp_accounting import dp_event
 from dp_accounting.pld import privacy_loss_distribution
 from dp_accounting.rdp import rdp_privacy_accountant
-from problems import quadratics, scalar_model
+from problems import killed, quadratics, scalar_model, silent, wide
 from scipy import stats
 from torch import Tensor, nn
 
@@ -137,13 +134,9 @@ def test_rounds_that_are_void_release_nothing_and_spend_nothing(grade: str) -> N
 def test_the_noise_of_a_run_has_the_deviation_that_was_counted() -> None:
     """Silent clients: the model is noise alone, sized for 3 survivors and given by 4."""
     size = 20_000
-    module = nn.Linear(size, 1, bias=False).double()
-    nn.init.zeros_(module.weight)
-    silent = atoll.Model(module, lambda output, target: 0.0 * output[:, 0])
-    x = torch.ones(2, size, dtype=torch.float64)
     found = run(
-        skellam(clip=0.5, noise_multiplier=3.0, survivors=3, clients=4), model=silent, rounds=1, cohort=None,
-        data=atoll.FederatedDataset.from_arrays({f"c{i}": (x, torch.zeros(2)) for i in range(4)}),
+        skellam(clip=0.5, noise_multiplier=3.0, survivors=3, clients=4), model=wide(size), rounds=1, cohort=None,
+        data=silent(size, 4),
         channel=secure_sum(clip=1.0),
     )  # fmt: skip
     own = distributed.scheme(
@@ -269,17 +262,8 @@ def test_killed_anywhere_the_ledger_has_no_less_than_what_ran(
 
 @pytest.mark.slow
 def test_killed_with_sigkill_the_ledger_has_what_ran(tmp_path: Path) -> None:
-    script = tmp_path / "child.py"
-    script.write_text(
-        "import os, signal, sys\n"
-        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from test_client_releases import run\n"
-        "def tell(record):\n"
-        "    if record.round == 3:\n        os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"run(directory={str(tmp_path / 'run')!r}, callbacks=(tell,))\n"
-    )
-    done = subprocess.run([sys.executable, str(script)], check=False, env=os.environ)
-    assert done.returncode == -9 and len(entered(tmp_path / "run")) == 3
+    killed(tmp_path, 3, "test_client_releases", f"run(directory={str(tmp_path / 'run')!r}, callbacks=(tell,))")
+    assert len(entered(tmp_path / "run")) == 3
     (said,) = run(directory=tmp_path / "run", resume=True).privacy
     assert said["releases"] == ROUNDS == len(entered(tmp_path / "run"))
 
@@ -449,13 +433,9 @@ def test_an_epsilon_calibrates_for_the_client_that_takes_part_most(law: Any) -> 
 def test_calibrated_noise_is_what_clients_add() -> None:
     """Clients that have nothing to say: the model is their noise alone."""
     size = 20_000
-    module = nn.Linear(size, 1, bias=False).double()
-    nn.init.zeros_(module.weight)
-    silent = atoll.Model(module, lambda output, target: 0.0 * output[:, 0])
-    x = torch.ones(2, size, dtype=torch.float64)
     result = alone(
-        local_noise(clip=0.5, epsilon=4.0), model=silent, rounds=1, cohort=None,
-        data=atoll.FederatedDataset.from_arrays({f"c{i}": (x, torch.zeros(2)) for i in range(4)}),
+        local_noise(clip=0.5, epsilon=4.0), model=wide(size), rounds=1, cohort=None,
+        data=silent(size, 4),
     )  # fmt: skip
     std = result.privacy[0]["noise_multiplier"] * 0.5 / math.sqrt(4)
     assert stats.kstest(result.vector.numpy(), "norm", args=(0.0, std)).pvalue > 1e-6

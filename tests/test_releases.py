@@ -1,9 +1,6 @@
 """Runs with noise: terms, budgets, what is counted when a run is killed, and what the result says."""
 
 import math
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from dp_accounting.pld import privacy_loss_mechanism
+from problems import killed
 from scipy import optimize
 from torch import Tensor, nn
 
@@ -344,17 +342,9 @@ def test_kept_sums_go_when_two_checkpoints_stand_behind_them(tmp_path: Path) -> 
 
 
 def test_killed_with_sigkill_the_ledger_has_what_ran(tmp_path: Path) -> None:
-    script = tmp_path / "child.py"
-    script.write_text(
-        "import os, signal, sys\n"
-        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from test_releases import run\n"
-        "def tell(record):\n"
-        "    if record.round == 3:\n        os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"run(directory={str(tmp_path / 'run')!r}, checkpoint_every=2, callbacks=(tell,))\n"
-    )
-    done = subprocess.run([sys.executable, str(script)], check=False, env=os.environ)
-    assert done.returncode == -9 and counted(tmp_path / "run") == 3
+    call = f"run(directory={str(tmp_path / 'run')!r}, checkpoint_every=2, callbacks=(tell,))"
+    killed(tmp_path, 3, "test_releases", call)
+    assert counted(tmp_path / "run") == 3
     from atoll.report.runs import read_run
 
     assert read_run(tmp_path / "run").privacy[0]["releases"] == 3, "an unfinished run can be asked"
@@ -667,18 +657,12 @@ def test_correlated_noise_is_told_as_what_it_is(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_correlated_noise_killed_with_sigkill_goes_on_with_the_same_bits(tmp_path: Path) -> None:
-    script = tmp_path / "child.py"
-    script.write_text(
-        "import os, signal, sys\n"
-        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from test_releases import correlated, correlated_noise\n"
-        "def tell(record):\n"
-        "    if record.round == 5:\n        os.kill(os.getpid(), signal.SIGKILL)\n"
+    call = (
         f"correlated(correlated_noise(2.0, delta=1e-3, seed=4), directory={str(tmp_path / 'run')!r}, "
-        "checkpoint_every=2, callbacks=(tell,))\n"
+        "checkpoint_every=2, callbacks=(tell,))"
     )
-    done = subprocess.run([sys.executable, str(script)], check=False, env=os.environ)
-    assert done.returncode == -9 and counted(tmp_path / "run") == 5
+    killed(tmp_path, 5, "test_releases", call)
+    assert counted(tmp_path / "run") == 5
     from atoll.report.runs import read_run
 
     own = STRATEGIES["buffered"]

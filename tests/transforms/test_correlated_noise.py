@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from problems import silent, wide
 from scipy import stats
 from torch import Tensor, nn
 
@@ -22,18 +23,6 @@ from atoll.transforms import adaptive_clip, clip_norm, correlated_noise, gaussia
 MEAN = aggregators.mean(weights="uniform", denominator="expected")
 ROUNDS, APART, MULTIPLIER, CLIP = 9, 3, 1.7, 0.3
 NAMES = ("buffered", "banded", "tree", "independent")
-
-
-def wide(parameters: int) -> atoll.Model:
-    module = nn.Linear(parameters, 1, bias=False).double()
-    nn.init.zeros_(module.weight)
-    return atoll.Model(module, lambda output, target: 0.0 * output[:, 0])
-
-
-def silent(parameters: int, clients: int) -> atoll.FederatedDataset:
-    """Clients whose loss is flat: they send nothing."""
-    x = torch.ones(2, parameters, dtype=torch.float64)
-    return atoll.FederatedDataset.from_arrays({f"c{i}": (x, torch.zeros(2)) for i in range(clients)})
 
 
 def released(folder: Path, size: int, name: str, seed: int | None) -> tuple[Tensor, Tensor, atoll.Result]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import quadratics, scalar_model
+from problems import quadratics, scalar_model, silent, wide
 from scipy import stats
 from torch import Tensor, nn
 
@@ -39,18 +39,6 @@ def capture(sums: list[Tensor]) -> Any:
         return total
 
     return release
-
-
-def wide(parameters: int) -> atoll.Model:
-    module = nn.Linear(parameters, 1, bias=False).double()
-    nn.init.zeros_(module.weight)
-    return atoll.Model(module, lambda output, target: 0.0 * output[:, 0])
-
-
-def silent(parameters: int, clients: int) -> atoll.FederatedDataset:
-    """Clients whose loss is flat: they send nothing."""
-    x = torch.ones(2, parameters, dtype=torch.float64)
-    return atoll.FederatedDataset.from_arrays({f"c{i}": (x, torch.zeros(2)) for i in range(clients)})
 
 
 # --- the sum ---------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from atoll.errors import BudgetSpent, InvalidArgument, invalid
@@ -161,6 +162,16 @@ def laplace_scale(multiplier: float, clip: float, length: int) -> float:
             'rounding than data: use mechanism="gaussian".'
         )
     return wanted * (1 + ROUNDING) / (1 - lost)
+
+
+def clipped(row: Tensor, clip: float, order: int = 2) -> Tensor:
+    """A client's row [L], in double precision and with a norm of at most `clip`.
+
+    A row that is not finite becomes nought, so that noise alone is sent: that training broke is a secret too.
+    """
+    exact = row.double()
+    exact = exact * (clip / max(float(torch.linalg.vector_norm(exact, ord=order)), clip))
+    return exact if bool(torch.isfinite(exact).all()) else torch.zeros_like(exact)
 
 
 def check_alone(noise: ClientNoise, multiplier: float, length: int) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from atoll.errors import CompositionError, invalid
-from atoll.privacy.client_noise import ClientNoise
+from atoll.privacy.client_noise import ClientNoise, clipped
 from atoll.privacy.distributed import Kind, Scheme, scheme
 from atoll.privacy.noise import Noise
 from atoll.secret import Source
@@ -62,10 +62,7 @@ def distributed(kind: Kind, clip: float, told: Noise, survivors: int, clients: i
         signs = keys.common.signs("rotation", whole - 1)[0].double()
         out = torch.ones(len(rows), whole, dtype=torch.int64)
         for row, client, sent in zip(rows, keys.clients.tolist(), out, strict=True):
-            exact = row.double()
-            exact = exact * (clip / max(float(torch.linalg.vector_norm(exact)), clip))
-            if not bool(torch.isfinite(exact).all()):
-                exact = torch.zeros_like(exact)  # noise alone: that training broke is a secret too
+            exact = clipped(row, clip)
             spread = torch.zeros(whole - 1, dtype=torch.float64)
             spread[:split], spread[wide : wide + length - split] = exact[:split], exact[split:]
             noisy = source.derive(kind, keys.stage, keys.round, client)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from atoll.errors import invalid, unknown
 from atoll.privacy.accounting import check_multiplier
-from atoll.privacy.client_noise import ClientNoise, adding_laplace
+from atoll.privacy.client_noise import ClientNoise, adding_laplace, clipped
 from atoll.privacy.noise import noise, releasing
 from atoll.secret import Source
 from atoll.spec import record
@@ -72,12 +72,8 @@ def local_noise(
             multiplier, source = own.calibrated("local_noise"), Source(seed=seed)
             out = torch.empty_like(rows)
             for row, client, sent in zip(rows, keys.clients.tolist(), out, strict=True):
-                exact = row.double()
-                exact = exact * (clip / max(float(torch.linalg.vector_norm(exact, ord=order)), clip))
-                if not bool(torch.isfinite(exact).all()):
-                    exact = torch.zeros_like(exact)  # noise alone: that training broke is a secret too
                 drawn = source.derive("local_noise", keys.seed, keys.stage, keys.round, client)
-                sent.copy_(adding(multiplier, drawn)(exact, clip))
+                sent.copy_(adding(multiplier, drawn)(clipped(row, clip, order), clip))
             return out, memory
 
         return Transform(
