@@ -106,8 +106,10 @@ def test_a_sparse_graph(data: st.DataObject) -> None:
     found = world.run(leaving)
     assert found.survivors == tuple(n for n in world.names if n not in gone[:4])
     assert np.array_equal(found.total, world.total(found.survivors))
-    # Really sparse: nobody shares a mask with everybody.
-    assert all(len(world.told[n, "share"].known) < 45 for n in found.survivors)
+    # Really sparse: everyone draws twenty, so that of the 2,415 pairs at most 1,400 share a mask, whatever is drawn.
+    known = [len(world.told[n, "share"].known) for n in found.survivors]
+    assert min(known) >= 20
+    assert sum(known) <= 2 * 70 * 20
 
 
 def test_a_neighbourhood_that_is_gone_makes_the_attempt_void() -> None:
