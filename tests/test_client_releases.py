@@ -131,6 +131,26 @@ def test_rounds_that_are_void_release_nothing_and_spend_nothing(grade: str) -> N
         assert (record.epsilon > before.epsilon) == there and bool(record.notes) != there
 
 
+def test_cohorts_that_the_noise_is_not_sized_for_make_void_rounds(tmp_path: Path) -> None:
+    """Poisson cohorts of 6 expected clients: those of fewer than 5 or more than 7 show no sum, and the run goes on."""
+    sampler, rounds = sampling.poisson(0.5), 12
+    result = run(shares(clients=7), cohort=sampler, rounds=rounds, directory=tmp_path, evaluate_every=100)
+    sizes = [len(sampler.cohort(0, r, data().clients)) for r in range(rounds)]
+    fits = [5 <= size <= 7 for size in sizes]
+    assert any(fits) and any(size < 5 for size in sizes) and any(size > 7 for size in sizes)
+    assert [r.clients > 0 for r in result.history] == fits
+    for record, size in zip(result.history, sizes, strict=True):
+        said = f"there are {size}" if size < 5 else f"does not fit a cohort of {size}"
+        assert (said in " ".join(record.notes)) == (record.clients == 0)
+    assert len(entered(tmp_path)) == sum(fits) == result.privacy[0]["releases"]
+
+
+def test_a_sampler_whose_expected_cohort_does_not_fit_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CompositionError, match=r"needs 5 clients in a sum, but there are 4"):
+        run(cohort=sampling.poisson(1 / 3), directory=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_noise_of_a_run_has_the_deviation_that_was_counted() -> None:
     """Silent clients: the model is noise alone, sized for 3 survivors and given by 4."""
     size = 20_000

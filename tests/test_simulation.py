@@ -18,7 +18,7 @@ from torch import nn
 import atoll
 import atoll.journal
 import atoll.result
-from atoll.errors import AtollError, DataError, Interrupted, NonFiniteError, RunError
+from atoll.errors import AtollError, CompositionError, DataError, Interrupted, NonFiniteError, RunError
 
 ROUNDS = 6
 
@@ -67,6 +67,19 @@ def test_same_seed_same_bits_and_another_seed_differs() -> None:
     first, second, other = run(), run(), run(seed=4)
     assert torch.equal(first.vector, second.vector)
     assert not torch.equal(first.vector, other.vector)
+
+
+def test_cohorts_too_small_for_the_rule_make_no_step_and_do_not_end_the_run() -> None:
+    given = {"algorithm": atoll.fedavg(atoll.local_sgd(0.1)), "aggregator": atoll.aggregators.trimmed_mean(drop=1)}
+    sampler, names = atoll.sampling.poisson(0.5), data().clients
+    sizes = [len(sampler.cohort(3, r, names)) for r in range(8)]
+    result = run(rounds=8, evaluate_every=0, **given)
+    assert 0 < sum(size >= 3 for size in sizes) < 8
+    for record, size in zip(result.history, sizes, strict=True):
+        assert record.clients == (size if size >= 3 else 0)
+        assert any("trimmed_mean needs at least 3 clients" in note for note in record.notes) == (0 < size < 3)
+    with pytest.raises(CompositionError, match=r"needs at least 3 clients.* has 2"):
+        run(cohort=atoll.sampling.poisson(2 / len(names)), **given)
 
 
 def test_evaluate_every() -> None:

@@ -329,8 +329,8 @@ class Process:
         Raises:
             CompositionError: a cohort that the channel cannot carry.
         """
-        if kind == "train" and clients:
-            self._check_count(len(clients))
+        if kind == "train":
+            self._check_carried(len(clients))
         message = self.algorithm.broadcast(state.algorithm)
         if state.downlink is not None:
             message = rebuild(message, dict(leaves(message)) | {"vector": state.downlink.reference})
@@ -784,10 +784,7 @@ class Process:
         self._check_cohort(clients, data)
         self._check_fresh(state)
         self.check_server(data.clients)
-        if not self.chain.channel.sums_only:
-            self.aggregator.check(len(clients), state.round)
-        if clients:
-            self._check_count(len(clients))
+        self.check_count(len(clients), state.round)
         told: dict[str, float] = {}
         if self.chain.noise is not None:
             expected = float(len(data)) if expected is None and cohort is None else expected
@@ -1078,10 +1075,21 @@ class Process:
                 "latest state, or begin a new one with init()."
             )
 
-    def _check_count(self, count: int) -> None:
-        self.chain.channel.check(count)
-        for stage in self.chain.stages:
-            stage.check(count)
+    def check_count(self, count: int, round: int) -> None:
+        """Refuse a cohort of `count` clients that the rule, the channel or a stage cannot do with; none at all is fine.
+
+        Raises:
+            CompositionError: which of them, and what it needs.
+        """
+        if not self.chain.channel.sums_only:
+            self.aggregator.check(count, round)
+        self._check_carried(count)
+
+    def _check_carried(self, count: int) -> None:
+        if count:
+            self.chain.channel.check(count)
+            for stage in self.chain.stages:
+                stage.check(count)
 
     def _check_cohort(self, clients: tuple[str, ...], data: "FederatedDataset | LazyDataset") -> None:
         try:

@@ -169,7 +169,8 @@ def simulate(
         driver, sampler = schedule, algorithm.sampler or sampling.resolve(cohort)
         sampler.check(training.clients)
         schedule.asked(sampler, len(training)).check(training.clients)
-        _check_quorum(process, schedule, round(sampler.expected(len(training))))
+        process.check_count(wanted := round(sampler.expected(len(training))), 0)
+        _check_quorum(process, schedule, wanted)
     if private:
         check_splits(splits, unit="client")
     if process.protects_examples:
@@ -421,6 +422,10 @@ class _Run:
         seed, number, clients = self.state.seed, self.state.round, self.training.clients
         asked = schedule.asked(self.sampler, len(clients)).cohort(seed, number, clients)
         if schedule.waits:
+            try:
+                self.process.check_count(len(asked), number)
+            except CompositionError as error:  # cohorts of this sampler differ in size
+                return (), None, (f"No update counts: {error}",)
             return asked, None, ()
         wanted = len(asked) if schedule.over == 1.0 else round(self.sampler.expected(len(clients)))
         came, length, note = schedule.arrived(seed, number, asked, wanted)
@@ -704,9 +709,7 @@ def _check_quorum(process: Process, schedule: Rounds, wanted: int) -> None:
         return
     least = schedule.least(wanted)
     try:
-        if not process.chain.channel.sums_only:
-            process.aggregator.check(least, 0)
-        process.chain.channel.check(least)
+        process.check_count(least, 0)
     except CompositionError as error:
         raise CompositionError(
             f"schedule.rounds(deadline={schedule.deadline:g}, quorum={schedule.quorum}) makes a step of {least} "
