@@ -19,8 +19,8 @@ from atoll.bench import figures, workloads
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 NAMES = (
-    "compression", "compression_speed", "flamby_heart", "inversion", "long_run", "mnist_2nn", "privacy", "recipes",
-    "robustness", "round_time", "rules", "scale", "secagg", "transfer",
+    "compression", "compression_speed", "flamby_heart", "inversion", "long_run", "mnist_2nn", "opacus_mnist",
+    "privacy", "recipes", "robustness", "round_time", "rules", "scale", "secagg", "transfer",
 )  # fmt: skip
 SPEED = ("run", "scaling", "environments", "figures", "workloads", "networks", "modules", "harness", "digest")
 MNIST_FILES = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz")
