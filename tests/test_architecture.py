@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "src" / "atoll"
 # From the bottom up; a module may import what stands in a lower row or in its own package.
 LAYERS = (
     ("errors",),
-    ("spec", "random", "secret", "tree", "mapped", "space"),
+    ("spec", "random", "secret", "tree", "mapped", "space", "database"),
     ("vectors", "losses", "rate", "analytics", "history", "privacy", "secagg"),
     ("local", "server", "sampling", "stopping", "memory", "journal", "metrics", "messages"),
     ("schedule", "model", "data", "report"),
@@ -137,6 +137,10 @@ def modules_after(code: str) -> set[str]:
 )
 def test_importing_is_cheap(code: str) -> None:
     assert not {"torch", "pandas", "matplotlib", "numpy", "sqlalchemy"} & modules_after(code)
+
+
+def test_a_servers_process_has_its_state_and_no_tensors() -> None:
+    assert not {"torch", "pandas", "numpy"} & modules_after("import atoll.net.server, atoll.net.state")
 
 
 def test_every_public_name_exists() -> None:

@@ -75,13 +75,12 @@ class DatabaseJournal(Journal):
 
     def __init__(self, url: str) -> None:
         import sqlalchemy as sql
-        from sqlalchemy import event
         from sqlalchemy.exc import DatabaseError
 
+        from atoll.database import connect, reason, shown
+
         super().__init__()
-        self._engine = sql.create_engine(url)
-        if self._engine.dialect.name == "sqlite":
-            event.listen(self._engine, "connect", _tune_sqlite)
+        self._engine = connect(url)
         columns = (
             sql.Column("number", sql.Integer, primary_key=True, autoincrement=True),
             sql.Column("time", sql.Float, nullable=False),
@@ -93,7 +92,7 @@ class DatabaseJournal(Journal):
         try:
             metadata.create_all(self._engine)
         except DatabaseError as error:
-            raise RunError(f"{url} is not a journal: {error.__cause__ or error}. Choose another directory.") from error
+            raise RunError(f"{shown(url)} is not a journal: {reason(error)}. Choose another directory.") from error
 
     def append(self, kind: str, body: dict[str, Any]) -> None:
         """Add an event; it is durable against a kill of the process when this returns."""
@@ -113,12 +112,6 @@ class DatabaseJournal(Journal):
     def close(self) -> None:
         """Close the database."""
         self._engine.dispose()
-
-
-def _tune_sqlite(connection: Any, _record: Any) -> None:
-    # A write-ahead log makes an event durable against a kill of the process with one write.
-    connection.execute("PRAGMA journal_mode=WAL")
-    connection.execute("PRAGMA synchronous=NORMAL")
 
 
 def open_journal(directory: Path | None) -> Journal:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from processes import Place, place
 import atoll
 from atoll.cli.run import build
 from atoll.net.enrolment import decode
+from atoll.net.storage import state_of
 
 SITES = ("hospital-a", "hospital-b")
 
@@ -60,7 +62,8 @@ def test_a_newcomers_way_from_nothing_to_a_model(tmp_path: Path) -> None:
         found.until(
             lambda: "atoll review" in found.atoll("watch", "heart", "--once"), "the operator sees it", every=1.0
         )
-        assert not (found.folder / "atoll-hospital-a" / "left").exists(), "nothing runs that was not approved"
+        with closing(state_of(found.folder / "atoll-hospital-a")) as state:
+            assert not list(state.records("left")), "nothing runs that was not approved"
         shown = found.atoll("review", "--home", "atoll-hospital-a")
         assert "waiting" in shown and "heart" in shown
         mark = waiting_in(found.folder / "atoll-hospital-a" / "waiting")[0].stem

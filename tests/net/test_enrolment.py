@@ -1,5 +1,6 @@
 """Invites open the door once, to whom they are for, for a time."""
 
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -10,15 +11,15 @@ from atoll.errors import InvalidArgument, RunError
 from atoll.net import enrolment
 from atoll.net.enrolment import EnrolmentError, Invite, Roster
 from atoll.net.keys import public_text
-from atoll.net.storage import Disk
+from atoll.net.storage import state_of
 
 pytestmark = pytest.mark.usefixtures("unsynced")
 
 KEYS = [public_text(Ed25519PrivateKey.from_private_bytes(bytes([n]) * 32).public_key()) for n in range(1, 5)]
 
 
-def roster(files: Disk | None = None) -> Roster:
-    return Roster(files or Memory())
+def roster(files: Memory | None = None) -> Roster:
+    return Roster((files or Memory()).journal("roster"))
 
 
 def invited(found: Roster, name: str = "a", *, hours: float = 1.0, role: enrolment.Role = "site") -> str:
@@ -124,22 +125,27 @@ def test_revoking_voids_an_open_invite() -> None:
 
 
 def test_a_roster_is_what_its_log_says_and_holds_no_token(tmp_path: Path) -> None:
-    found = Roster(Disk(tmp_path))
+    state = state_of(tmp_path)
+    found = Roster(state.journal("roster"))
     first, second = invited(found), invited(found, "b", role="viewer")
     found.enrol("a", KEYS[0], first, now=1001.0)
     found.revoke("a", by="admin", now=1002.0)
-    again = Roster(Disk(tmp_path))
+    found.close()
+    again = Roster(state.journal("roster"))
     assert again.members == found.members and again.head == found.head
     assert again.enrol("b", KEYS[1], second, now=1003.0).role == "viewer"
-    content = (tmp_path / "roster").read_bytes()
+    content = b"".join(p.read_bytes() for p in tmp_path.iterdir())
+    assert b"Enrolled" in content
     assert first.encode() not in content and second.encode() not in content
 
 
 def test_a_roster_that_was_changed_is_refused(tmp_path: Path) -> None:
-    found = Roster(Disk(tmp_path))
-    for name in "abc":
-        invited(found, name)
-    path = tmp_path / "roster"
+    with closing(state_of(tmp_path)) as state:
+        found = Roster(state.journal("roster"))
+        for name in "abc":
+            invited(found, name)
+        found.close()
+    path = tmp_path / "state.sqlite"
     path.write_bytes(path.read_bytes().replace(b'"site"', b'"king"', 1))
-    with pytest.raises(RunError, match="damaged"):
-        Roster(Disk(tmp_path))
+    with closing(state_of(tmp_path)) as state, pytest.raises(RunError, match=r"the journal roster .* is damaged"):
+        Roster(state.journal("roster"))

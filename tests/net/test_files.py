@@ -1,4 +1,4 @@
-"""Files and logs: whole or not at all, on a real disk and on one that fails."""
+"""Files: whole or not at all, on a real disk and on one that fails."""
 
 import random
 from pathlib import Path
@@ -9,8 +9,7 @@ import torch
 from world import Crash
 from world import Disk as Simulated
 
-from atoll.errors import RunError
-from atoll.net.storage import HEAD, Disk, Log, write_durably
+from atoll.net.storage import Disk, write_durably
 
 disks = pytest.mark.parametrize("make", [Disk, lambda path: Simulated()], ids=["real", "simulated"])
 
@@ -42,107 +41,6 @@ def test_the_same_operations(make: Any, tmp_path: Path) -> None:
     assert matrix.shape == (2, 3) and matrix.dtype == torch.float32
     write_durably(files, "c/d", b"whole")
     assert files.read("c/d") == b"whole" and files.names("c") == ["d"]
-
-
-@disks
-def test_a_log_is_read_again(make: Any, tmp_path: Path) -> None:
-    files = make(tmp_path)
-    records = [b"", b"a" * 1000, b"rec\n" * 30]
-    log = Log(files, "log")
-    for record in records:
-        log.append(record)
-    again = Log(files, "log")
-    assert list(again) == list(log) == records and again.head == log.head and len(again) == 3
-
-
-def filled() -> tuple[Simulated, list[bytes]]:
-    files, records = Simulated(), [b"one", b"two", b"three"]
-    log = Log(files, "log")
-    for record in records:
-        log.append(record)
-    return files, records
-
-
-def test_a_torn_record_is_left_out_wherever_it_was_torn() -> None:
-    files, records = filled()
-    whole = bytes(files.names_now["log"].now)
-    for cut in range(len(whole)):
-        files.names_now["log"].now[:] = whole[:cut]
-        log = Log(files, "log")
-        kept = list(log)
-        assert kept == records[: len(kept)] and len(kept) >= sum(
-            cut >= sum(HEAD + len(r) for r in records[: i + 1]) for i in range(3)
-        )
-        log.append(b"next")
-        assert list(Log(files, "log")) == [*kept, b"next"]
-
-
-def test_blocks_that_were_never_written_are_a_torn_record() -> None:
-    files, records = filled()
-    assert Log(files, "log").torn == 0
-    files.names_now["log"].now.extend(bytes(500))
-    assert Log(files, "log").torn == 500
-    assert list(Log(files, "log")) == records
-
-
-def test_a_record_that_was_changed_taken_out_or_moved_is_noticed() -> None:
-    files, _ = filled()
-    whole = bytes(files.names_now["log"].now)
-    first, second = HEAD + 3, 2 * (HEAD + 3)
-    changed = whole.replace(b"two", b"tow")
-    for content in (changed, whole[:first] + whole[second:], whole[first:second] + whole[:first] + whole[second:]):
-        files.names_now["log"].now[:] = content
-        with pytest.raises(RunError, match="damaged at byte"):
-            Log(files, "log")
-
-
-@pytest.mark.parametrize("make", [lambda path: Disk(path), lambda path: Simulated()], ids=["disk", "simulated"])
-def test_a_log_whose_file_could_not_be_made_begins_later(
-    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    files = make(tmp_path)
-    log = Log(files, "log")
-
-    def refuses(path: str, content: bytes) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(files, "append", refuses)
-        with pytest.raises(OSError, match="No space"):
-            log.append(b"one")
-    log.append(b"one")
-    assert list(log) == list(Log(files, "log")) == [b"one"]
-
-
-def test_a_full_disk_leaves_the_log_as_it_was() -> None:
-    files, records = filled()
-    log = Log(files, "log")
-    files.full = lambda: True
-    for _ in range(3):
-        with pytest.raises(OSError, match="No space"):
-            log.append(b"four")
-    files.full = lambda: False
-    assert list(log) == list(Log(files, "log")) == records
-    log.append(b"five")
-    assert list(Log(files, "log")) == [*records, b"five"]
-
-
-@pytest.mark.parametrize("seed", range(40))
-def test_what_was_appended_survives_a_power_cut(seed: int) -> None:
-    rng = random.Random(seed)
-    files = Simulated()
-    files.crash_at = {rng.randint(1, 30): rng.choice(["before", "after"]) for _ in range(4)}
-    told: list[bytes] = []
-    for turn in range(20):
-        try:
-            log = Log(files, "log")
-            assert list(log)[: len(told)] == told and len(log) <= len(told) + 1
-            told = list(log)
-            log.append(b"%d" % turn)
-            told.append(b"%d" % turn)
-        except Crash:
-            files.power_fails(rng)
-    assert list(Log(files, "log"))[: len(told)] == told
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -13,8 +13,9 @@ from atoll.errors import InvalidArgument, RunError
 from atoll.net import policy, site
 from atoll.net.calls import Charter
 from atoll.net.frames import encode
-from atoll.net.policy import Approvals, Left, Outgoing, Sent, experiment_hash, inspect, source
+from atoll.net.policy import Approvals, Left, Outgoing, Sent, departed, experiment_hash, inspect, source
 from atoll.net.site import Part
+from atoll.net.storage import state_of
 
 pytestmark = pytest.mark.usefixtures("unsynced")
 
@@ -184,15 +185,18 @@ def test_a_report_that_is_too_large_does_not_leave() -> None:
 
 
 def test_the_journal_of_what_left_is_whole_or_refused(tmp_path: Path) -> None:
-    outgoing = Outgoing(tmp_path)
+    state = state_of(tmp_path)
+    outgoing = Outgoing(state.journal("left"))
     sent = Left(1.0, "heart", "update", 1, 1, 240, CODE, [Sent("wire", "float32", (1, 2), 5.0)])
     for _ in range(3):
         outgoing.write(sent)
-    assert list(Outgoing(tmp_path)) == [sent] * 3 and len(Outgoing(tmp_path).head) == 64
-    path = tmp_path / "left"
-    path.write_bytes(path.read_bytes().replace(b'"bytes":240', b'"bytes":241', 1))
-    with pytest.raises(RunError, match="damaged"):
-        Outgoing(tmp_path)
+    assert list(departed(state.records("left"))) == [sent] * 3
+    with state.engine.begin() as line:
+        line.exec_driver_sql(
+            "UPDATE atoll_records SET body = CAST(replace(CAST(body AS TEXT), ':240', ':241') AS BLOB) WHERE number = 1"
+        )
+    with pytest.raises(RunError, match=r"the journal left .* is damaged at record 1"):
+        state.records("left")
 
 
 def test_policy_says_what_a_verdict_is() -> None:

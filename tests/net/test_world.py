@@ -8,7 +8,7 @@ import pytest
 import torch
 from tally import tallied
 from torch import Tensor
-from world import SERVER, Disk, Fault, World, drawn, shrunk
+from world import SERVER, Disk, Fault, Journal, World, drawn, shrunk
 
 from atoll.net import coordinator, frames, party, service
 from atoll.net.coordinator import Plan
@@ -141,6 +141,8 @@ class Forgetful:
     def __getattr__(self, name: str) -> Any:
         if name in ("sync", "sync_folder"):
             return lambda path: None
+        if name == "journal":
+            return lambda path: Journal(self._disk, path, synced=False)
         return getattr(self._disk, name)
 
 

@@ -18,7 +18,7 @@ Faults:
 import hashlib
 import heapq
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +30,6 @@ from atoll.net.agent import Agent, Training
 from atoll.net.coordinator import Plan
 from atoll.net.party import Pace
 from atoll.net.service import Service
-from atoll.net.storage import Log
 from atoll.rounds import Process
 
 Fault = tuple[Any, ...]
@@ -47,10 +46,50 @@ class Inode:
     durable: bytes = b""
 
 
+class Journal:
+    """A journal on a disk that fails: a record that was not synced is there after a power cut, or not."""
+
+    def __init__(self, disk: "Disk", name: str, *, synced: bool = True) -> None:
+        assert name not in disk.writers, f"two write to {name}"
+        disk.writers[name] = self
+        self._disk, self._name, self._synced = disk, name, synced
+        self._there = disk.records_now.setdefault(name, [])
+        self._count = len(self._there)
+
+    def append(self, record: bytes) -> None:
+        assert self._disk.writers.get(self._name) is self, "whoever let go of a journal wrote to it"
+
+        def do() -> None:
+            self._there[self._count :] = [record]  # in the place of one that was refused
+
+        self._disk._step(do)
+        if self._disk.full():
+            raise OSError(28, "No space left on device")
+        if self._synced:
+            self._disk._step(lambda: self._disk.records_durable.update({self._name: len(self._there)}))
+        self._count += 1
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._there[: self._count])
+
+    def __len__(self) -> int:
+        return self._count
+
+    @property
+    def head(self) -> str:
+        return hashlib.sha256(repr(self._there[: self._count]).encode()).hexdigest()
+
+    def close(self) -> None:
+        self._disk.writers.pop(self._name, None)
+
+
 class Disk:
     """A file system in memory that forgets, when power fails, some of what was not synced."""
 
     def __init__(self) -> None:
+        self.records_now: dict[str, list[bytes]] = {}
+        self.records_durable: dict[str, int] = {}
+        self.writers: dict[str, Journal] = {}
         self.names_now: dict[str, Inode] = {}
         self.names_durable: dict[str, Inode] = {}
         self.operations = 0
@@ -60,6 +99,10 @@ class Disk:
 
     def power_fails(self, rng: random.Random) -> None:
         """What is left: of every change that was not synced all, nothing or a part."""
+        self.writers.clear()
+        for name, now in self.records_now.items():
+            del now[rng.randint(self.records_durable.get(name, 0), len(now)) :]
+            self.records_durable[name] = len(now)
         names: dict[str, Inode] = {}
         for path in sorted({*self.names_now, *self.names_durable}):
             chosen = self.names_now if rng.random() < 0.5 else self.names_durable
@@ -136,6 +179,12 @@ class Disk:
 
     def matrix(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(rows, columns, dtype=dtype)
+
+    def journal(self, name: str) -> Journal:
+        return Journal(self, name)
+
+    def close(self) -> None:
+        self.writers.clear()
 
     def _step(self, do: Callable[[], Any]) -> None:
         assert self.on, "a machine without power wrote to its disk"
@@ -308,6 +357,7 @@ class World:
                 self.due(who)
         except OSError:  # no room: somebody starts it again
             self.machines[who].up = False
+            self.machines[who].disk.close()
             self.server = None if who == SERVER else self.server
             self.agents.pop(who, None)
             self.at(self.now + 3.0, lambda: self.power_on(who))
@@ -345,7 +395,7 @@ class World:
     def watched(self, site: str) -> Training:
         def train(work: control.Work, content: bytes, memory: bytes) -> Any:
             key = (site, work.round, work.attempt)
-            kept = [r for r in Log(self.machines[site].disk, "journal") if b'"Kept"' in r]
+            kept = [r for r in self.machines[site].disk.writers["journal"] if b'"Kept"' in r]
             assert not any(f'"round":{key[1]},"attempt":{key[2]},'.encode() in r for r in kept), "trained again"
             self.trained[key] = self.trained.get(key, 0) + 1
             return self.training[site](work, content, memory)
@@ -419,7 +469,7 @@ class World:
     def entries(self) -> list[coordinator.Entry]:
         """The server's journal, as its disk has it."""
         decoder = coordinator.msgspec.json.Decoder(coordinator.Entry)
-        return [decoder.decode(r) for r in Log(self.machines[SERVER].disk, "journal")]
+        return [decoder.decode(r) for r in self.machines[SERVER].disk.writers["journal"]]
 
     def given_up(self) -> set[tuple[str, int, int]]:
         """Site, round and attempt of every update that was accepted and that an operator gave up."""

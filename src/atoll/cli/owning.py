@@ -1,6 +1,7 @@
 """`atoll review`, `approve`, `deny`, `audit`: what a site's owner decides, and what has left."""
 
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Literal
 
@@ -8,7 +9,8 @@ from atoll.cli.guard import console, say
 from atoll.errors import RunError
 from atoll.net.calls import Charter
 from atoll.net.home import Home, home_for
-from atoll.net.policy import Approvals, Outgoing, source
+from atoll.net.policy import Approvals, departed, source
+from atoll.net.storage import state_of
 
 
 def review(mark: str | None, *, home: Path | None) -> None:
@@ -75,17 +77,19 @@ def audit(home: Path | None) -> None:
     from rich.text import Text
 
     mine: Home = home_for(home, ("site",), "audit")
-    outgoing = Outgoing(mine.folder)
+    with closing(state_of(mine.folder)) as state:
+        records = state.records("left")
+        sent = list(departed(records))
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for column in ("when (UTC)", "run", "what", "round", "bytes", "tensors: shape, L2 norm"):
         table.add_column(column, overflow="fold")
-    for left in outgoing:
+    for left in sent:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(left.at))
         tensors = "; ".join(f"{t.name} {t.dtype} {list(t.shape)} {t.norm:.3g}" for t in left.tensors)
         cells = (when, left.run, left.what, str(left.round or ""), f"{left.bytes:,}", tensors)
         table.add_row(*(Text(c) for c in cells))
     console().print(table)
-    say(f"the journal's records fit together; its head is {outgoing.head}")
+    say(f"the journal's records fit together; its head is {records.head}")
 
 
 def _told(found: str, state: str, charter: Charter) -> list[str]:

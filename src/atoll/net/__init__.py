@@ -6,7 +6,8 @@ packing      a task and a report as a message and a frame
 admission    what is looked at in an update before it counts
 coordinator  the server's side of a run: events in, effects out
 party        the site's side of a run: events in, effects out
-storage      files and logs that survive a crash, on a file system that is handed in
+storage      files and journals that survive a crash, on a file system that is handed in
+state        journals in a database, SQLite or PostgreSQL
 spool        accepted updates on disk, and their reduction in the cohort's order
 service      carries out what the coordinator decides
 agent        carries out what the party decides

@@ -25,7 +25,7 @@ from atoll.net.control import Answer, Deliver, Request, Stamp, Work, content_has
 from atoll.net.frames import FrameError, Limits, TensorSpec, decode, encode
 from atoll.net.packing import pack_report, unpack_task
 from atoll.net.party import Pace
-from atoll.net.storage import FileSystem, Log, write_durably
+from atoll.net.storage import FileSystem, write_durably
 from atoll.rounds import Process
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class Agent:
     ) -> None:
         self._training, self._files, self._pace = training, files, pace or Pace()
         self._notice = notice or (lambda text: None)
-        self._log = Log(files, "journal")
+        self._log = files.journal("journal")
         self.state = party.replay(site, run, [_decoder.decode(r) for r in self._log])
         self._todo: tuple[Work, bytes] | None = None
         self._done: Done | None = None

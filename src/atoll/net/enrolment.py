@@ -19,7 +19,7 @@ from atoll.errors import InvalidArgument, RunError, invalid
 from atoll.net.control import Hash, Line, Name, named_well
 from atoll.net.keys import public_key
 from atoll.net.signing import SERVER
-from atoll.net.storage import FileSystem, Log
+from atoll.net.storage import Journal
 
 Role = Literal["site", "researcher", "admin", "viewer"]
 """A site trains; a researcher submits runs and steers its own; an admin does everything; a viewer looks on."""
@@ -164,17 +164,14 @@ class EnrolmentError(RunError):
 
 
 class Roster:
-    """Members and open invites, in a log whose records hold each other's hashes.
+    """Members and open invites.
 
     Args:
-        files: where.
-
-    Raises:
-        RunError: the log is damaged.
+        journal: of who was invited, let in, shut out and turned away.
     """
 
-    def __init__(self, files: FileSystem) -> None:
-        self._log = Log(files, "roster")
+    def __init__(self, journal: Journal) -> None:
+        self._log = journal
         self.members: dict[str, Member] = {}
         self._invites: dict[str, Invited] = {}
         self._used: dict[str, str] = {}  # token's hash -> the key that took it up
@@ -184,12 +181,16 @@ class Roster:
 
     @property
     def head(self) -> str:
-        """Hash of the whole log."""
+        """Hash of the whole journal."""
         return self._log.head
 
     def entries(self) -> Iterator[Entry]:
         """Everything that happened, in order."""
         return (_entries.decode(record) for record in self._log)
+
+    def close(self) -> None:
+        """Let somebody else write."""
+        self._log.close()
 
     def active(self, name: str) -> Member | None:
         """Somebody who may speak now."""

@@ -1,7 +1,7 @@
 """What a server knows and does, without HTTP: members, runs, and the processes that the runs live in.
 
     key, authority.pem   the server's identity
-    roster               members and invites, `enrolment`
+    state.sqlite         members and invites, `enrolment`
     runs/NAME/           a run's folder, in the hands of its process (`deployment.runner`); of the server in it:
       charter.json         what the run is
       final.json           how it ended; from then on no process is needed
@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import msgspec
 
@@ -45,7 +45,10 @@ from atoll.net.children import (
 from atoll.net.control import Answer, Ask, Deliver, Ended, Refused, Request, Wait
 from atoll.net.enrolment import Invite, Member, Roster, encode
 from atoll.net.news import News
-from atoll.net.storage import Disk, write_file
+from atoll.net.storage import state_of, write_file
+
+if TYPE_CHECKING:  # what a command imports to start a server need not open a database
+    from atoll.net.state import State
 
 RUNNER = "atoll.deployment.runner"
 
@@ -401,11 +404,13 @@ class Hub:
         folder: of its state.
         fingerprint: of its key, for invites.
         address: as others reach it, for invites.
+        state: where members, runs and their journals are; default `state.sqlite` in the folder.
     """
 
-    def __init__(self, folder: Path, fingerprint: str, address: str) -> None:
+    def __init__(self, folder: Path, fingerprint: str, address: str, state: "State | None" = None) -> None:
         self.folder, self.fingerprint, self.address = folder, fingerprint, address
-        self.roster = Roster(Disk(folder))
+        self.state = state or state_of(folder)
+        self.roster = Roster(self.state.journal("roster"))
         self.agenda = News()
         self.seen: dict[str, float] = {}
         self.runs: dict[str, Run] = {}

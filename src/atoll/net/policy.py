@@ -5,7 +5,8 @@ this very hash, and not before. Files in the site's folder:
 
     approvals.json     hash -> what was decided, and when
     waiting/HASH.json  what waits for a decision; the code is beside it, in code/SHA256.py
-    left               a log of everything that left: names, shapes, bytes, norms
+
+What left, by names, shapes, bytes and norms, is in the journal `left` of the site's state.
 """
 
 import hashlib
@@ -13,7 +14,7 @@ import io
 import math
 import time
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -24,7 +25,7 @@ from atoll.errors import InvalidArgument, RunError, invalid
 from atoll.net.calls import Charter
 from atoll.net.control import Hash, Line
 from atoll.net.frames import FrameError, Limits, declared, decode
-from atoll.net.storage import Disk, Log, write_file
+from atoll.net.storage import Journal, write_file
 
 Verdict = Literal["waiting", "approved", "denied"]
 
@@ -175,26 +176,23 @@ class Left(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Outgoing:
-    """Looks at everything that is to leave, and writes it down first.
+    """Writes everything down that is to leave, first.
 
     Args:
-        folder: of the site.
+        journal: of the site.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._log = Log(Disk(folder), "left")
-
-    @property
-    def head(self) -> str:
-        """Hash of the whole journal."""
-        return self._log.head
-
-    def __iter__(self) -> Iterator[Left]:
-        return (msgspec.json.decode(record, type=Left) for record in self._log)
+    def __init__(self, journal: Journal) -> None:
+        self._log = journal
 
     def write(self, left: Left) -> None:
         """Enter what leaves; durable before it does."""
         self._log.append(msgspec.json.encode(left))
+
+
+def departed(records: Iterable[bytes]) -> Iterator[Left]:
+    """What left a site, by its journal's records."""
+    return (msgspec.json.decode(record, type=Left) for record in records)
 
 
 def inspect(frame: bytes, largest: int) -> list[Sent]:

@@ -40,12 +40,12 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from atoll.errors import AtollError, InvalidArgument, RunError
 from atoll.net import calls, control, signing
 from atoll.net.calls import ROLES, TRAINERS, Problem, Received, Welcome
-from atoll.net.enrolment import EnrolmentError, Member
+from atoll.net.enrolment import EnrolmentError, Member, Roster
 from atoll.net.home import Home, Identity, settle
 from atoll.net.hub import Denied, Hub
 from atoll.net.keys import authority, authority_key, fingerprint, key_at, public_key, public_text, server_context
 from atoll.net.signing import Fresh, SignatureError
-from atoll.net.storage import write_file
+from atoll.net.storage import Disk, write_file
 
 CHUNK = 2**22
 """Bytes of an upload's chunk at most."""
@@ -421,10 +421,11 @@ def establish(folder: Path, address: str) -> Home:
     admin = folder / "admin"
     admin.mkdir(exist_ok=True, mode=0o700)
     own = key_at(admin / "key", make=True)
-    hub = Hub(folder, print_, address)
-    if hub.roster.active("admin") is None:
-        token = hub.roster.invite("admin", "admin", hours=1, by="the server", now=time.time())
-        hub.roster.enrol("admin", public_text(own.public_key()), token, now=time.time())
+    with contextlib.closing(Disk(folder)) as files:
+        roster = Roster(files.journal("roster"))
+        if roster.active("admin") is None:
+            token = roster.invite("admin", "admin", hours=1, by="the server", now=time.time())
+            roster.enrol("admin", public_text(own.public_key()), token, now=time.time())
     return settle(admin, Identity("admin", "admin", address, print_), pem)
 
 

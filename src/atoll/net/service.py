@@ -27,7 +27,7 @@ from atoll.net.coordinator import Entry, Plan
 from atoll.net.frames import Limits, Schema
 from atoll.net.packing import PARTS, pack_state, pack_task, report_schema, unpack_state
 from atoll.net.spool import BLOCK, Spool, reduce
-from atoll.net.storage import FileSystem, Log, write_durably
+from atoll.net.storage import FileSystem, write_durably
 from atoll.rounds import Process, State
 from atoll.spec import identity
 from atoll.tree import Leaf, leaves
@@ -91,9 +91,7 @@ class Service:
         self._notice = notice or (lambda text: None)
         self._closed = closed or (lambda round, collected: None)
         self._spool = Spool(files)
-        self._log = Log(files, "journal")
-        if self._log.torn:
-            self._notice(f"the journal ends in {self._log.torn} bytes that are no record; they were left out")
+        self._log = files.journal("journal")
         self._task: Task | None = None
         self._values: dict[str, Value] = {}
         self._frame = b""

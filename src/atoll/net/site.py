@@ -43,7 +43,7 @@ from atoll.net.control import Answer, Deliver, Refused, Request, Work, content_h
 from atoll.net.home import Home
 from atoll.net.news import News
 from atoll.net.policy import Approvals, Left, Outgoing, Sent, experiment_hash, inspect, source
-from atoll.net.storage import Disk, write_file
+from atoll.net.storage import Disk, state_of, write_file
 
 WORKER = "atoll.deployment.worker"
 
@@ -110,7 +110,8 @@ class Site:
         self.home, self.data = home, str(Path(data).resolve()) if data else ""
         self.bounds = bounds or Bounds()
         self.name = home.identity.name
-        self.approvals, self.outgoing = Approvals(home.folder), Outgoing(home.folder)
+        self.approvals, self.state = Approvals(home.folder), state_of(home.folder)
+        self.outgoing = Outgoing(self.state.journal("left"))
         self.client = Client(home)
         self.told = News()
         self._standings: dict[str, Standing] = {}
@@ -284,12 +285,13 @@ class Part:
         self.site.stand(self.run, Standing("preparing"))
         await self._agree()
         await self._ready_child()
-        agent = Agent(
-            self.site.name, self.run, _elsewhere, Disk(self.folder), pace=PACE,
-            notice=lambda text: log.warning("run %s: %s", self.run, text),
-        )  # fmt: skip
-        self.site.stand(self.run, Standing("ready"))
-        await self._speak(agent)
+        with contextlib.closing(Disk(self.folder, state=self.site.state, scope=f"runs/{self.run}/")) as files:
+            agent = Agent(
+                self.site.name, self.run, _elsewhere, files, pace=PACE,
+                notice=lambda text: log.warning("run %s: %s", self.run, text),
+            )  # fmt: skip
+            self.site.stand(self.run, Standing("ready"))
+            await self._speak(agent)
 
     async def _withdrawn(self) -> None:
         """For as long as the approval holds."""

@@ -1,21 +1,49 @@
-"""Files and logs that survive a crash, on a file system that is handed in, so that its faults can be simulated.
+"""Files and journals that survive a crash, on a file system that is handed in, so that its faults can be simulated.
 
 What is durable, and when: the content of a file after `sync(path)`; its name after `sync_folder` of its folder. Until
 then a crash may leave all, some or none of it.
 """
 
-import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from atoll.errors import RunError
-
 if TYPE_CHECKING:  # a server's own process keeps files, and has no tensors
     import torch
     from torch import Tensor
+
+    from atoll.database import Durability
+    from atoll.net.state import State
+
+
+class Journal(Protocol):
+    """Append-only records that one process writes. A record that was changed, taken out or moved is noticed."""
+
+    def append(self, record: bytes) -> None:
+        """Add a record; it is durable when this returns.
+
+        Raises:
+            RunError: another process wrote to the journal.
+            OSError: the record is not in the journal; after a crash it may be.
+        """
+        ...
+
+    def __iter__(self) -> Iterator[bytes]:
+        """All records, read anew."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    @property
+    def head(self) -> str:
+        """Hash of all records, in hexadecimal digits."""
+        ...
+
+    def close(self) -> None:
+        """Let somebody else write."""
+        ...
 
 
 class FileSystem(Protocol):
@@ -69,16 +97,31 @@ class FileSystem(Protocol):
         """A scratch matrix [rows, columns] that need not fit into memory and lasts as long as it is held."""
         ...
 
+    def journal(self, name: str) -> Journal:
+        """A journal, made if there is none, whose one writer this process is until it is closed.
+
+        Raises:
+            RunError: another process writes to it; it is damaged.
+        """
+        ...
+
 
 class Disk:
     """A folder of the machine.
 
     Args:
         root: the folder; made if there is none.
+        state: where its journals are; default a file of its own in it, `state.sqlite`.
+        scope: what their names begin with there.
+        durability: "process": nothing is waited for, and what was synced outlives the process alone.
     """
 
-    def __init__(self, root: Path) -> None:
-        self._root = root
+    def __init__(
+        self, root: Path, *, state: "State | None" = None, scope: str = "", durability: "Durability" = "power"
+    ) -> None:
+        self._root, self._state, self._scope = root, state, scope
+        self._durability: Durability = durability
+        self._journals: list[Journal] = []
         made = [folder for folder in (root, *root.parents) if not folder.exists()]
         root.mkdir(parents=True, exist_ok=True)
         for folder in made:
@@ -149,17 +192,40 @@ class Disk:
         path.unlink()
         return region.tensor(dtype, rows * columns).view(rows, columns)
 
+    def journal(self, name: str) -> Journal:
+        """A journal, made if there is none, whose one writer this process is until it is closed."""
+        if self._state is None:
+            self._state = state_of(self._root, durability=self._durability)
+        made = self._state.journal(f"{self._scope}{name}")
+        self._journals.append(made)
+        return made
+
+    def close(self) -> None:
+        """Let somebody else write to the journals that were opened here."""
+        while self._journals:
+            self._journals.pop().close()
+
     def _at(self, path: str) -> Path:
         full = self._root / path
         full.parent.mkdir(parents=True, exist_ok=True)
         return full
 
     def _sync(self, path: Path) -> None:
+        if self._durability == "process":
+            return
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def state_of(folder: Path, *, durability: "Durability" = "power") -> "State":
+    """The state that a folder has of its own: `state.sqlite` in it, made if there is none."""
+    from atoll.database import sqlite
+    from atoll.net.state import State
+
+    return State(sqlite(folder / "state.sqlite"), durability=durability)
 
 
 def write_durably(files: FileSystem, path: str, content: bytes) -> None:
@@ -182,104 +248,3 @@ def write_durably(files: FileSystem, path: str, content: bytes) -> None:
 def write_file(path: Path, content: bytes) -> None:
     """Write a file of the machine whole or not at all; it is durable when this returns."""
     write_durably(Disk(path.parent), path.name, content)
-
-
-MARK = b"rec\n"
-HEAD = 4 + 4 + 32 + 32
-"""Bytes before each record: a mark, its length, the hash of everything before it, the hash of everything up to its end.
-"""
-
-
-class Log:
-    """Append-only records in a file, each with the hash of all records before it and its own.
-
-    A record in the middle that was changed or taken out is noticed. What stands behind the last whole record is taken
-    for one that a crash tore, and left out (`torn` bytes): a last record that was damaged later cannot be told from it,
-    and one that was cut off whole leaves no trace here.
-
-    Attributes:
-        torn: bytes behind the last whole record when the log was opened.
-
-    Args:
-        files: where.
-        path: the file.
-
-    Raises:
-        RunError: a record that is not the last one is damaged.
-    """
-
-    def __init__(self, files: FileSystem, path: str) -> None:
-        self._files, self._path = files, path
-        self._chain, self._end, self._count = bytes(32), 0, 0
-        content = files.read(path) if files.size(path) >= 0 else b""
-        while (found := _record(content, self._end)) is not None and found[0] == self._chain:
-            _, self._chain, record = found
-            self._end += HEAD + len(record)
-            self._count += 1
-        # Only the record at work when the machine stopped can be torn: nothing that depends on it was released, and
-        # nothing stands behind it.
-        later = content.find(MARK, self._end)
-        while later >= 0:
-            if _record(content, later) is not None:
-                raise RunError(
-                    f"{path} is damaged at byte {self._end}: its records no longer fit together. Restore the folder "
-                    "from a backup; nothing after that byte can be trusted."
-                )
-            later = content.find(MARK, later + 1)
-        self.torn = len(content) - self._end
-        self._torn = self.torn > 0
-
-    def __iter__(self) -> Iterator[bytes]:
-        """All records, read from the file anew."""
-        content, at = self._files.read(self._path, 0, self._end) if self._end else b"", 0
-        while at < self._end:
-            found = _record(content, at)
-            assert found is not None, "the file was changed under its log"
-            yield found[2]
-            at += HEAD + len(found[2])
-
-    def __len__(self) -> int:
-        return self._count
-
-    @property
-    def head(self) -> str:
-        """Hash of all records, in hexadecimal digits."""
-        return self._chain.hex()
-
-    def append(self, record: bytes) -> None:
-        """Add a record; it is durable when this returns.
-
-        Raises:
-            OSError: the record is not in the log.
-        """
-        chain = _chained(self._chain, record)
-        head = MARK + len(record).to_bytes(4, "little") + self._chain + chain
-        if self._torn:
-            size = self._files.size(self._path)  # -1: the first append made no file
-            if size > self._end:
-                self._files.truncate(self._path, self._end)
-            if size >= 0:
-                self._files.sync(self._path)
-            self._torn = False
-        first = not self._end
-        self._torn = True
-        self._files.append(self._path, head + record)
-        self._files.sync(self._path)
-        if first:
-            self._files.sync_folder(self._path.rpartition("/")[0])
-        self._torn = False
-        self._chain, self._end, self._count = chain, self._end + HEAD + len(record), self._count + 1
-
-
-def _chained(chain: bytes, record: bytes) -> bytes:
-    return hashlib.sha256(chain + record).digest()
-
-
-def _record(content: bytes, at: int) -> tuple[bytes, bytes, bytes] | None:
-    """The record at a place, by its own word whole: the hash before it, the hash up to its end, and what it says."""
-    head = content[at : at + HEAD]
-    size = int.from_bytes(head[4:8], "little")
-    if len(head) < HEAD or head[:4] != MARK or at + HEAD + size > len(content):
-        return None
-    before, chain, record = head[8:40], head[40:72], content[at + HEAD : at + HEAD + size]
-    return (before, chain, record) if _chained(before, record) == chain else None
