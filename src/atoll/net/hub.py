@@ -164,9 +164,10 @@ class Run:
         assert self.summary is not None
         write_file(self.folder / "final.json", msgspec.json.encode(self.summary))
         self.over = True
-        if self._child is not None:
-            await self._child.end()
-            self._child = None
+        async with self._turn:  # a question at work is answered first: the run's process must not be said to have died
+            if self._child is not None:
+                await self._child.end()
+                self._child = None
         self.agenda.tell()
         self.news.tell()
 
