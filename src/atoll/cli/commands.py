@@ -277,6 +277,15 @@ def watch(
 
 @app.command()
 @guarded
+def explain(run: Named, home: Home = None, debug: Debug = False) -> None:
+    """Say in a sentence why a run over sites is where it is, and what to do."""
+    from atoll.cli.explaining import explain as tell
+
+    tell(run, home=home)
+
+
+@app.command()
+@guarded
 def sites(home: Home = None, debug: Debug = False) -> None:
     """List who has joined the server."""
     from atoll.cli.operating import sites as show
