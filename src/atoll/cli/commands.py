@@ -184,12 +184,15 @@ def server(
     address: Annotated[
         str | None, typer.Option(metavar="HOST:PORT", help="How sites reach this server; default this machine's name.")
     ] = None,
+    metrics: Annotated[
+        str | None, typer.Option(metavar="[HOST:]PORT", help="Tell a Prometheus, in the clear; default this machine.")
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Serve runs to sites over HTTPS, from one folder, until stopped."""
     from atoll.cli.serving import server as serve
 
-    serve(state, host=host, port=port, address=address)
+    serve(state, host=host, port=port, address=address, metrics=metrics)
 
 
 @app.command()

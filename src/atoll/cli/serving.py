@@ -17,10 +17,16 @@ from atoll.net.home import PREFIX, Home, home_for
 ROLES = ("site", "researcher", "admin", "viewer")
 
 
-def server(state: Path, *, host: str, port: int, address: str | None) -> None:
+def server(state: Path, *, host: str, port: int, address: str | None, metrics: str | None = None) -> None:
     """Serve until told to stop; see `atoll server --help`."""
     from atoll import __version__
     from atoll.net.server import log_to_stderr, serve
+
+    scraped = None
+    if metrics is not None:
+        from atoll.net.exposition import listening
+
+        scraped = listening(metrics)
 
     def told(reached: str, fingerprint: str) -> None:
         out = console()
@@ -30,6 +36,7 @@ def server(state: Path, *, host: str, port: int, address: str | None) -> None:
             f"  reached as   {reached}   (what invites say; another with --address HOST:PORT)",
             f"  fingerprint  {fingerprint}",
             f"  state        {state}",
+            *([] if scraped is None else [f"  metrics      http://{scraped[0]}:{scraped[1]}/metrics"]),
             "Let sites in, from this folder, in another terminal: atoll invite NAME...",
         ]
         for line in lines:
@@ -37,7 +44,7 @@ def server(state: Path, *, host: str, port: int, address: str | None) -> None:
         sys.stdout.flush()
 
     log_to_stderr()
-    serve(state, host=host, port=port, address=address, told=told)
+    serve(state, host=host, port=port, address=address, told=told, metrics=scraped)
 
 
 def invite(names: list[str], *, role: str, hours: float, home: Path | None, quiet: bool) -> None:

@@ -505,6 +505,15 @@ class Hub:
         member = self.roster.members.get(name)
         return member is not None and member.revoked
 
+    def heard(self) -> dict[str, tuple[str, float | None]]:
+        """Members who are not shut out: role, and seconds since they were heard of; None: not since the start."""
+        now = time.monotonic()
+        return {
+            m.name: (m.role, now - self.seen[m.name] if m.name in self.seen else None)
+            for m in self.roster.members.values()
+            if not m.revoked
+        }
+
     def _members(self) -> calls.Members:
         now = time.monotonic()
         return calls.Members([

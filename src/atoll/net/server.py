@@ -81,11 +81,12 @@ class Door:
 
     Args:
         hub: behind it.
-        home: of the server's own identity: its key signs answers.
+        folder: of the server's own identity: its key signs answers.
+        metrics: host and port for a Prometheus, in the clear; None: nothing is told.
     """
 
-    def __init__(self, hub: Hub, folder: Path) -> None:
-        self.hub, self._key = hub, key_at(folder / "key")
+    def __init__(self, hub: Hub, folder: Path, metrics: tuple[str, int] | None = None) -> None:
+        self.hub, self._key, self._metrics = hub, key_at(folder / "key"), metrics
         self._authority = (folder / "authority.pem").read_bytes()
         self.fresh = Fresh()
         self._at_work: Counter[str] = Counter()
@@ -107,9 +108,17 @@ class Door:
     @contextlib.asynccontextmanager
     async def _life(self, app: Starlette) -> AsyncGenerator[None]:
         await self.hub.start()
+        told = None
+        if self._metrics is not None:
+            from atoll.net.exposition import Exposition  # a library that a server without metrics need not load
+
+            told, _ = Exposition(self.hub).start(*self._metrics)
         try:
             yield
         finally:
+            if told is not None:
+                told.shutdown()
+                told.server_close()
             await self.hub.close()
 
     # --- strangers ----------------------------------------------------------------------------------------------------
@@ -429,7 +438,15 @@ def establish(folder: Path, address: str) -> Home:
     return settle(admin, Identity("admin", "admin", address, print_), pem)
 
 
-def serve(folder: Path, *, host: str, port: int, address: str | None, told: Callable[[str, str], None]) -> None:
+def serve(
+    folder: Path,
+    *,
+    host: str,
+    port: int,
+    address: str | None,
+    told: Callable[[str, str], None],
+    metrics: tuple[str, int] | None = None,
+) -> None:
     """Serve until a signal says to stop.
 
     Args:
@@ -438,6 +455,7 @@ def serve(folder: Path, *, host: str, port: int, address: str | None, told: Call
         port: likewise; 0: any free one.
         address: as others reach it, host:port; None: that of the last start, or what is listened on.
         told: called with the address and the fingerprint when the server listens.
+        metrics: host and port for a Prometheus, in the clear; None: nothing is told.
 
     Raises:
         RunError: another server works in the folder, or the port is taken.
@@ -455,7 +473,7 @@ def serve(folder: Path, *, host: str, port: int, address: str | None, told: Call
         bound = listener.getsockname()[1]
         home = establish(folder, address or _address(folder, host, bound))
         hub = Hub(folder, home.identity.fingerprint, home.identity.address)
-        door = Door(hub, folder)
+        door = Door(hub, folder, metrics)
         config = configured(door, folder)
         told(home.identity.address, home.identity.fingerprint)
         server = _Server(config)
