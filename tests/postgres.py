@@ -74,8 +74,8 @@ class Cluster:
                 time.sleep(0.05)
 
     def stop(self) -> None:
-        """Stop it at once, as a machine that loses power does: lines break off."""
-        self._postmaster.send_signal(signal.SIGQUIT)
+        """Stop it at once: lines break off."""
+        self._postmaster.send_signal(signal.SIGINT)
         self._postmaster.wait(PATIENCE)
 
     def address(self) -> str:

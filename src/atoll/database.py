@@ -41,7 +41,7 @@ def sqlite(path: Path) -> str:
 
 
 def parsed(address: str) -> sql.URL:
-    """An address of a database that can be opened.
+    """An address of a database that can be opened, from whatever folder.
 
     Raises:
         InvalidArgument: it is none; the text never repeats it.
@@ -58,7 +58,7 @@ def parsed(address: str) -> sql.URL:
         raise invalid("database", kind, allowed)
     if not url.database or url.database == ":memory:":
         raise InvalidArgument("a database of SQLite must be a file: sqlite:////PATH.")
-    return url.set(drivername="sqlite")
+    return url.set(drivername="sqlite", database=str(Path(url.database).resolve()))
 
 
 def shown(address: str) -> str:

@@ -7,8 +7,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
+
+from atoll.net.state import State
+from atoll.net.storage import state_of
 
 PROGRAM = "from atoll.net.children import end_with_parent as e; e(); from atoll.cli import main; main()"
 PATIENCE = 240.0
@@ -45,10 +48,15 @@ def rows() -> str:
 
 
 class Place:
-    """A folder with the app and the data, and the programs that run in it."""
+    """A folder with the app and the data, and the programs that run in it.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Args:
+        folder: it.
+        database: address of the server's state; "": a file in its folder.
+    """
+
+    def __init__(self, folder: Path, database: str = "") -> None:
+        self.folder, self.database = folder, database
         (folder / "app.py").write_text(APP)
         (folder / "all.csv").write_text(rows())
         for name in ("hospital-a", "hospital-b"):
@@ -75,8 +83,19 @@ class Place:
         with open(self.folder / f"{name}.log", "ab") as log:
             self.programs[name] = subprocess.Popen(
                 [sys.executable, "-P", "-c", PROGRAM, *map(str, self.words[name])], cwd=self.folder,
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=os.environ | {"COLUMNS": "200"},
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self.environment(name),
             )  # fmt: skip
+
+    def environment(self, name: str) -> dict[str, str]:
+        more = {"ATOLL_DATABASE": self.database} if self.database and name == "server" else {}
+        return os.environ | {"COLUMNS": "200"} | more
+
+    @contextmanager
+    def state(self) -> "Iterator[State]":
+        """The server's state."""
+        made = State(self.database) if self.database else state_of(self.folder / "atoll-server")
+        with closing(made):
+            yield made
 
     def kill(self, name: str) -> None:
         self.programs[name].kill()
@@ -123,8 +142,8 @@ class Place:
 
 
 @contextmanager
-def place(folder: Path) -> Iterator[Place]:
-    made = Place(folder)
+def place(folder: Path, database: str = "") -> Iterator[Place]:
+    made = Place(folder, database)
     try:
         yield made
     finally:

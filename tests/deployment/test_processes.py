@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from processes import Place, place
+from sqlalchemy import make_url
 
 import atoll
 from atoll.cli.run import build
@@ -108,9 +109,13 @@ POINTS: dict[str, tuple[str, str, str]] = {
 
 
 @pytest.mark.slow
-def test_whoever_is_killed_at_named_points_the_model_has_the_same_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["sqlite", "postgresql"])
+def test_whoever_is_killed_at_named_points_the_model_has_the_same_bits(
+    tmp_path: Path, engine: str, request: pytest.FixtureRequest
+) -> None:
     rounds = 3 * len(POINTS)
-    with place(tmp_path) as found:
+    database = request.getfixturevalue("postgresql") if engine == "postgresql" else ""
+    with place(tmp_path, database) as found:
         joined(found)
         found.atoll(
             "submit", "app.py", "--engine", "loop", "--name", "heart", "--quiet", "--attempts", "50",
@@ -130,6 +135,14 @@ def test_whoever_is_killed_at_named_points_the_model_has_the_same_bits(tmp_path:
         assert "finished" in found.atoll("watch", "heart")
         assert torch.equal(deployed(found, "heart"), simulated(found, rounds))
         assert len(atoll.Result.load(found.run("heart")).history) == rounds
+        with found.state() as state:
+            assert len(state.records("roster")) >= 6 and len(state.records("runs/heart/journal")) > 4 * rounds
+        assert (tmp_path / "atoll-server" / "state.sqlite").exists() == (engine == "sqlite")
+        if database:
+            password = make_url(database).password
+            assert password and password.encode() not in b"".join(
+                p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()
+            )
 
 
 def newest(found: Place, pattern: str) -> set[str]:
@@ -142,7 +155,8 @@ def closed(found: Place) -> int:
 
 
 def over(found: Place) -> bool:
-    return (found.run("heart") / "final.json").exists()
+    with found.state() as state:
+        return "heart" in state.documents("final")
 
 
 @pytest.mark.slow

@@ -14,7 +14,10 @@ from atoll.net import calls, client, control, enrolment, server
 from atoll.net.calls import ROLES, Charter, Done
 from atoll.net.client import Turned, Unreachable
 from atoll.net.home import home_for, settle
+from atoll.net.hub import Hub
 from atoll.net.keys import key_at, public_text
+from atoll.net.server import Door
+from atoll.net.state import State
 
 pytestmark = pytest.mark.usefixtures("unsynced")
 
@@ -348,3 +351,71 @@ def test_no_command_acts_for_a_party_of_another_role(house: House) -> None:
     with pytest.raises(RunError, match="is of a site"):
         home_for(house.folder / "s", ("admin", "viewer"), "watch")
     assert home_for(house.folder / "v", ("admin", "viewer"), "watch").identity.name == "v"
+
+
+# --- where the state is -----------------------------------------------------------------------------------------------
+
+
+def test_a_server_that_was_started_again_hears_no_older_program_of_a_site(house: House) -> None:
+    epoch = house.door.fresh.epoch
+    assert run(house.send("s", b"x", path="/v1/message", nonce=f"{epoch}.7.p.1")).status_code == 422
+    house.door = Door(house.hub, house.folder / "server")  # as a new process makes it
+    epoch = house.door.fresh.epoch
+    for nonce, kind in ((f"{epoch}.6.o.1", "fenced"), (f"{epoch}.7.copy.1", "fenced"), (f"{epoch}.7.p.1", "argument")):
+        answer = run(house.send("s", b"x", path="/v1/message", nonce=nonce))
+        assert problem(answer).kind == kind, nonce
+
+
+def test_while_the_state_cannot_be_written_nobody_new_is_heard(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*words: Any, **more: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(house.door.fresh, "_keep", full)
+    monkeypatch.setattr(house.hub.roster, "note", full)
+    answer = run(house.send("s", b"x", path="/v1/message"))
+    assert answer.status_code == 503 and problem(answer).kind == "busy"
+    answer = run(house.send("v", calls.encode(calls.MakeInvites(["x"], "site", 1.0))))
+    assert answer.status_code == 403, "refused, although that cannot be written down"
+
+
+def start(folder: Path, database: str | None = None) -> Any:
+    """A server's state, folder and members, as `atoll server` makes them."""
+    state, note = server.opened(folder, database, "power")
+    server.establish(folder, "localhost:1", state)
+    note()
+    return state
+
+
+def test_a_servers_state_may_be_in_postgresql(tmp_path: Path, postgresql: str) -> None:
+    state = start(tmp_path, postgresql)
+    hub = Hub(tmp_path, "f" * 64, "localhost:1", state)
+    hub.keep_newest("key", (3, "p"))
+    state.put("charter", "r", calls.encode(CHARTER))
+    with pytest.raises(RunError, match="another process writes to the journal roster"):
+        Hub(tmp_path, "f" * 64, "localhost:1", State(postgresql))
+    hub.roster.close()
+    again = Hub(tmp_path, "f" * 64, "localhost:1", State(postgresql))
+    assert list(again.roster.members) == ["admin"] and again.newest() == {"key": (3, "p")}
+    assert again.runs["r"].charter == CHARTER
+    assert not (tmp_path / "state.sqlite").exists()
+    again.roster.close()
+
+
+def test_a_server_is_not_started_beside_its_state(tmp_path: Path, postgresql: str) -> None:
+    start(tmp_path / "a", postgresql)
+    with pytest.raises(RunError, match=r"the state of .* is in postgresql://atoll@.*, not in state.sqlite: name it"):
+        start(tmp_path / "a")
+    start(tmp_path / "b")
+    with pytest.raises(RunError, match=r"is in state.sqlite, not in postgresql://"):
+        start(tmp_path / "b", postgresql)
+    with pytest.raises(RunError, match="the state of another server, whose key has the fingerprint"):
+        start(tmp_path / "c", postgresql)
+    start(tmp_path / "a", postgresql)
+
+
+def test_a_database_that_cannot_be_used_is_told_of_without_its_password(tmp_path: Path) -> None:
+    for address in ("postgresql://u:secret@127.0.0.1:1/d", f"postgresql://u:secret@/d?host={tmp_path}"):
+        with pytest.raises(RunError, match=r"the database cannot be used: postgresql://u@") as refusal:
+            start(tmp_path, address)
+        assert "secret" not in str(refusal.value)
+    assert not (tmp_path / "authority.pem").exists()

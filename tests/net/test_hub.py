@@ -11,6 +11,8 @@ from atoll.net.calls import Charter
 from atoll.net.children import Happen, HostCall, Summary, Told
 from atoll.net.enrolment import Member
 from atoll.net.hub import Hub, Run
+from atoll.net.state import State
+from atoll.net.storage import state_of
 
 pytestmark = pytest.mark.usefixtures("unsynced")
 
@@ -41,7 +43,7 @@ class Process:
 
 def house(folder: Path, told: Summary) -> tuple[Hub, Run, Process]:
     made = Hub(folder, "f" * 64, "localhost:1")
-    run = Run(folder, Charter("r", "0" * 64, {}), made.agenda, made._shut_out)
+    run = Run(folder, Charter("r", "0" * 64, {}), made.agenda, made._shut_out, made.state)
     process = Process(told)
     run._child, run.summary = process, told  # type: ignore[assignment]
     made.runs["r"] = run
@@ -57,16 +59,16 @@ async def until(true: Any) -> None:
 
 
 def test_a_run_ends_when_a_full_disk_has_room_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    full, real = [True], hub.write_file
-    tried = list[Path]()
+    full, real = [True], State.put
+    tried = list[str]()
 
-    def write(path: Path, content: bytes) -> None:
-        tried.append(path)
+    def put(self: State, kind: str, name: str, body: bytes) -> None:
+        tried.append(kind)
         if full[0]:
             raise OSError(28, "No space left on device")
-        real(path, content)
+        real(self, kind, name, body)
 
-    monkeypatch.setattr(hub, "write_file", write)
+    monkeypatch.setattr(State, "put", put)
 
     async def both() -> None:
         _, run, _ = house(tmp_path, summary("finished"))
@@ -77,7 +79,7 @@ def test_a_run_ends_when_a_full_disk_has_room_again(tmp_path: Path, monkeypatch:
         await run.close()
 
     asyncio.run(both())
-    assert (tmp_path / "final.json").exists()
+    assert list(state_of(tmp_path).documents("final")) == ["r"]
 
 
 def test_a_run_that_was_at_work_hears_later_that_a_site_was_shut_out(

@@ -176,6 +176,35 @@ def test_the_newest_program_of_a_site_is_heard_alone() -> None:
     assert take(2, "q", 2) == ""
 
 
+def test_a_server_that_was_started_again_knows_which_program_of_a_site_is_the_newest() -> None:
+    kept: dict[str, tuple[int, str]] = {}
+
+    def take(fresh: Fresh, life: int, process: str) -> str:
+        return fresh.take("a", f"{fresh.epoch}.{life}.{process}.1", alone=True)
+
+    assert take(Fresh(kept, kept.__setitem__), 2, "p") == "" and kept == {"a": (2, "p")}
+    again = Fresh(kept, kept.__setitem__)
+    assert [take(again, 1, "q"), take(again, 2, "copy")] == ["fenced", "fenced"]
+    assert take(again, 2, "p") == "", "the very program that was heard before"
+    assert take(Fresh(kept, kept.__setitem__), 3, "r") == "" and kept == {"a": (3, "r")}
+
+
+def test_a_program_is_not_heard_while_it_cannot_be_kept_that_it_is_the_newest() -> None:
+    full = [True]
+
+    def keep(key: str, process: tuple[int, str]) -> None:
+        if full[0]:
+            raise OSError(28, "No space left on device")
+
+    fresh = Fresh({"a": (1, "p")}, keep)
+    for _ in range(2):
+        with pytest.raises(OSError):
+            fresh.take("a", f"{fresh.epoch}.2.q.1", alone=True)
+    assert fresh.take("a", f"{fresh.epoch}.1.p.1", alone=True) == "", "the one before is still the newest"
+    full[0] = False
+    assert fresh.take("a", f"{fresh.epoch}.2.q.1", alone=True) == ""
+
+
 def test_operators_may_have_several_programs() -> None:
     fresh = Fresh()
     sent = ((1, 1), (2, 1), (1, 2), (1, 1))

@@ -39,7 +39,7 @@ def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> House:
     folder = tmp_path / "server" / "runs" / "r"
     for name in ("objects", "uploads"):
         (folder / name).mkdir(parents=True)
-    made = Run(folder, Charter("r", "0" * 64, {}), News(), lambda name: False)
+    made = Run(folder, Charter("r", "0" * 64, {}), News(), lambda name: False, house.hub.state)
     made.summary = summary()
     house.hub.runs["r"] = made
     return house

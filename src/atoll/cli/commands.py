@@ -178,12 +178,25 @@ def bench(
 @app.command()
 @guarded
 def server(
-    state: Annotated[Path, typer.Option(help="Folder of the server's keys, members and runs.")] = Path("atoll-server"),
+    state: Annotated[Path, typer.Option(help="Folder of the server's key and its runs' files.")] = Path("atoll-server"),
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "0.0.0.0",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free one.")] = 8443,
     address: Annotated[
         str | None, typer.Option(metavar="HOST:PORT", help="How sites reach this server; default this machine's name.")
     ] = None,
+    database: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            envvar="ATOLL_DATABASE",
+            help="Database of members, runs and journals, such as postgresql://USER@HOST/DATABASE; default "
+            "state.sqlite in the folder.",
+        ),
+    ] = None,
+    durability: Annotated[
+        str,
+        typer.Option(help='What is acknowledged survives loss of "power", or, sooner, the end of the "process" alone.'),
+    ] = "power",
     metrics: Annotated[
         str | None, typer.Option(metavar="[HOST:]PORT", help="Tell a Prometheus, in the clear; default this machine.")
     ] = None,
@@ -192,7 +205,7 @@ def server(
     """Serve runs to sites over HTTPS, from one folder, until stopped."""
     from atoll.cli.serving import server as serve
 
-    serve(state, host=host, port=port, address=address, metrics=metrics)
+    serve(state, host=host, port=port, address=address, database=database, durability=durability, metrics=metrics)
 
 
 @app.command()

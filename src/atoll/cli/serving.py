@@ -3,7 +3,7 @@
 import asyncio
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import typer
 
@@ -17,25 +17,37 @@ from atoll.net.home import PREFIX, Home, home_for
 ROLES = ("site", "researcher", "admin", "viewer")
 
 
-def server(state: Path, *, host: str, port: int, address: str | None, metrics: str | None = None) -> None:
+def server(
+    state: Path,
+    *,
+    host: str,
+    port: int,
+    address: str | None,
+    database: str | None = None,
+    durability: str = "power",
+    metrics: str | None = None,
+) -> None:
     """Serve until told to stop; see `atoll server --help`."""
     from atoll import __version__
     from atoll.net.server import log_to_stderr, serve
 
+    if durability not in ("process", "power"):
+        raise invalid("--durability", durability, '"process" or "power"')
     scraped = None
     if metrics is not None:
         from atoll.net.exposition import listening
 
         scraped = listening(metrics)
 
-    def told(reached: str, fingerprint: str) -> None:
+    def told(reached: str, fingerprint: str, place: str) -> None:
         out = console()
         lines = [
             f"Atoll {__version__}, server",
             f"  listens on   {host}:{port or reached.rpartition(':')[2]}",
             f"  reached as   {reached}   (what invites say; another with --address HOST:PORT)",
             f"  fingerprint  {fingerprint}",
-            f"  state        {state}",
+            f"  folder       {state}",
+            f"  state        {place}",
             *([] if scraped is None else [f"  metrics      http://{scraped[0]}:{scraped[1]}/metrics"]),
             "Let sites in, from this folder, in another terminal: atoll invite NAME...",
         ]
@@ -44,7 +56,10 @@ def server(state: Path, *, host: str, port: int, address: str | None, metrics: s
         sys.stdout.flush()
 
     log_to_stderr()
-    serve(state, host=host, port=port, address=address, told=told, metrics=scraped)
+    serve(
+        state, host=host, port=port, address=address, told=told, database=database,
+        durability=cast(Any, durability), metrics=scraped,
+    )  # fmt: skip
 
 
 def invite(names: list[str], *, role: str, hours: float, home: Path | None, quiet: bool) -> None:

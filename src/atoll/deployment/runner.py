@@ -3,7 +3,7 @@
 The author's code runs here and in no other process of the server. This one has neither the server's keys nor a socket
 to the network; when it dies, a new one goes on where the run's journal ends. In the run's folder lie
 
-    journal, spool/, models/    of the service
+    spool/, models/             of the service, whose journal is in the server's database
     journal.sqlite, result.*    the run as `atoll runs`, `atoll report` and `atoll compare` read it
     objects/SHA256              what sites fetch: the app file, the frame of the task at work
     uploads/                    reports that are on their way
@@ -48,13 +48,14 @@ from atoll.net.children import (
 from atoll.net.frames import Limits
 from atoll.net.packing import pack_report
 from atoll.net.service import Service
-from atoll.net.storage import Disk, write_durably
+from atoll.net.state import State
+from atoll.net.storage import Disk, scope, write_durably
 from atoll.result import Result
 from atoll.rounds import Process
 from atoll.spec import digest, identity
 
 PATIENCE = 60.0
-"""Seconds that a new process waits for one that is about to die to let go of the run's folder."""
+"""Seconds that a new process waits for one that is about to die to let go of the run."""
 
 
 class Runner:
@@ -78,10 +79,11 @@ class Runner:
         self.agreement = Agreement(table, self.plan.least, Disk(self.folder)) if isinstance(table, Table) else None
         self._journal: Journal = open_journal(self.folder)
         self._last = time.monotonic()
+        state = State(host.state, durability=host.durability, patience=PATIENCE)
         self.service = Service(
             self.process,
             self.plan,
-            Disk(self.folder),
+            Disk(self.folder, state=state, scope=scope(host.charter.run), durability=host.durability),
             now=host.now,
             rules=rules_of(self.process, host.charter),
             limits=Limits(bytes=self.largest),

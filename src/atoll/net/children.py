@@ -60,11 +60,18 @@ class Host(_Said, frozen=True):
         folder: of the run.
         charter: of the run.
         now: seconds on the server's clock.
+        state: address of the database that the run's journal is in, password and all.
+        durability: of what the run writes.
     """
 
     folder: str
     charter: Charter
     now: float
+    state: str
+    durability: Literal["process", "power"] = "power"
+
+    def __repr__(self) -> str:
+        return f"Host({self.folder!r})"
 
 
 class Receive(_Said, frozen=True):

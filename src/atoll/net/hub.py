@@ -1,11 +1,16 @@
 """What a server knows and does, without HTTP: members, runs, and the processes that the runs live in.
 
     key, authority.pem   the server's identity
-    state.sqlite         members and invites, `enrolment`
     runs/NAME/           a run's folder, in the hands of its process (`deployment.runner`); of the server in it:
-      charter.json         what the run is
-      final.json           how it ended; from then on no process is needed
       uploads/             reports on their way, appended to chunk by chunk
+
+and in the server's state, `state.sqlite` in its folder or a database elsewhere (`state`):
+
+    roster               a journal: members and invites, `enrolment`
+    charter, RUN         what a run is
+    final, RUN           how it ended; from then on no process is needed
+    newest, KEY          of each site the newest process that was heard
+    runs/RUN/journal     a journal, written by the run's process
 
 All methods run on one event loop. What a run's process says changes what is known of the run, and wakes everybody who
 waits for news.
@@ -45,7 +50,7 @@ from atoll.net.children import (
 from atoll.net.control import Answer, Ask, Deliver, Ended, Refused, Request, Wait
 from atoll.net.enrolment import Invite, Member, Roster, encode
 from atoll.net.news import News
-from atoll.net.storage import state_of, write_file
+from atoll.net.storage import scope, state_of, write_file
 
 if TYPE_CHECKING:  # what a command imports to start a server need not open a database
     from atoll.net.state import State
@@ -78,11 +83,21 @@ class Run:
         charter: what it is.
         agenda: told when what sites have to know of it changes.
         shut_out: whether a member was shut out of the server.
+        state: of the server.
+        final: how the run ended, as the state has it; empty: it is not over.
     """
 
-    def __init__(self, folder: Path, charter: Charter, agenda: News, shut_out: Callable[[str], bool]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        charter: Charter,
+        agenda: News,
+        shut_out: Callable[[str], bool],
+        state: "State",
+        final: bytes = b"",
+    ) -> None:
         self.folder, self.charter, self.news, self.agenda = folder, charter, News(), agenda
-        self._shut_out = shut_out
+        self._shut_out, self._state = shut_out, state
         self.summary: Summary | None = None
         self.trouble = ""
         self.over = False
@@ -93,9 +108,9 @@ class Run:
         self._child: Child | None = None
         self._turn = asyncio.Lock()
         self._keeper: asyncio.Task[None] | None = None
-        if (folder / "final.json").exists():
+        if final:
             self.over = True
-            self._learn(msgspec.json.decode((folder / "final.json").read_bytes(), type=Summary))
+            self._learn(msgspec.json.decode(final, type=Summary))
 
     # --- its process --------------------------------------------------------------------------------------------------
 
@@ -113,7 +128,8 @@ class Run:
             return
         (self.folder / "uploads").mkdir(exist_ok=True)
         child = await Child.start(RUNNER, log=self.folder / "process.log", cwd=self.folder)
-        host = Host(str(self.folder.resolve()), self.charter, time.time())
+        state = self._state
+        host = Host(str(self.folder.resolve()), self.charter, time.time(), state.address, state.durability)
         try:
             reply, _ = await child.call(host, host_replies, seconds=LOADING)
         except ChildDied as error:
@@ -162,7 +178,7 @@ class Run:
     async def _end(self) -> None:
         await self.ask(Finish())
         assert self.summary is not None
-        write_file(self.folder / "final.json", msgspec.json.encode(self.summary))
+        self._state.put("final", self.charter.run, msgspec.json.encode(self.summary))
         self.over = True
         async with self._turn:  # a question at work is answered first: the run's process must not be said to have died
             if self._child is not None:
@@ -175,7 +191,7 @@ class Run:
         """End a run whose process cannot be started: what its journal says stays as it is."""
         blank = Summary("", "", 0, 0, 0, 0, 0, 0, False, "", "", "", "", 0, [], [], {}, {}, {}, [], [])
         summary = msgspec.structs.replace(self.summary or blank, phase="stopped", reason=reason, busy=False)
-        write_file(self.folder / "final.json", msgspec.json.encode(_without_notices(summary)))
+        self._state.put("final", self.charter.run, msgspec.json.encode(_without_notices(summary)))
         self.over, self.trouble = True, ""
         self._learn(summary)
         self.agenda.tell()
@@ -416,9 +432,12 @@ class Hub:
         self.seen: dict[str, float] = {}
         self.runs: dict[str, Run] = {}
         (folder / "runs").mkdir(exist_ok=True)
-        for path in sorted((folder / "runs").glob("*/charter.json")):
-            charter = msgspec.json.decode(path.read_bytes(), type=Charter)
-            self.runs[charter.run] = Run(path.parent, charter, self.agenda, self._shut_out)
+        finals = self.state.documents("final")
+        for name, content in self.state.documents("charter").items():
+            charter = msgspec.json.decode(content, type=Charter)
+            self.runs[name] = Run(
+                folder / "runs" / name, charter, self.agenda, self._shut_out, self.state, finals.get(name, b"")
+            )
 
     async def start(self) -> None:
         """Go on with every run that is not over."""
@@ -540,18 +559,29 @@ class Hub:
             raise invalid("--name", charter.run, "new", f"{folder} exists.")
         (folder / "objects").mkdir(parents=True)
         write_file(folder / "objects" / charter.code, content)
-        run = Run(folder, charter, self.agenda, self._shut_out)
+        run = Run(folder, charter, self.agenda, self._shut_out, self.state)
         try:
             await run.load()
         except RunError:
             await run.close()
             _remove(folder)
+            self.state.forget(scope(charter.run))
             raise
-        write_file(folder / "charter.json", msgspec.json.encode(charter))
+        self.state.put("charter", charter.run, msgspec.json.encode(charter))
         self.runs[charter.run] = run
         run.keep()
         self.agenda.tell()
         return calls.Submitted(charter.run)
+
+    def newest(self) -> dict[str, tuple[int, str]]:
+        """The newest process of every site, by the site's key: how often it had started, and what it drew."""
+        kept = self.state.documents("newest")
+        told = {key: content.decode().partition(".") for key, content in kept.items()}
+        return {key: (int(life), process) for key, (life, _, process) in told.items()}
+
+    def keep_newest(self, key: str, process: tuple[int, str]) -> None:
+        """Remember the newest process of a site, so that no restart of this server lets an older one in again."""
+        self.state.put("newest", key, f"{process[0]}.{process[1]}".encode())
 
     async def _control(self, member: Member, name: str, action: str, reason: str) -> calls.Done:
         run = self.run(name)

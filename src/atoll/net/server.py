@@ -27,7 +27,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import h11
 import uvicorn
@@ -45,7 +45,11 @@ from atoll.net.home import Home, Identity, settle
 from atoll.net.hub import Denied, Hub
 from atoll.net.keys import authority, authority_key, fingerprint, key_at, public_key, public_text, server_context
 from atoll.net.signing import Fresh, SignatureError
-from atoll.net.storage import Disk, write_file
+from atoll.net.storage import state_of, write_file
+
+if TYPE_CHECKING:  # a database is opened when the server starts
+    from atoll.database import Durability
+    from atoll.net.state import State
 
 CHUNK = 2**22
 """Bytes of an upload's chunk at most."""
@@ -65,6 +69,8 @@ CONNECTIONS = 8192
 """Connections at all."""
 TRIES, REFILL = 30.0, 1.0
 """Requests of strangers from one address: at once, and more for every second."""
+LETTING_GO = 5.0
+"""Seconds that a server waits for one that was killed just now to let go of the state."""
 OFTEN = 60.0
 """Seconds in which one kind of refusal of one member is written down once."""
 
@@ -88,7 +94,7 @@ class Door:
     def __init__(self, hub: Hub, folder: Path, metrics: tuple[str, int] | None = None) -> None:
         self.hub, self._key, self._metrics = hub, key_at(folder / "key"), metrics
         self._authority = (folder / "authority.pem").read_bytes()
-        self.fresh = Fresh()
+        self.fresh = Fresh(hub.newest(), hub.keep_newest)
         self._at_work: Counter[str] = Counter()
         self._tries: dict[str, tuple[float, float]] = {}
         self._written: dict[str, float] = {}
@@ -148,8 +154,7 @@ class Door:
             self._note(control.plain(name), f"enrolment refused: {error}", of="strangers")
             return self._refused(seen, Problem("invite", str(error)))
         except OSError as error:
-            log.error("the disk refuses: %s", error)
-            return self._refused(seen, Problem("busy", "the server's disk refuses: try again later."))
+            return self._unkept(seen, error)
         log.info("%s joined as %s", member.name, member.role)
         self.hub.agenda.tell()
         return self._answer(seen, 200, calls.encode(Welcome(member.name, member.role)))
@@ -182,7 +187,10 @@ class Door:
             member = self.hub.roster.active(name)
             assert member is not None
             # By key: whoever is let in again under an old name begins to count anew.
-            why = self.fresh.take(member.key, nonce, alone=member.role == "site")
+            try:
+                why = self.fresh.take(member.key, nonce, alone=member.role == "site")
+            except OSError as error:
+                return self._unkept(seen, error)
             if why == "epoch":
                 return self._refused(seen, Problem("epoch", "sign with this epoch.", self.fresh.epoch))
             if why:
@@ -216,8 +224,7 @@ class Door:
             except AtollError as error:
                 return self._refused(seen, Problem("argument", str(error)[:2000]))
             except OSError as error:
-                log.error("the disk refuses: %s", error)
-                return self._refused(seen, Problem("busy", "the server's disk refuses: try again later."))
+                return self._unkept(seen, error)
             finally:
                 self._at_work[name] -= 1
             if isinstance(given, Response):
@@ -294,10 +301,17 @@ class Door:
         if now - self._written.get(kind, -OFTEN) >= OFTEN:
             self._written[kind] = now
             log.warning("%s: %s", name, why)
-            self.hub.roster.note(name, control.plain(why), now=time.time())
+            try:
+                self.hub.roster.note(name, control.plain(why), now=time.time())
+            except OSError as error:  # whoever is refused is refused all the same
+                log.error("the disk or the database refuses: %s", error)
 
     def _refused(self, seen: signing.Request, problem: Problem) -> Response:
         return self._answer(seen, STATUS[problem.kind], calls.encode(problem))
+
+    def _unkept(self, seen: signing.Request, error: OSError) -> Response:
+        log.error("the disk or the database refuses: %s", error)
+        return self._refused(seen, Problem("busy", "the server's disk refuses: try again later."))
 
     def _answer(self, seen: signing.Request, status: int, body: bytes) -> Response:
         response = Response(body, status, media_type="application/json")
@@ -412,12 +426,16 @@ def guarded(door: Door) -> type[H11Protocol]:
 # --- the program ------------------------------------------------------------------------------------------------------
 
 
-def establish(folder: Path, address: str) -> Home:
+def establish(folder: Path, address: str, state: "State | None" = None) -> Home:
     """Make a server's folder, or read it; the home of its first administrator.
 
     Args:
-        folder: of the server's state.
+        folder: of the server.
         address: as others reach it.
+        state: of the server; default `state.sqlite` in the folder.
+
+    Raises:
+        RunError: folder and state are not of one server.
     """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     key = key_at(folder / "key", make=True)
@@ -430,12 +448,37 @@ def establish(folder: Path, address: str) -> Home:
     admin = folder / "admin"
     admin.mkdir(exist_ok=True, mode=0o700)
     own = key_at(admin / "key", make=True)
-    with contextlib.closing(Disk(folder)) as files:
-        roster = Roster(files.journal("roster"))
+    state = state or state_of(folder)
+    state.belongs(print_)
+    with contextlib.closing(Roster(state.journal("roster"))) as roster:
         if roster.active("admin") is None:
             token = roster.invite("admin", "admin", hours=1, by="the server", now=time.time())
             roster.enrol("admin", public_text(own.public_key()), token, now=time.time())
     return settle(admin, Identity("admin", "admin", address, print_), pem)
+
+
+def opened(folder: Path, database: str | None, durability: "Durability") -> "tuple[State, Callable[[], None]]":
+    """The state of a server, which is where it was when the server last started; and what notes where it is.
+
+    Raises:
+        InvalidArgument: what is no address of a database.
+        RunError: it is elsewhere; it cannot be reached, or is no state.
+    """
+    from atoll.database import shown, sqlite
+    from atoll.net.state import State
+
+    own = folder / "state.sqlite"
+    place, note = own.name if database is None else shown(database), folder / "database"
+    if (folder / "authority.pem").exists() and note.exists() and (before := note.read_text()) != place:
+        raise RunError(
+            f"the state of {folder} is in {before}, not in {place}: name it with --database (or ATOLL_DATABASE). If it "
+            f"was moved there, write {place} into {note}."
+        )
+    try:
+        state = State(database or sqlite(own), durability=durability, patience=LETTING_GO)
+    except OSError as error:
+        raise RunError(f"the database cannot be used: {error.strerror}") from None
+    return state, lambda: write_file(note, place.encode())
 
 
 def serve(
@@ -444,21 +487,27 @@ def serve(
     host: str,
     port: int,
     address: str | None,
-    told: Callable[[str, str], None],
+    told: Callable[[str, str, str], None],
+    database: str | None = None,
+    durability: "Durability" = "power",
     metrics: tuple[str, int] | None = None,
 ) -> None:
     """Serve until a signal says to stop.
 
     Args:
-        folder: of the server's state.
+        folder: of the server's key, its runs' files and, by default, its state.
         host: what to listen on.
         port: likewise; 0: any free one.
         address: as others reach it, host:port; None: that of the last start, or what is listened on.
-        told: called with the address and the fingerprint when the server listens.
+        told: called with the address, the fingerprint and the place of the state when the server listens.
+        database: address of the database of its state; None: `state.sqlite` in the folder.
+        durability: "power": what was acknowledged survives that a machine loses power; "process": that a process is
+            killed, and nothing is waited for.
         metrics: host and port for a Prometheus, in the clear; None: nothing is told.
 
     Raises:
-        RunError: another server works in the folder, or the port is taken.
+        InvalidArgument: what is no address of a database.
+        RunError: another server works in the folder or on the state; the port is taken; the database cannot be used.
     """
     os.umask(0o077)  # sites' updates lie here
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -471,11 +520,13 @@ def serve(
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection is a file
         listener = _listening(host, port)
         bound = listener.getsockname()[1]
-        home = establish(folder, address or _address(folder, host, bound))
-        hub = Hub(folder, home.identity.fingerprint, home.identity.address)
+        state, note = opened(folder, database, durability)
+        home = establish(folder, address or _address(folder, host, bound), state)
+        note()
+        hub = Hub(folder, home.identity.fingerprint, home.identity.address, state)
         door = Door(hub, folder, metrics)
         config = configured(door, folder)
-        told(home.identity.address, home.identity.fingerprint)
+        told(home.identity.address, home.identity.fingerprint, state.shown)
         server = _Server(config)
         server.run(sockets=[listener])
 

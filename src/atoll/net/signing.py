@@ -15,7 +15,7 @@ Of one process a number is taken once. Clocks play no part.
 """
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -207,10 +207,20 @@ class Fresh:
 
     Attributes:
         epoch: of this process.
+
+    Args:
+        newest: of senders whose newest process alone is heard, by key: LIFE and PROCESS of the last one, as an earlier
+            process of the server has heard it.
+        keep: called with a key and both when there is a newer one, before it is heard.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        newest: Mapping[str, tuple[int, str]] | None = None,
+        keep: Callable[[str, tuple[int, str]], None] | None = None,
+    ) -> None:
         self.epoch = secrets.token_hex(16)
+        self._newest, self._keep = dict(newest or {}), keep or (lambda key, process: None)
         self._seen: dict[str, dict[tuple[int, str], _Seen]] = {}
 
     def take(self, key: str, nonce: str, *, alone: bool) -> str:
@@ -220,6 +230,9 @@ class Fresh:
             key: the sender's public key.
             nonce: of the request.
             alone: whether only the newest process of this sender is heard.
+
+        Raises:
+            OSError: it could not be kept which process is the newest; nothing was taken.
         """
         parts = nonce.split(".")
         if len(parts) != 4 or len(nonce) > 200 or not (parts[1].isascii() and parts[1].isdecimal()):
@@ -232,15 +245,17 @@ class Fresh:
         seen = self._seen.setdefault(key, {})
         mine = (int(life), process)
         if mine not in seen:
-            newest = max((k[0] for k in seen), default=-1)
-            if alone and int(life) <= newest:
-                return "fenced"  # an earlier process, or a copy of the sender that has counted as far
+            if alone and (newest := self._newest.get(key)) != mine:
+                if newest is not None and int(life) <= newest[0]:
+                    return "fenced"  # an earlier process, or a copy of the sender that has counted as far
+                self._keep(key, mine)
+                self._newest[key] = mine
             if len(seen) >= PROCESSES:
                 oldest = min(seen)
                 if mine < oldest:
                     return "replay"
                 del seen[oldest]
             seen[mine] = _Seen()
-        elif alone and mine != max(seen):
+        elif alone and mine != self._newest.get(key, mine):
             return "fenced"
         return "" if seen[mine].take(int(number)) else "replay"

@@ -43,7 +43,7 @@ from atoll.net.control import Answer, Deliver, Refused, Request, Work, content_h
 from atoll.net.home import Home
 from atoll.net.news import News
 from atoll.net.policy import Approvals, Left, Outgoing, Sent, experiment_hash, inspect, source
-from atoll.net.storage import Disk, state_of, write_file
+from atoll.net.storage import Disk, scope, state_of, write_file
 
 WORKER = "atoll.deployment.worker"
 
@@ -285,7 +285,7 @@ class Part:
         self.site.stand(self.run, Standing("preparing"))
         await self._agree()
         await self._ready_child()
-        with contextlib.closing(Disk(self.folder, state=self.site.state, scope=f"runs/{self.run}/")) as files:
+        with contextlib.closing(Disk(self.folder, state=self.site.state, scope=scope(self.run))) as files:
             agent = Agent(
                 self.site.name, self.run, _elsewhere, files, pace=PACE,
                 notice=lambda text: log.warning("run %s: %s", self.run, text),

@@ -12,9 +12,11 @@ as the writer left it, so that even one who lost the lock without knowing cannot
 No secret is in it: of invites the tokens' hashes, of members the public keys.
 """
 
+import errno
 import fcntl
 import hashlib
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -67,12 +69,17 @@ _documents = sql.Table(
 )
 
 
+class Taken(RunError):
+    """Another process writes to a journal."""
+
+
 class State:
     """The tables of a database, which are made if there are none.
 
     Args:
         address: of the database.
         durability: of what is written.
+        patience: seconds that a writer waits for one that is about to let go.
 
     Raises:
         InvalidArgument: an address that cannot be.
@@ -80,8 +87,9 @@ class State:
         OSError: it cannot be reached.
     """
 
-    def __init__(self, address: str, *, durability: Durability = "power") -> None:
-        self.address, self.durability = complete(address), durability
+    def __init__(self, address: str, *, durability: Durability = "power", patience: float = 0.0) -> None:
+        self.address, self.patience = complete(address), patience
+        self.durability: Durability = durability
         self.shown = shown(address)
         url = parsed(address)
         self.file = Path(str(url.database)) if url.get_backend_name() == "sqlite" else None
@@ -183,12 +191,12 @@ class State:
         """
         return Records(self, name)
 
-    def forget(self, name: str) -> None:
-        """Remove a journal that nobody writes to."""
+    def forget(self, scope: str) -> None:
+        """Remove the journals whose names begin so, to which nobody writes."""
         with refusals(self.shown), self.engine.begin() as line:
-            mine = sql.select(_journals.c.id).where(_journals.c.name == name).scalar_subquery()
-            line.execute(_records.delete().where(_records.c.journal == mine))
-            line.execute(_journals.delete().where(_journals.c.name == name))
+            ours = _journals.c.name.startswith(scope, autoescape=True)
+            line.execute(_records.delete().where(_records.c.journal.in_(sql.select(_journals.c.id).where(ours))))
+            line.execute(_journals.delete().where(ours))
 
     def close(self) -> None:
         """Let go of the database; its journals are closed by whoever opened them."""
@@ -277,7 +285,8 @@ class SqlJournal(Records):
         name: of the journal.
 
     Raises:
-        RunError: another process writes to it; it is damaged.
+        Taken: another process writes to it.
+        RunError: it is damaged.
         OSError: the database cannot be reached.
     """
 
@@ -357,7 +366,10 @@ class SqlJournal(Records):
     def _held(self) -> sql.Connection:
         """The writer's own line; opened again if it broke, when the journal must be as it was left."""
         if self._line is None:
-            line = self._opened()
+            try:
+                line = self._opened()
+            except Taken as taken:  # it may be this one's own line, of which PostgreSQL does not know yet that it broke
+                raise OSError(errno.EBUSY, str(taken)) from None
             try:
                 with line.begin():
                     row = line.execute(_row(self._name)).one()
@@ -377,9 +389,16 @@ class SqlJournal(Records):
 
     def _opened(self) -> sql.Connection:
         """A line that holds the lock."""
-        line = self._state.engine.connect()
+        line, until = self._state.engine.connect(), time.monotonic() + self._state.patience
         try:
-            self._take(line)
+            while True:
+                try:
+                    self._take(line)
+                    break
+                except Taken:
+                    if time.monotonic() >= until:
+                        raise
+                    time.sleep(0.1)
         except BaseException:
             line.invalidate()
             line.close()
@@ -415,12 +434,10 @@ class SqlJournal(Records):
             lock.flush()
             self._lock = lock
 
-    def _taken(self, who: str) -> RunError:
-        return RunError(
-            f"another process writes to the journal {self._name} in {self._state.shown} ({who}): stop it first. After "
-            "its machine is lost, half a minute goes by until PostgreSQL lets go."
-            if self._state.file is None
-            else f"another process writes to the journal {self._name} in {self._state.shown} ({who}): stop it first."
+    def _taken(self, who: str) -> Taken:
+        lost = "" if self._state.file else " Of a machine that was lost, PostgreSQL lets go within half a minute."
+        return Taken(
+            f"another process writes to the journal {self._name} in {self._state.shown} ({who}): stop it first.{lost}"
         )
 
 

@@ -220,6 +220,11 @@ class Disk:
             os.close(descriptor)
 
 
+def scope(run: str) -> str:
+    """What the names of a run's journals begin with, in the state of a server or a site."""
+    return f"runs/{run}/"
+
+
 def state_of(folder: Path, *, durability: "Durability" = "power") -> "State":
     """The state that a folder has of its own: `state.sqlite` in it, made if there is none."""
     from atoll.database import sqlite
