@@ -235,12 +235,16 @@ def join(
     task_limit: Annotated[float, typer.Option(help="Seconds a task may take.")] = 3600.0,
     memory: Annotated[float, typer.Option(help="GiB of data a task's process may have; 0: no limit.")] = 0.0,
     stay: Annotated[bool, typer.Option("--stay/--no-stay", help="Take part in runs until stopped.")] = True,
+    durability: Annotated[
+        str,
+        typer.Option(help='What is kept here survives loss of "power", or, sooner, the end of the "process" alone.'),
+    ] = "power",
     debug: Debug = False,
 ) -> None:
     """Join a server and, as a site, take part in the runs that its owner approves."""
     from atoll.cli.serving import take_up
 
-    take_up(word, data=data, home=home, task=task_limit, memory=memory, stay=stay)
+    take_up(word, data=data, home=home, task=task_limit, memory=memory, stay=stay, durability=durability)
 
 
 @app.command()

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import cast, get_args
+from typing import TYPE_CHECKING, cast, get_args
 
 from atoll.cli.operating import follow
 from atoll.errors import RunError, invalid
@@ -24,6 +24,9 @@ from atoll.net.enrolment import decode
 from atoll.net.home import Home
 from atoll.net.policy import Approvals
 from atoll.net.signing import SERVER
+
+if TYPE_CHECKING:
+    from atoll.database import Durability
 
 PATIENCE = 120.0
 """Seconds a server may take to start on a busy machine."""
@@ -41,6 +44,7 @@ def over_sites(
     clients: Sequence[str],
     engine: str,
     tell: Callable[[str], None],
+    durability: "Durability" = "process",
 ) -> View:
     """Run an experiment over sites on this machine; the last view of it.
 
@@ -53,6 +57,7 @@ def over_sites(
         clients: names of the sites, which are clients of the data.
         engine: at each site.
         tell: called with lines about what happens.
+        durability: of all programs; a trial need not outlive the machine.
 
     Raises:
         RunError: a program ended that should not have.
@@ -69,8 +74,9 @@ def over_sites(
     with ExitStack() as programs:
         state = folder / "server"
         server = _program(
-            programs, folder / "server.log", "server", "--state", state, "--host", "127.0.0.1", "--port", 0
-        )
+            programs, folder / "server.log", "server", "--state", state, "--host", "127.0.0.1", "--port", 0,
+            "--durability", durability,
+        )  # fmt: skip
         admin = _started(server, state)
         homes = asyncio.run(_joined(admin, folder, clients))
         watched = [server]
@@ -78,8 +84,11 @@ def over_sites(
             Approvals(home.folder).settle(charter, "approved")
             given = [] if data is None else ["--data", data]
             watched.append(
-                _program(programs, folder / f"{home.folder.name}.log", "join", "--home", home.folder, *given)
-            )
+                _program(
+                    programs, folder / f"{home.folder.name}.log", "join", "--home", home.folder, *given,
+                    "--durability", durability,
+                )
+            )  # fmt: skip
             tell(f"site {name}: {home.folder}")
         return asyncio.run(_followed(admin, charter, code.decode(), watched, folder, tell))
 

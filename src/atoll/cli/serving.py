@@ -31,8 +31,7 @@ def server(
     from atoll import __version__
     from atoll.net.server import log_to_stderr, serve
 
-    if durability not in ("process", "power"):
-        raise invalid("--durability", durability, '"process" or "power"')
+    check_durability(durability)
     scraped = None
     if metrics is not None:
         from atoll.net.exposition import listening
@@ -77,11 +76,21 @@ def invite(names: list[str], *, role: str, hours: float, home: Path | None, quie
         typer.echo(f"{name}:\n  atoll join {word}{data}")
 
 
-def take_up(word: str | None, *, data: str | None, home: Path | None, task: float, memory: float, stay: bool) -> None:
+def take_up(
+    word: str | None,
+    *,
+    data: str | None,
+    home: Path | None,
+    task: float,
+    memory: float,
+    stay: bool,
+    durability: str,
+) -> None:
     """Join a server, and for a site take part in its runs; see `atoll join --help`."""
     from atoll.net.server import log_to_stderr
     from atoll.net.site import Bounds, run_site
 
+    check_durability(durability)
     bounds = Bounds(task=task, memory=int(memory * 2**30))
     if data is not None and not Path(data).exists():
         raise invalid("--data", data, "a file or a folder that is there")
@@ -105,7 +114,13 @@ def take_up(word: str | None, *, data: str | None, home: Path | None, task: floa
         return
     log_to_stderr()
     say(f"site {mine.identity.name}: takes part in what its owner approves; Ctrl-C stops. Elsewhere: atoll review")
-    run_site(mine, data or "", bounds)
+    run_site(mine, data or "", bounds, durability=cast(Any, durability))
+
+
+def check_durability(durability: str) -> None:
+    """Refuse what is no durability."""
+    if durability not in ("process", "power"):
+        raise invalid("--durability", durability, '"process" or "power"')
 
 
 def ask(home: Home, call: calls.Call) -> Any:

@@ -78,7 +78,7 @@ class Runner:
         table = experiment.data
         self.agreement = Agreement(table, self.plan.least, Disk(self.folder)) if isinstance(table, Table) else None
         self._journal: Journal = open_journal(self.folder)
-        self._last = time.monotonic()
+        self._last, self._given = time.monotonic(), ""
         state = State(host.state, durability=host.durability, patience=PATIENCE)
         self.service = Service(
             self.process,
@@ -129,11 +129,14 @@ class Runner:
         return control.encode(answer)
 
     def _offered(self, base: str, frame: bytes) -> None:
-        """Put the task's frame where sites fetch it, and take away that of the task before."""
-        files = Disk(self.folder / "objects")
-        if files.size(base) < 0:
+        """Put the task's frame where sites fetch it, and take away that of the task before.
+
+        It need not be durable: after a restart the task is made again.
+        """
+        files = Disk(self.folder / "objects", durability="process")
+        if base != self._given:
             write_durably(files, base, frame)
-            self._last = time.monotonic()
+            self._given, self._last = base, time.monotonic()
             for name in files.names(""):
                 if name not in (base, self.charter.code):
                     files.remove(name)

@@ -17,7 +17,7 @@ import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from atoll.errors import AtollError, InvalidArgument, RunError, invalid
 from atoll.net import calls, control, party
@@ -57,6 +57,9 @@ LOADING = 600.0
 """Seconds the author's process may take to load the experiment and the data."""
 ANSWER = 2**20
 """Bytes of an answer about the table."""
+
+if TYPE_CHECKING:
+    from atoll.database import Durability
 
 log = logging.getLogger("atoll.site")
 
@@ -104,13 +107,18 @@ class Site:
         home: of the site.
         data: what recipes are bound to; "": nothing.
         bounds: of the author's code.
+        durability: "power": what this site keeps survives that its machine loses power; "process": that a process is
+            killed, and nothing is waited for.
     """
 
-    def __init__(self, home: Home, data: str, bounds: Bounds | None = None) -> None:
+    def __init__(
+        self, home: Home, data: str, bounds: Bounds | None = None, *, durability: "Durability" = "power"
+    ) -> None:
+        self.durability: Durability = durability
         self.home, self.data = home, str(Path(data).resolve()) if data else ""
         self.bounds = bounds or Bounds()
         self.name = home.identity.name
-        self.approvals, self.state = Approvals(home.folder), state_of(home.folder)
+        self.approvals, self.state = Approvals(home.folder), state_of(home.folder, durability=durability)
         self.outgoing = Outgoing(self.state.journal("left"))
         self.client = Client(home)
         self.told = News()
@@ -285,7 +293,9 @@ class Part:
         self.site.stand(self.run, Standing("preparing"))
         await self._agree()
         await self._ready_child()
-        with contextlib.closing(Disk(self.folder, state=self.site.state, scope=scope(self.run))) as files:
+        with contextlib.closing(
+            Disk(self.folder, state=self.site.state, scope=scope(self.run), durability=self.site.durability)
+        ) as files:
             agent = Agent(
                 self.site.name, self.run, _elsewhere, files, pace=PACE,
                 notice=lambda text: log.warning("run %s: %s", self.run, text),
@@ -522,8 +532,8 @@ def _kind(broken: Broken) -> str:
     return broken.kind if broken.kind.isidentifier() and broken.kind.isascii() else "error"
 
 
-def run_site(home: Home, data: str, bounds: Bounds | None = None) -> None:
-    """Run a site's program until it is told to stop.
+def run_site(home: Home, data: str, bounds: Bounds | None = None, *, durability: "Durability" = "power") -> None:
+    """Run a site's program until it is told to stop; arguments as of `Site`.
 
     Raises:
         RunError: another program works in the folder; the server shut this site out.
@@ -536,6 +546,6 @@ def run_site(home: Home, data: str, bounds: Bounds | None = None) -> None:
             raise RunError(f"another program of this site works in {home.folder}: stop it first.") from None
 
         async def live() -> None:
-            await Site(home, data, bounds).run()
+            await Site(home, data, bounds, durability=durability).run()
 
         asyncio.run(live())
