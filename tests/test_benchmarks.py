@@ -19,9 +19,11 @@ from atoll.bench import figures, workloads
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 NAMES = (
-    "compression", "compression_speed", "flamby_heart", "inversion", "long_run", "mnist_2nn", "opacus_mnist",
-    "privacy", "recipes", "robustness", "round_time", "rules", "scale", "secagg", "transfer",
+    "compression", "compression_speed", "flamby_heart", "inversion", "long_run", "mnist_2nn", "mnist_cnn", "niid_mnist",
+    "opacus_mnist", "personalisation", "privacy", "recipes", "robustness", "round_time", "rules", "scale", "secagg",
+    "transfer",
 )  # fmt: skip
+SHARED = ("mnist_images", "reporting")
 SPEED = ("run", "scaling", "environments", "figures", "workloads", "networks", "modules", "harness", "digest")
 MNIST_FILES = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz")
 
@@ -34,7 +36,7 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     monkeypatch.syspath_prepend(str(BENCHMARKS / "speed"))
     yield importlib.import_module
-    for name in (*NAMES, *SPEED, "reporting"):
+    for name in (*NAMES, *SPEED, *SHARED):
         sys.modules.pop(name, None)
 
 
@@ -72,7 +74,7 @@ def test_quick_run_writes_its_result(name: str, load: Load, tmp_path: Path, caps
 
 def test_readme_and_results_cover_every_benchmark() -> None:
     readme = (BENCHMARKS / "README.md").read_text()
-    scripts = {path.stem for path in BENCHMARKS.glob("*.py")} - {"reporting"}
+    scripts = {path.stem for path in BENCHMARKS.glob("*.py")} - set(SHARED)
     assert scripts == set(NAMES)
     for name in NAMES:
         (row,) = (line for line in readme.splitlines() if line.startswith(f"| `{name}.py` |"))
