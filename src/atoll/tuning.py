@@ -90,8 +90,8 @@ class Tuned:
         refused = sum(t.refused for t in lost)
         told = f" ({refused} refused, {len(lost) - refused} failed)" if lost else ""
         return (
-            f"chosen of {len(self.trials)}{told}: {chosen}. {self.metric} on test examples {self.test.mean:.6g}{ends}; on "
-            f"the validation examples it was chosen by {self.validation:.6g}."
+            f"chosen of {len(self.trials)}{told}: {chosen}. {self.metric} on test examples {self.test.mean:.6g}{ends}; "
+            f"on the validation examples it was chosen by {self.validation:.6g}."
         )
 
 
