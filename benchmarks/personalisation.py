@@ -5,10 +5,11 @@ validation images of the clients, anew for each seed, and what the choice is wor
 part in it.
 """
 
+import json
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -56,12 +57,14 @@ class Run:
         validation: accuracy on the validation images for every rate; nan where training diverged.
         errors: wrong answers on each client's test images, [clients].
         images: of each client's test, [clients].
+        minutes: of a processor, all rates together.
     """
 
     lr: float
     validation: dict[float, float]
     errors: list[int]
     images: list[int]
+    minutes: float
 
     @property
     def rates(self) -> list[float]:
@@ -83,7 +86,7 @@ def clients(seed: int, *, synthetic: bool) -> atoll.FederatedDataset:
 
 def tuned(method: str, data: atoll.FederatedDataset, seed: int, grid: Sequence[float], rounds: int) -> Run:
     """Choose the learning rate on validation images, and count what the chosen run gets wrong on test images."""
-    network = model()
+    network, began = model(), processor_minutes()
     initial = network.init(seed)
 
     def make(*, lr: float, seed: int) -> Experiment:
@@ -102,7 +105,19 @@ def tuned(method: str, data: atoll.FederatedDataset, seed: int, grid: Sequence[f
         {t.settings["lr"]: t.value for t in found.trials},
         [round((1 - share) * n) if n else 0 for share, n in zip(right, counts, strict=True)],
         counts,
+        processor_minutes() - began,
     )
+
+
+def finished(keep: Path | None, settings: str) -> dict[tuple[str, int], Run]:
+    """The runs under these settings that a file keeps, by method and seed."""
+    found = dict[tuple[str, int], Run]()
+    for line in keep.read_text().splitlines() if keep is not None and keep.exists() else ():
+        body = json.loads(line)
+        if body["settings"] == settings:
+            rates = {float(lr): value for lr, value in body["run"].pop("validation").items()}
+            found[body["method"], body["seed"]] = Run(validation=rates, **body["run"])
+    return found
 
 
 def told(found: Interval, digits: int = 1, *, percent: bool = False) -> str:
@@ -114,22 +129,32 @@ def told(found: Interval, digits: int = 1, *, percent: bool = False) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     reader = parser(__doc__ or "", seeds=(0, 1, 2))
+    reader.add_argument("--keep", type=Path, help="a file that finished runs are kept in, to go on after a stop")
     options = reader.parse_args(arguments)
     torch.set_num_threads(1)
     seeds = options.seeds[:1] if options.quick else options.seeds
     grid, rounds = (GRID[1:3], 2) if options.quick else (GRID, ROUNDS)
-    began, runs, overlap = processor_minutes(), {name: dict[int, Run]() for name in METHODS}, 0.0
-    sizes = list[int]()
+    settings = f"{grid}, {rounds} rounds{', noise' if options.quick else ''}"
+    kept, runs = finished(options.keep, settings), {name: dict[int, Run]() for name in METHODS}
+    overlap, sizes = 0.0, list[int]()
     for seed in seeds:
         data = clients(seed, synthetic=options.quick)
         assert data.test is not None
         overlap = len(data.test) / len(data.train) if len(seeds) > 1 else 0.0
         sizes += data.train.sizes.tolist()
         for method in METHODS:
-            run = runs[method][seed] = tuned(method, data, seed, grid, rounds)
-            took = processor_minutes() - began
-            print(f"seed {seed}, {method}: rate {run.lr:g}, {sum(run.errors)} errors, {took:.1f} min", file=sys.stderr)
-    minutes = processor_minutes() - began
+            run = kept.get((method, seed)) or tuned(method, data, seed, grid, rounds)
+            runs[method][seed] = run
+            if options.keep is not None and (method, seed) not in kept:
+                with options.keep.open("a") as file:
+                    told_of = {"settings": settings, "method": method, "seed": seed, "run": asdict(run)}
+                    file.write(json.dumps(told_of) + "\n")
+            print(
+                f"seed {seed}, {method}: rate {run.lr:g}, {sum(run.errors)} errors, {run.minutes:.1f} minutes",
+                file=sys.stderr,
+                flush=True,
+            )
+    minutes = sum(run.minutes for of in runs.values() for run in of.values())
 
     def over_seeds(value: Callable[[Run], float], method: str) -> Interval:
         return interval([value(runs[method][seed]) for seed in seeds], overlap=overlap)
@@ -186,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         axis.set_yscale("symlog", linthresh=1)
         axis.set_yticks([0, 1, 2, 5, 10, 20, 50], ["0", "1", "2", "5", "10", "20", "50"])
         axis.set_xticks(range(len(runs)), list(runs))
-        axis.set(ylabel="wrong answers on the client's test, %", ylim=(-0.1, 100))
+        axis.set(ylabel="wrong answers on the client's test, %", ylim=(-0.1, 120))
         axis.legend(fontsize=8)
         figure.savefig(path, dpi=120)
         plt.close(figure)
@@ -239,13 +264,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             numbers={
                 "grid": grid, "rounds": rounds, "epochs": EPOCHS, "batch": BATCH, "lambda": LAMBDA,
                 "processor minutes": minutes,
-                "runs": {
-                    method: {
-                        seed: {"lr": r.lr, "validation": r.validation, "errors": r.errors, "images": r.images}
-                        for seed, r in of.items()
-                    }
-                    for method, of in runs.items()
-                },
+                "runs": {method: {seed: asdict(run) for seed, run in of.items()} for method, of in runs.items()},
                 "fewer": fewer,
             },
             figures={"clients": draw},

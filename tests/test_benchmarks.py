@@ -45,7 +45,7 @@ def arguments(name: str, scratch: Path) -> list[str]:
     folder = Path(os.environ.get("ATOLL_DATA", "/nonexistent"))
     at_hand = any(all((place / file).exists() for file in MNIST_FILES) for place in (folder, folder / "mnist"))
     synthetic = ["--synthetic"] if name in ("compression", "mnist_2nn", "robustness") and not at_hand else []
-    return [*synthetic, *(["--keep", str(scratch / "kept")] if name == "robustness" else [])]
+    return [*synthetic, *(["--keep", str(scratch / "kept")] if name in ("personalisation", "robustness") else [])]
 
 
 @pytest.mark.parametrize(
@@ -86,6 +86,30 @@ def test_readme_and_results_cover_every_benchmark() -> None:
         assert body["quick"] is False
         assert body["passed"] is True or "not met" in row, "what failed is told to have failed"
         assert (BENCHMARKS / "results" / f"{name}.md").exists()
+
+
+def test_a_stopped_search_for_rates_goes_on_where_it_was(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    personal = load("personalisation")
+    words = ["--quick", "--keep", str(tmp_path / "kept"), "--out", str(tmp_path / "found")]
+    monkeypatch.setattr(personal, "METHODS", {n: personal.METHODS[n] for n in ("fedavg", "fedper", "local_only")})
+    personal.main(words)
+    first = (tmp_path / "found.md").read_text().partition("## Where")[0]
+    lines = (tmp_path / "kept").read_text().splitlines()
+    assert len(lines) == 3
+    (tmp_path / "kept").write_text("\n".join(lines[:2]) + "\n")
+    trained: list[str] = []
+    tuned = personal.tuned
+
+    def counted(method: str, *rest: object) -> object:
+        trained.append(method)
+        return tuned(method, *rest)
+
+    monkeypatch.setattr(personal, "tuned", counted)
+    personal.main(words)
+    assert trained == ["local_only"], "the others were kept"
+    assert (tmp_path / "found.md").read_text().partition("## Where")[0] == first
 
 
 def test_flamby_patients_are_the_published_ones(load: Load) -> None:
