@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mnist_images import images
 from reporting import Findings, Table, finish, parser, pyplot
 from torch import nn
 
@@ -54,21 +55,6 @@ def model() -> atoll.Model:
     return atoll.Model(layers, loss="cross_entropy", metrics=("accuracy",))
 
 
-def images(row: Row, seed: int, *, synthetic: bool) -> atoll.FederatedDataset:
-    """MNIST dealt out to the clients, or noise of the same shape."""
-    if not synthetic:
-        return atoll.datasets.mnist(CLIENTS, flat=True, seed=seed, **row.partition)
-    draw = torch.Generator().manual_seed(seed)
-    labels = torch.randint(10, (CLIENTS * 20 + 200,), generator=draw)
-    pixels = torch.rand(len(labels), 784, generator=draw) * 0.2
-    pixels[torch.arange(len(labels)), labels * 70] += 2.0
-    held = slice(CLIENTS * 20, None)
-    build = atoll.partition.iid if row is IID else atoll.partition.shards
-    return build(
-        (pixels[: CLIENTS * 20], labels[: CLIENTS * 20]), CLIENTS, seed=seed, test=(pixels[held], labels[held])
-    )
-
-
 def curve(row: Row, seed: int, *, rounds: int, synthetic: bool) -> list[float]:
     """Accuracy on the held-out images after each round."""
     network, began = model(), time.monotonic()
@@ -83,7 +69,7 @@ def curve(row: Row, seed: int, *, rounds: int, synthetic: bool) -> list[float]:
 
     result = atoll.simulate(
         network,
-        images(row, seed, synthetic=synthetic),
+        images(CLIENTS, seed=seed, synthetic=synthetic, flat=True, **row.partition),
         algorithm=atoll.fedavg(atoll.local_sgd(lr=row.lr, epochs=1, batch_size=10)),
         rounds=rounds,
         cohort=0.1,

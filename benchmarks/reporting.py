@@ -5,6 +5,7 @@ import datetime
 import json
 import os
 import platform
+import resource
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -100,6 +101,15 @@ def machine() -> dict[str, str]:
         "numpy": np.__version__,
         "atoll": atoll.__version__,
     }
+
+
+def processor_minutes() -> float:
+    """What this process and the children it has waited for have used of all processors so far, in minutes.
+
+    Unlike the time on the wall it does not depend on what else the machine does.
+    """
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(u.ru_utime + u.ru_stime for u in used) / 60
 
 
 def finish(name: str, found: Findings, *, quick: bool, out: Path | None, arguments: Sequence[str] | None) -> int:

@@ -19,9 +19,11 @@ from atoll.bench import figures, workloads
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 NAMES = (
-    "compression", "compression_speed", "flamby_heart", "inversion", "long_run", "mnist_2nn", "opacus_mnist",
-    "privacy", "recipes", "robustness", "round_time", "rules", "scale", "secagg", "transfer",
+    "compression", "compression_speed", "flamby_heart", "inversion", "long_run", "mnist_2nn", "mnist_cnn", "niid_mnist",
+    "opacus_mnist", "personalisation", "privacy", "recipes", "robustness", "round_time", "rules", "scale", "secagg",
+    "transfer",
 )  # fmt: skip
+SHARED = ("mnist_images", "reporting")
 SPEED = ("run", "scaling", "environments", "figures", "workloads", "networks", "modules", "harness", "digest")
 MNIST_FILES = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz")
 
@@ -34,7 +36,7 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     monkeypatch.syspath_prepend(str(BENCHMARKS / "speed"))
     yield importlib.import_module
-    for name in (*NAMES, *SPEED, "reporting"):
+    for name in (*NAMES, *SPEED, *SHARED):
         sys.modules.pop(name, None)
 
 
@@ -43,7 +45,7 @@ def arguments(name: str, scratch: Path) -> list[str]:
     folder = Path(os.environ.get("ATOLL_DATA", "/nonexistent"))
     at_hand = any(all((place / file).exists() for file in MNIST_FILES) for place in (folder, folder / "mnist"))
     synthetic = ["--synthetic"] if name in ("compression", "mnist_2nn", "robustness") and not at_hand else []
-    return [*synthetic, *(["--keep", str(scratch / "kept")] if name == "robustness" else [])]
+    return [*synthetic, *(["--keep", str(scratch / "kept")] if name in ("personalisation", "robustness") else [])]
 
 
 @pytest.mark.parametrize(
@@ -72,7 +74,7 @@ def test_quick_run_writes_its_result(name: str, load: Load, tmp_path: Path, caps
 
 def test_readme_and_results_cover_every_benchmark() -> None:
     readme = (BENCHMARKS / "README.md").read_text()
-    scripts = {path.stem for path in BENCHMARKS.glob("*.py")} - {"reporting"}
+    scripts = {path.stem for path in BENCHMARKS.glob("*.py")} - set(SHARED)
     assert scripts == set(NAMES)
     for name in NAMES:
         (row,) = (line for line in readme.splitlines() if line.startswith(f"| `{name}.py` |"))
@@ -84,6 +86,30 @@ def test_readme_and_results_cover_every_benchmark() -> None:
         assert body["quick"] is False
         assert body["passed"] is True or "not met" in row, "what failed is told to have failed"
         assert (BENCHMARKS / "results" / f"{name}.md").exists()
+
+
+def test_a_stopped_search_for_rates_goes_on_where_it_was(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    personal = load("personalisation")
+    words = ["--quick", "--keep", str(tmp_path / "kept"), "--out", str(tmp_path / "found")]
+    monkeypatch.setattr(personal, "METHODS", {n: personal.METHODS[n] for n in ("fedavg", "fedper", "local_only")})
+    personal.main(words)
+    first = (tmp_path / "found.md").read_text().partition("## Where")[0]
+    lines = (tmp_path / "kept").read_text().splitlines()
+    assert len(lines) == 3
+    (tmp_path / "kept").write_text("\n".join(lines[:2]) + "\n")
+    trained: list[str] = []
+    tuned = personal.tuned
+
+    def counted(method: str, *rest: object) -> object:
+        trained.append(method)
+        return tuned(method, *rest)
+
+    monkeypatch.setattr(personal, "tuned", counted)
+    personal.main(words)
+    assert trained == ["local_only"], "the others were kept"
+    assert (tmp_path / "found.md").read_text().partition("## Where")[0] == first
 
 
 def test_flamby_patients_are_the_published_ones(load: Load) -> None:

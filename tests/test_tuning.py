@@ -150,6 +150,44 @@ def test_settings_that_diverge_are_told_and_not_chosen() -> None:
         tune(experiment, {"lr": [50.0]}, search="grid")
 
 
+@pytest.mark.parametrize("search", ["grid", "random", "tpe"])
+def test_a_refused_setting_is_told_and_the_search_goes_on(search: Any) -> None:
+    """Whether `make` refuses it, or the parts turn out not to fit together once the model is known."""
+
+    def experiment(*, seed: int, lr: float, rule: Any) -> atoll.Experiment:
+        return replace(make()(seed=seed, lr=lr), aggregator=rule)
+
+    grid: Any = {"lr": [-1.0, 0.4], "rule": [None, atoll.aggregators.krum(byzantine=1)]}  # there are two clients
+    trials = 4 if search == "grid" else 12
+    found = tune(experiment, grid, search=search, trials=trials, seed=1)
+    assert len(found.trials) == trials and found.settings == {"lr": 0.4, "rule": None}
+    for trial in found.trials:
+        sound = trial.settings == found.settings
+        assert trial.refused != sound and bool(trial.error) != sound and math.isnan(trial.value) != sound
+        if not sound:
+            assert ("lr=-1.0 is not allowed" in trial.error) == (trial.settings["lr"] < 0)
+    reasons = {t.error for t in found.trials if t.refused}
+    assert len(reasons) == 2, "each with its own"
+    table = found.to_frame()
+    assert set(table["error"]) == {"", *reasons}
+    refused = sum(t.refused for t in found.trials)
+    assert str(found).startswith(f"chosen of {trials} ({refused} refused, 0 failed): lr=0.4")
+
+
+def test_a_search_ends_where_every_setting_is_refused_or_the_code_is_wrong() -> None:
+    with pytest.raises(InvalidArgument, match=r"refused all 2 settings.*lr=-2 is not allowed"):
+        tune(make(), {"lr": [-1, -2]}, search="grid")
+    seen: list[Any] = []
+
+    def wrong(*, seed: int, lr: float) -> atoll.Experiment:
+        seen.append(lr)
+        raise TypeError("a mistake of the caller's")
+
+    with pytest.raises(TypeError, match="of the caller's"):
+        tune(wrong, {"lr": [0.1, 0.2]}, search="grid")
+    assert seen == [0.1]
+
+
 def test_what_is_refused() -> None:
     grid: Any = {"lr": [0.1]}
     with pytest.raises(InvalidArgument, match=r"test examples that no choice has looked at.*split\(test=0\.2\)"):

@@ -75,7 +75,7 @@ class ClientMemory:
         """Hold new rows [C, M] for clients until `commit` or `discard`."""
         if self.layout.size:
             slots = torch.tensor(self.reserve(clients))  # may make a new table
-            self._table[slots] = rows.detach().to("cpu", self._dtype)
+            self._table.index_copy_(0, slots, rows.detach().to("cpu", self._dtype))
 
     def reserve(self, clients: Sequence[str]) -> list[int]:
         """Stage a slot for each client, to be written by whoever shares the table, before `commit` or `discard`."""
@@ -205,18 +205,22 @@ class Window:
     def stage(self, clients: Sequence[str], rows: Tensor) -> None:
         """Write new rows [C, M] to the reserved slots."""
         if self.layout.size:
-            self._table[torch.tensor([self._write[c] for c in clients])] = rows.detach().to("cpu", self._table.dtype)
+            slots = torch.tensor([self._write[c] for c in clients])
+            self._table.index_copy_(0, slots, rows.detach().to("cpu", self._table.dtype))
 
 
 def read_rows(table: Tensor, slots: Sequence[int], default: Tensor) -> Tensor:
-    """Rows [C, M] at slots of a table; `default [M]` where a slot is -1."""
+    """Rows [C, M] at slots of a table; `default [M]` where a slot is -1.
+
+    Whole rows are read and written by `index_select` and `index_copy_`: indexing goes number by number.
+    """
     if not default.numel():
         return default.new_empty(len(slots), 0)
     places = torch.tensor(slots, dtype=torch.int64)
     if not len(slots) or int(places.min()) >= 0:
-        return table[places].to(default.device)
+        return table.index_select(0, places).to(default.device)
     out = default.expand(len(slots), -1).clone()
     seen = torch.nonzero(places >= 0)[:, 0]
     if len(seen):
-        out[seen.to(out.device)] = table[places[seen]].to(out.device)
+        out.index_copy_(0, seen.to(out.device), table.index_select(0, places[seen]).to(out.device))
     return out

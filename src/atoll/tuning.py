@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from atoll.data import FederatedDataset
-from atoll.errors import CompositionError, InvalidArgument, NonFiniteError, invalid, unknown
+from atoll.errors import CompositionError, DataError, InvalidArgument, NonFiniteError, invalid, unknown
 from atoll.space import Range
 from atoll.spec import digest
 from atoll.study import Interval, interval
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 CUT_SEED = 0
 """Seed of the cut into training and validation where the data bring no validation examples."""
 
+_REFUSALS = (InvalidArgument, DataError, CompositionError)
+"""What a setting is refused with."""
+
 Space = Mapping[str, "Sequence[Any] | Range"]
 """Setting -> its values, or a range from `atoll.space`."""
 
@@ -36,15 +39,17 @@ class Trial:
 
     Attributes:
         settings: by name.
-        value: mean of the metric on the validation examples over seeds; nan where training failed.
+        value: mean of the metric on the validation examples over seeds; nan where there is none.
         by_seed: one for each seed.
-        error: why training failed; empty where it did not.
+        error: why the setting was refused, or why training failed; empty where neither happened.
+        refused: whether it was refused before training began.
     """
 
     settings: Mapping[str, Any]
     value: float
     by_seed: tuple[float, ...]
     error: str = ""
+    refused: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +86,12 @@ class Tuned:
     def __str__(self) -> str:
         chosen = ", ".join(f"{n}={v!r}" for n, v in self.settings.items())
         ends = "" if math.isnan(self.test.low) else f" ({self.test.low:.6g} to {self.test.high:.6g})"
+        lost = [t for t in self.trials if t.error]
+        refused = sum(t.refused for t in lost)
+        told = f" ({refused} refused, {len(lost) - refused} failed)" if lost else ""
         return (
-            f"chosen of {len(self.trials)}: {chosen}. {self.metric} on test examples {self.test.mean:.6g}{ends}; on "
-            f"the validation examples it was chosen by {self.validation:.6g}."
+            f"chosen of {len(self.trials)}{told}: {chosen}. {self.metric} on test examples {self.test.mean:.6g}{ends}; "
+            f"on the validation examples it was chosen by {self.validation:.6g}."
         )
 
 
@@ -117,12 +125,15 @@ def tune(
         on_trial: called after each trial.
         run: how to run, as for `Experiment.simulate`: engine, workers.
 
+    A setting that is refused (an argument out of range, parts that do not fit together) or under which training fails
+    is a trial without a value that says why; the search goes on.
+
     Returns:
         The chosen setting, its metric on test examples that had no part in the choice, and all trials.
 
     Raises:
         InvalidArgument: an empty space, an unknown metric or search, data without test examples, test examples that
-            differ between seeds, or settings all of which failed.
+            differ between seeds, or settings all of which were refused or failed.
         CompositionError: a private run, whose ledger would not count the other trials.
     """
     _check_space(space, search)
@@ -148,7 +159,15 @@ def tune(
         if on_trial is not None:
             on_trial(trial)
     if best is None:
-        raise InvalidArgument(f"training failed under all {len(tried)} settings; the last said: {tried[-1].error}")
+        refused = sum(t.refused for t in tried)
+        what = (
+            "training failed under"
+            if not refused
+            else "experiments refused"
+            if refused == len(tried)
+            else f"training failed or was refused ({refused}) under"
+        )
+        raise InvalidArgument(f"{what} all {len(tried)} settings; the last said: {tried[-1].error}")
     chosen, results = best
     tests = looked.tests(results)
     name = looked.metric
@@ -177,7 +196,10 @@ class _Looked:
         """A setting's runs, and what the validation examples say of them."""
         values, results = list[float](), list["Result"]()
         for seed in self._seeds:
-            experiment = self._make(**{**settings, "seed": seed})
+            try:
+                experiment = self._make(**{**settings, "seed": seed})
+            except _REFUSALS as error:
+                return Trial(dict(settings), math.nan, (), str(error), refused=True), ()
             data = self._cut(experiment, seed)
             stopped = experiment.stop is not None
             quiet = {"progress": False, "evaluate_every": experiment.evaluate_every if stopped else 0}
@@ -185,6 +207,8 @@ class _Looked:
                 result = replace(experiment, data=data).simulate(splits=("validation",), **{**quiet, **self._run})
             except NonFiniteError as error:
                 return Trial(dict(settings), math.nan, (), str(error)), ()
+            except _REFUSALS as error:
+                return Trial(dict(settings), math.nan, (), str(error), refused=True), ()
             found = result.evaluate(data, split="validation", personal=result.personalised)
             if not self.metric:
                 self.metric = found.names[min(1, len(found.names) - 1)]

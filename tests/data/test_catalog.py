@@ -325,6 +325,18 @@ def test_smartwatch_windows_share_no_sample_with_the_test() -> None:
     )
 
 
+def test_smartwatch_windows_for_validation_share_no_sample_with_training() -> None:
+    data = datasets.smartwatch(window=64, step=16, seed=3).split(test=0.0, validation=0.2, seed=1)
+    assert data.test is not None and data.validation is not None
+    samples = [
+        {row.tobytes() for row in split.fields["x"].numpy().transpose(0, 2, 1).reshape(-1, 6)}
+        for split in (data.train, data.validation, data.test)
+    ]
+    assert not samples[0] & samples[1] and not samples[1] & samples[2] and not samples[0] & samples[2]
+    assert bool((data.validation.sizes > 0).all()), "every wearer has some"
+    assert 0.1 < len(data.validation) / (len(data.train) + len(data.validation)) < 0.3
+
+
 def test_smartwatch_windows_lie_one_step_apart() -> None:
     one, two = datasets.smartwatch(window=50, step=25), datasets.smartwatch(window=50, step=25, seed=1)
     x = one["wearer-01"].train["x"]
@@ -393,6 +405,14 @@ def test_traffic_signs() -> None:
     assert len(data.train) + len(data.test) + 4210 == datasets.card("traffic_signs").examples
     pictures = [{p.numpy().tobytes() for p in split.fields["x"]} for split in (data.train, data.test)]
     assert not pictures[0] & pictures[1]
+    cut = data.split(test=0.0, validation=0.25)
+    assert cut.validation is not None and bool((cut.validation.sizes > 0).all())
+    tracks = [set(split.fields["cut_group"].tolist()) for split in (cut.train, cut.validation, data.test)]
+    assert not tracks[0] & tracks[1] and not tracks[1] & tracks[2] and not tracks[0] & tracks[2]
+    assert len(data.train.fields["cut_group"].unique()) == len(tracks[0]) + len(tracks[1])
+    for track in list(tracks[1])[:20]:
+        kinds = cut.validation.fields["y"][cut.validation.fields["cut_group"] == track]
+        assert len(kinds.unique()) == 1, "one sign has one kind"
     assert float(data.train.fields["x"].max()) == 1.0 and data.train.fields["x"].shape[1:] == (3, 32, 32)
 
 

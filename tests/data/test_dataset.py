@@ -213,6 +213,45 @@ def test_a_stratified_cut_keeps_the_label_shares() -> None:
     assert not torch.equal(data["a"].test["x"], data["b"].test["x"])
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    groups=st.lists(st.lists(st.integers(-3, 6), min_size=1, max_size=25), min_size=1, max_size=5),
+    test=st.floats(0, 0.6),
+    validation=st.floats(0, 0.39),
+    stratify=st.booleans(),
+)
+def test_a_cut_keeps_groups_together(groups: list[list[int]], test: float, validation: float, stratify: bool) -> None:
+    """Numbers may come in any order and again at other clients; fractions are of a client's groups."""
+    numbers = [torch.tensor(own) for own in groups]
+    whole = FederatedDataset.from_arrays(
+        {str(i): {"x": torch.arange(len(n)), "y": n % 2, "cut_group": n} for i, n in enumerate(numbers)}
+    )
+    parts = whole.split(test=test, validation=validation, seed=3, stratify=stratify)
+    for name, own in zip(whole.clients, numbers, strict=True):
+        held = [s.client(int(name)) for s in (parts.train, parts.validation, parts.test) if s is not None]
+        assert sorted(torch.cat([h["x"] for h in held]).tolist()) == list(range(len(own))), "nothing lost or doubled"
+        sets = [set(h["cut_group"].tolist()) for h in held]
+        assert sum(map(len, sets)) == len(set.union(*sets)) == len(own.unique()), "no group on two sides"
+        assert sets[0]
+        for split, fraction in ((parts.validation, validation), (parts.test, test)):
+            if split is not None:
+                here = set(split.client(int(name))["cut_group"].tolist())
+                assert len(here) <= int(np.floor(len(own.unique()) * fraction + 0.5))
+
+
+def test_a_clients_groups_are_cut_without_looking_at_the_others() -> None:
+    def owned(n: int, first: int) -> dict[str, torch.Tensor]:
+        return {"x": torch.arange(n), "y": torch.zeros(n).long(), "cut_group": first + torch.arange(n) // 4}
+
+    both = FederatedDataset.from_arrays({"a": owned(40, 0), "b": owned(80, 100)}, test=0.25, validation=0.25)
+    alone = FederatedDataset.from_arrays({"b": owned(80, 7)}, test=0.25, validation=0.25)
+    for label in ("train", "validation", "test"):
+        assert torch.equal(getattr(both["b"], label)["x"], getattr(alone["b"], label)["x"])
+    assert len(both["b"].test["x"]) == len(both["b"].validation["x"]) == 20
+    with pytest.raises(DataError, match=r"'cut_group' is torch.float32.*one integer per example"):
+        FederatedDataset.from_arrays({"a": owned(8, 0) | {"cut_group": torch.rand(8)}}, test=0.5)
+
+
 def test_the_cut_is_uniform() -> None:
     n, clients = 10, 4000
     data = FederatedDataset.from_packed(

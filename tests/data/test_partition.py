@@ -52,6 +52,16 @@ def test_a_seed_fixes_the_draw(name: str) -> None:
     assert first == again != other
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_what_belongs_together_is_cut_in_one_piece(name: str) -> None:
+    x, y = examples(300)
+    data = build(name, {"x": x, "y": y, "cut_group": y}, 4, test=0.3, validation=0.3)
+    for client in data.clients:
+        of = data[client]
+        sides = [set(part["cut_group"].tolist()) for part in (of.train, of.validation, of.test) if part is not None]
+        assert sides[0] and sum(map(len, sides)) == len(set.union(*sides))
+
+
 def test_iid_sizes_differ_by_one_at_most() -> None:
     sizes = partition.iid(examples(103), 10).train.sizes
     assert int(sizes.max() - sizes.min()) == 1

@@ -74,11 +74,12 @@ def scaffold(plan: Plan, *, option: Literal[1, 2] = 2, server: ServerOptimizer |
         trained = cohort.sgd(start, plan, shift=message.variate - own)
         if option == 1:
             renewed = cohort.gradient(start)
-        else:
-            # A client that has not moved, for want of steps or of a rate, has learnt nothing: its variate stays.
-            moved = -trained.minus(start) / trained.rates.clamp(min=torch.finfo(start.dtype).tiny)
-            renewed = torch.where(trained.rates > 0, own - message.variate + moved, own)
-        return cohort.update(trained, start, sums=renewed - own), {"variate": renewed}
+            return cohort.update(trained, start, sums=renewed - own), {"variate": renewed}
+        still = trained.rates <= 0
+        learnt = (trained.minus(start) / -trained.rates.masked_fill(still, 1.0)).sub_(message.variate)
+        if bool(still.any()):  # who took no step, or none at a rate, has learnt nothing: its variate stays
+            learnt.masked_fill_(still, 0.0)
+        return cohort.update(trained, start, sums=learnt), {"variate": own + learnt}
 
     def step(state: State, aggregate: Aggregate) -> State:
         vector, server_state = optimizer.step(state.server, state.vector, aggregate.mean)

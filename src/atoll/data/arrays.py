@@ -14,6 +14,10 @@ from atoll.errors import DataError
 
 TARGET = "y"
 
+GROUP = "cut_group"
+"""A field int64 [n] that numbers what belongs together (the windows of one recording, the pictures of one track): cuts
+into training, validation and test keep it in one piece."""
+
 
 def fields_of(value: Any, where: str) -> dict[str, Tensor]:
     """Turn one owner's examples into named tensors of equal length.

@@ -35,12 +35,16 @@ def cut(
     validation: float,
     seed: int,
     labels: NDArray[np.int64] | None = None,
+    groups: NDArray[np.int64] | None = None,
 ) -> NDArray[np.int8]:
     """Assign every packed example to training, validation or test.
 
     Each client gives round(n * test) examples to test and round(n * validation) to validation, and keeps at least
     one for training. With labels, the examples of a client are ordered by label (and at random within a label) and
     drawn at even steps, so that each label's share differs from the fraction by less than one example.
+
+    With groups, all this is said of a client's groups instead of its examples: n counts them, and the label of a group
+    is that of its first example.
 
     Args:
         clients: names, one per client.
@@ -49,6 +53,7 @@ def cut(
         validation: fraction in [0, 1), test + validation < 1.
         seed: the experiment's seed.
         labels: int64 [N] to stratify by, or None.
+        groups: int64 [N]; examples of a client with the same number go the same way. None: each goes by itself.
 
     Returns:
         int8 [N], one of TRAIN, VALIDATION, TEST.
@@ -62,6 +67,13 @@ def cut(
     if total == 0 or (test == 0 and validation == 0):
         return codes
     sizes = np.diff(offsets)
+    if groups is not None:
+        owned = np.stack([np.repeat(np.arange(len(sizes)), sizes), groups], axis=1)
+        known, first, place = np.unique(owned, axis=0, return_index=True, return_inverse=True)
+        bounds = np.searchsorted(known[:, 0], np.arange(len(offsets)))
+        first_label = None if labels is None else labels[first]
+        whole = cut(clients, bounds, test=test, validation=validation, seed=seed, labels=first_label)
+        return whole[place.reshape(-1)]
     for_test = np.minimum(np.floor(sizes * test + 0.5).astype(np.int64), np.maximum(sizes - 1, 0))
     for_validation = np.minimum(
         np.floor(sizes * validation + 0.5).astype(np.int64), np.maximum(sizes - 1, 0) - for_test

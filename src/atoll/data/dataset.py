@@ -22,7 +22,7 @@ from atoll.data.cutting import TEST, TRAIN, VALIDATION, check_fractions, cut
 from atoll.data.files import Seen, check_files
 from atoll.data.frames import Frame, pandas
 from atoll.data.names import Numbered, PackedNames, Population, named, some
-from atoll.data.packed import Split, check_finite, digest_fields, divide, labels_of, offsets_of, same_fields
+from atoll.data.packed import Split, check_finite, digest_fields, divide, groups_of, labels_of, offsets_of, same_fields
 from atoll.errors import DataError, invalid
 
 if TYPE_CHECKING:
@@ -717,7 +717,9 @@ class FederatedDataset(Population):
         """Cut each client's training examples into training, validation and test.
 
         The cut of a client depends on the seed and its name alone. At least one example stays for training; a
-        client too small for the fraction gives none.
+        client too small for the fraction gives none. Where there is an integer field "cut_group" [N], examples of a
+        client with the same number stay together (pictures of one track, windows of one recording): the fractions are
+        then of its groups.
 
         Args:
             test: fraction of each client's examples, in [0, 1).
@@ -739,8 +741,9 @@ class FederatedDataset(Population):
         if stratify:
             labels = labels_of(self.train.fields, "stratify=True").cpu().numpy()
         codes = cut(
-            self.clients, self.train.offsets.numpy(), test=test, validation=validation, seed=seed, labels=labels
-        )
+            self.clients, self.train.offsets.numpy(), test=test, validation=validation, seed=seed, labels=labels,
+            groups=groups_of(self.train.fields),
+        )  # fmt: skip
         parts = divide(self.train.fields, self.train.offsets, codes)
         return self._derive(
             self.clients,

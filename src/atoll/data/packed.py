@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from atoll.data.arrays import TARGET
+from atoll.data.arrays import GROUP, TARGET
 from atoll.data.cutting import TEST, TRAIN, VALIDATION
 from atoll.data.names import some
 from atoll.errors import DataError, invalid
@@ -99,6 +99,23 @@ def labels_of(fields: Mapping[str, Tensor], why: str) -> Tensor:
             f"{why} needs integer class labels: field 'y' is {found}. Pass labels as integers, one per example."
         )
     return target
+
+
+def groups_of(fields: Mapping[str, Tensor]) -> NDArray[np.int64] | None:
+    """What belongs together, int64 [N], by packed fields; None where every example stands for itself.
+
+    Raises:
+        DataError: when "cut_group" is not one integer per example.
+    """
+    group = fields.get(GROUP)
+    if group is None:
+        return None
+    if group.ndim != 1 or group.is_floating_point() or group.is_complex() or group.dtype == torch.bool:
+        raise DataError(
+            f"field 'cut_group' is {group.dtype} of shape {tuple(group.shape)}: it numbers what a cut keeps together. "
+            "Give one integer per example, or name the field otherwise."
+        )
+    return group.cpu().numpy().astype(np.int64)
 
 
 def gather(fields: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:

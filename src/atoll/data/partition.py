@@ -18,7 +18,7 @@ from atoll.data.arrays import fields_of
 from atoll.data.cutting import TEST, TRAIN, VALIDATION, check_fractions, cut
 from atoll.data.dataset import FederatedDataset
 from atoll.data.names import Numbered
-from atoll.data.packed import divide, labels_of
+from atoll.data.packed import divide, groups_of, labels_of
 from atoll.errors import DataError, invalid
 from atoll.random import numpy_generator
 
@@ -412,7 +412,11 @@ def _deal(
     offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
     order = np.argsort(owner, kind="stable")
     labels = labels_of(fields, "stratify=True").numpy()[order] if stratify else None
-    codes = cut(clients, offsets, test=fraction, validation=kept, seed=seed, labels=labels)
+    groups = groups_of(fields)
+    codes = cut(
+        clients, offsets, test=fraction, validation=kept, seed=seed, labels=labels,
+        groups=None if groups is None else groups[order],
+    )  # fmt: skip
     parts = divide(fields, torch.as_tensor(offsets), codes, torch.as_tensor(order))
     return FederatedDataset(
         clients,

@@ -4,7 +4,7 @@
 
 under the plan's optimiser. A backward hands over the gradient of one parameter after the other. Plain sgd and momentum
 take the step inside the product that would have made the gradient, which is then never written; the pull and weight
-decay are the product's factor, and what does not depend on y (`pull * anchor - shift`) is one vector added to it.
+decay are the product's factor, and what does not depend on y (`shift - pull * anchor`) is one vector beside it.
 """
 
 from abc import ABC, abstractmethod
@@ -128,9 +128,9 @@ class Rule:
         constant: Tensor | None = None
         anchor, shift = (t[0] if t is not None and _one(t) else t for t in (anchor, shift))
         if pull and anchor is not None:
-            constant = pull * anchor.detach() if shift is None else pull * anchor.detach() - shift.detach()
+            constant = -pull * anchor.detach() if shift is None else shift.detach() - pull * anchor.detach()
         elif shift is not None:
-            constant = -shift.detach()
+            constant = shift.detach()
         self.constant = None if constant is None else Blocks.held(layout, constant, arena)
         adaptive = plan.optimizer != "sgd"
         self.first = Blocks.zeros(layout, len(y), y.like) if adaptive or plan.momentum else None
@@ -217,7 +217,7 @@ class Step(Sink):
 class InProduct(Step):
     """Sgd, with or without momentum, at one rate for all rows: the step is taken as each gradient comes.
 
-    With beta = 1 - rate (pull + weight decay):  y <- beta y - rate gradient + rate constant. With momentum, the
+    With beta = 1 - rate (pull + weight decay):  y <- beta y - rate gradient - rate constant. With momentum, the
     velocity takes the product in: v <- momentum v + gradient + ..., then y <- y - rate v.
     """
 
@@ -279,12 +279,12 @@ class InProduct(Step):
             constant = None if self._constant is None else self._constant[number]
             if self._velocity is None:
                 if constant is not None:
-                    part.add_(constant, alpha=self._rate)
+                    part.sub_(constant, alpha=self._rate)
                 continue
             if self._decay:
                 own.add_(part, alpha=self._decay)
             if constant is not None:
-                own.sub_(constant)
+                own.add_(constant)
             part.sub_(own, alpha=self._rate)
         if isinstance(self._members, Tensor) and self._rule.first is not None and self._velocity is not None:
             self._rule.first.put(self._members, self._velocity)
@@ -354,7 +354,7 @@ class Whole(Step):
             if rule.pull:
                 gradient = gradient.add(parts[i], alpha=rule.pull)
             if self._constant is not None:
-                gradient = gradient - self._constant[i]
+                gradient = gradient + self._constant[i]
             if clip is not None and rule.mask is not None:
                 gradient = torch.where(rule.mask.tensors()[i], gradient, 0.0)
             found[i] = gradient

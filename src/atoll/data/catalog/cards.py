@@ -118,7 +118,7 @@ _CARDS = (
         access="bundled",
         traps=(
             "Windows overlap: cut at random, the test would hold samples of training. Here a stretch of every "
-            "recording is the test.",
+            "recording is the test, and whole stretches can be cut for validation.",
             "A new wearer is harder than another stretch of a known one: leave wearers out to know how much.",
         ),
     ),

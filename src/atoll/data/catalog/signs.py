@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from atoll import random
+from atoll.data.arrays import GROUP, TARGET
 from atoll.data.catalog.dealing import owners
 from atoll.data.catalog.fetching import locate
 from atoll.data.dataset import FederatedDataset
@@ -32,8 +33,9 @@ def traffic_signs(vehicles: int = 20, *, alpha: float = 1.0, test: float = 0.2, 
     """43 kinds of German traffic signs, seen by vehicles that drive on different roads.
 
     A track is one physical sign, photographed several times as a car comes nearer. All pictures of a track belong to
-    one vehicle, and either to its training or to its test. Which signs stand on a vehicle's roads is drawn as in a
-    Dirichlet partition. The official test pictures, other signs again, are the holdout.
+    one vehicle, and either to its training or to its test; the field "cut_group" numbers tracks, so that `split` cuts
+    whole ones for validation. Which signs stand on a vehicle's roads is drawn as in a Dirichlet partition. The
+    official test pictures, other signs again, are the holdout.
 
     Args:
         vehicles: how many clients.
@@ -42,8 +44,8 @@ def traffic_signs(vehicles: int = 20, *, alpha: float = 1.0, test: float = 0.2, 
         seed: of the roads and of the cut.
 
     Returns:
-        The dataset, clients "vehicle-00" and so on: x float32 [n, 3, 32, 32] in [0, 1], y int64 [n]. Every third
-        picture of GTSRB, scaled to 32 x 32.
+        The dataset, clients "vehicle-00" and so on: x float32 [n, 3, 32, 32] in [0, 1], y int64 [n], cut_group
+        int64 [n] (-1 in the holdout, whose tracks are not known). Every third picture of GTSRB, scaled to 32 x 32.
 
     Raises:
         DataError: the archive is not at hand, or is not that of the data set.
@@ -62,7 +64,7 @@ def traffic_signs(vehicles: int = 20, *, alpha: float = 1.0, test: float = 0.2, 
     names = sorted(set(owner.tolist()))
     number = np.array([places[t] for t in tracks])
     y = np.array([label for label, _ in tracks])
-    train, own = dict[str, tuple[torch.Tensor, torch.Tensor]](), dict[str, tuple[torch.Tensor, torch.Tensor]]()
+    train, own = dict[str, dict[str, torch.Tensor]](), dict[str, dict[str, torch.Tensor]]()
     for place, name in enumerate(names):
         mine = np.flatnonzero(owner == name)
         if len(mine) < 2:
@@ -71,10 +73,17 @@ def traffic_signs(vehicles: int = 20, *, alpha: float = 1.0, test: float = 0.2, 
         count = min(len(mine) - 1, max(1, round(test * len(mine))))
         for into, chosen in ((own, drawn[:count]), (train, drawn[count:])):
             rows = np.isin(number, chosen)
-            into[f"vehicle-{place:02d}"] = _scaled(x[rows]), torch.from_numpy(y[rows])
-    return FederatedDataset.from_arrays(
-        train, test=own, holdout=(_scaled(held), torch.tensor(held_labels)), name="traffic_signs"
-    )
+            into[f"vehicle-{place:02d}"] = {
+                "x": _scaled(x[rows]),
+                TARGET: torch.from_numpy(y[rows]),
+                GROUP: torch.from_numpy(number[rows]),
+            }
+    official = {
+        "x": _scaled(held),
+        TARGET: torch.tensor(held_labels),
+        GROUP: torch.full((len(held),), -1),
+    }
+    return FederatedDataset.from_arrays(train, test=own, holdout=official, name="traffic_signs")
 
 
 @lru_cache(maxsize=1)

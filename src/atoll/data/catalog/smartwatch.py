@@ -3,12 +3,13 @@
 import io
 import zipfile
 from importlib.resources import files
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from atoll import random
+from atoll.data.arrays import GROUP, TARGET
 from atoll.data.dataset import FederatedDataset
 from atoll.errors import invalid
 
@@ -23,7 +24,8 @@ def smartwatch(*, window: int = 128, step: int = 64, test: float = 0.3, seed: in
     """Seven shoulder exercises of ten wearers: which one is being done?
 
     Every wearer did every exercise once with each arm. Of each of these 140 recordings one stretch, at a place drawn by
-    the seed, is the test; windows are cut inside the stretches, so that no sample is in training and in test.
+    the seed, is the test; windows are cut inside the stretches, so that no sample is in training and in test. The field
+    "cut_group" numbers the stretches: what `split` cuts from training, for validation, is whole ones.
 
     Args:
         window: samples in a window, at 50 Hz.
@@ -32,7 +34,8 @@ def smartwatch(*, window: int = 128, step: int = 64, test: float = 0.3, seed: in
         seed: of where the test stretches lie.
 
     Returns:
-        The dataset, clients "wearer-01" to "wearer-10": x float32 [n, 6, window] as recorded, y int64 [n] in 0..6.
+        The dataset, clients "wearer-01" to "wearer-10": x float32 [n, 6, window] as recorded, y int64 [n] in 0..6,
+        cut_group int64 [n].
 
     Raises:
         InvalidArgument: arguments that leave some wearer without examples.
@@ -50,24 +53,27 @@ def smartwatch(*, window: int = 128, step: int = 64, test: float = 0.3, seed: in
         raise invalid("window", window, f"a number of samples from 1 to {shortest}", f"test={test:g} of a recording.")
     ends = np.cumsum(lengths)
     places = random.uniforms(random.key(seed, "smartwatch"), 0, np.arange(len(lengths), dtype=np.uint64), 1)[:, 0]
-    train, held = ({n: ([], []) for n in sorted(set(wearers.tolist()))} for _ in range(2))
+    train, held = ({n: list[_Stretch]() for n in sorted(set(wearers.tolist()))} for _ in range(2))
     for number, (end, length, place) in enumerate(zip(ends.tolist(), lengths.tolist(), places.tolist(), strict=True)):
         recording, wearer = signals[end - length : end], int(wearers[number])
         count = int(test * length)
         begin = round(place * (length - count))
-        for into, parts in (
-            (train, (recording[:begin], recording[begin + count :])),
-            (held, (recording[begin : begin + count],)),
-        ):
-            for part in parts:
-                cut = _windows(part, window, step)
-                into[wearer][0].append(cut)
-                into[wearer][1].append(np.full(len(cut), labels[number], dtype=np.int64))
+        before, inside, behind = np.split(recording, (begin, begin + count))
+        for third, (into, part) in enumerate(((train, before), (train, behind), (held, inside))):
+            into[wearer].append(_Stretch(_windows(part, window, step), int(labels[number]), 3 * number + third))
     return FederatedDataset.from_arrays(
         {_name(n): _joined(v) for n, v in train.items()},
         test={_name(n): _joined(v) for n, v in held.items()},
         name="smartwatch",
     )
+
+
+class _Stretch(NamedTuple):
+    """The windows [n, 6, window] of one stretch, the exercise, and the number of the stretch among all."""
+
+    windows: NDArray[np.float32]
+    label: int
+    number: int
 
 
 def _recordings(*names: str) -> list[NDArray[Any]]:
@@ -85,10 +91,13 @@ def _windows(samples: NDArray[np.float32], window: int, step: int) -> NDArray[np
     return np.lib.stride_tricks.sliding_window_view(samples, window, axis=0)[::step]
 
 
-def _joined(
-    found: tuple[list[NDArray[np.float32]], list[NDArray[np.int64]]],
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    return np.concatenate(found[0]), np.concatenate(found[1])
+def _joined(found: list[_Stretch]) -> dict[str, NDArray[Any]]:
+    sizes = [len(stretch.windows) for stretch in found]
+    return {
+        "x": np.concatenate([stretch.windows for stretch in found]),
+        TARGET: np.repeat(np.array([stretch.label for stretch in found], dtype=np.int64), sizes),
+        GROUP: np.repeat(np.array([stretch.number for stretch in found], dtype=np.int64), sizes),
+    }
 
 
 def _name(number: int) -> str:
