@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+import time
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 import torch
+from postgres import Cluster
 from processes import Place, place
 from sqlalchemy import make_url
 
@@ -132,6 +134,15 @@ def test_whoever_is_killed_at_named_points_the_model_has_the_same_bits(
                 found.kill_children(who)
             done = closed(found)
             found.until(lambda d=done: closed(found) > d or over(found), f"after {point} the run goes on")
+        if engine == "postgresql":
+            postgres: Cluster = request.getfixturevalue("postgres")
+            done = closed(found)
+            postgres.stop()
+            time.sleep(1.0)
+            postgres.start()
+            found.until(
+                lambda: closed(found) > done or over(found), "after PostgreSQL was started again the run goes on"
+            )
         assert "finished" in found.atoll("watch", "heart")
         assert torch.equal(deployed(found, "heart"), simulated(found, rounds))
         assert len(atoll.Result.load(found.run("heart")).history) == rounds

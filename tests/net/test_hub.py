@@ -1,12 +1,13 @@
 """What a server does with its runs, whatever their processes and its disk do."""
 
 import asyncio
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from atoll.net import hub
+from atoll.net import control, hub
 from atoll.net.calls import Charter
 from atoll.net.children import Happen, HostCall, Summary, Told
 from atoll.net.enrolment import Member
@@ -121,3 +122,32 @@ def test_what_an_authors_code_says_is_plain_text_to_watchers(tmp_path: Path) -> 
     run._learn(summary("paused", title="a\x1b[2Jb", reason="c\x1b]0;d", notices=["e\nf"]))
     view = run.view({})
     assert all(text.isprintable() for text in (view.title, view.reason, *view.notices))
+
+
+def test_a_run_that_could_not_be_kept_never_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither its folder nor its journal is in the way of the next one of its name."""
+    full, real = [True], State.put
+
+    def put(self: State, kind: str, name: str, body: bytes) -> None:
+        if full[0]:
+            raise OSError(28, "No space left on device")
+        real(self, kind, name, body)
+
+    async def load(self: Run) -> None:
+        with closing(self._state.journal("runs/r/journal")) as journal:
+            assert len(journal) == 0
+            journal.append(b"begun")
+
+    monkeypatch.setattr(State, "put", put)
+    monkeypatch.setattr(Run, "load", load)
+    monkeypatch.setattr(Run, "keep", lambda self: None)
+    made = Hub(tmp_path, "f" * 64, "localhost:1")
+    charter = Charter("r", control.content_hash(b"code"), {}, least=1)
+    with pytest.raises(OSError):
+        asyncio.run(made._submit("admin", charter, "code"))
+    assert not made.runs and not list((tmp_path / "runs").iterdir()) and not len(made.state.records("runs/r/journal"))
+    with closing(made.state.journal("runs/r/journal")) as journal:
+        journal.append(b"of a server that was killed before the run began")
+    full[0] = False
+    asyncio.run(made._submit("admin", charter, "code"))
+    assert list(made.runs) == ["r"] and list(made.state.documents("charter")) == ["r"]

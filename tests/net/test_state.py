@@ -138,6 +138,33 @@ def test_a_journal_that_somebody_else_wrote_to_is_written_to_no_more(state: Open
             journal.append(b"two")
 
 
+RACE = """
+import sys
+from atoll.net.state import State
+print("ready", flush=True)
+sys.stdin.readline()
+journal = State(sys.argv[1]).journal(sys.argv[2])
+for n in range(30):
+    journal.append(b"%d" % n)
+"""
+
+
+def test_several_processes_begin_and_write_at_once_each_its_own_journal(state: Open) -> None:
+    """Also the tables are made once, and by any of them."""
+    mine = state()
+    with mine.engine.begin() as line:
+        for table in ("meta", "journals", "records", "documents"):
+            line.exec_driver_sql(f"DROP TABLE atoll_{table}")
+    words = [sys.executable, "-c", RACE, mine.address]
+    started = [subprocess.Popen([*words, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE) for name in "abc"]
+    for process in started:
+        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+    for process in started:
+        process.communicate(b"go\n", timeout=200.0)
+    assert [process.returncode for process in started] == [0, 0, 0]
+    assert all(list(mine.records(name)) == [b"%d" % n for n in range(30)] for name in "abc")
+
+
 # --- damage -----------------------------------------------------------------------------------------------------------
 
 
@@ -163,6 +190,18 @@ def test_a_record_that_was_changed_taken_out_or_moved_is_told(state: Open, state
     for open_ in (mine.records, mine.journal, mine.journal):
         with pytest.raises(RunError, match=rf"the journal a in .* is damaged at record {at}"):
             open_("a")
+
+
+def test_records_behind_the_end_are_told_to_the_writer(state: Open) -> None:
+    mine = state()
+    with closing(mine.journal("a")) as journal:
+        for n in range(4):
+            journal.append(b"%d" % n)
+    with mine.engine.begin() as line:  # a journal's row from yesterday, and today's records
+        before = "(SELECT head FROM atoll_records WHERE number = 2)"
+        line.exec_driver_sql(f"UPDATE atoll_journals SET records = 3, head = {before}")
+    with pytest.raises(RunError, match="is damaged at record 3"):
+        mine.journal("a")
 
 
 def test_a_file_that_is_none_or_is_torn_is_told(tmp_path: Path) -> None:

@@ -557,17 +557,19 @@ class Hub:
         folder = self.folder / "runs" / charter.run
         if folder.exists():
             raise invalid("--name", charter.run, "new", f"{folder} exists.")
+        self.state.forget(scope(charter.run))  # of one that never began, and could not be forgotten then
         (folder / "objects").mkdir(parents=True)
         write_file(folder / "objects" / charter.code, content)
         run = Run(folder, charter, self.agenda, self._shut_out, self.state)
         try:
             await run.load()
-        except RunError:
+            self.state.put("charter", charter.run, msgspec.json.encode(charter))
+        except (RunError, OSError):
             await run.close()
             _remove(folder)
-            self.state.forget(scope(charter.run))
+            with suppress(OSError):
+                self.state.forget(scope(charter.run))
             raise
-        self.state.put("charter", charter.run, msgspec.json.encode(charter))
         self.runs[charter.run] = run
         run.keep()
         self.agenda.tell()
