@@ -77,12 +77,15 @@ def invite(names: list[str], *, role: str, hours: float, home: Path | None, quie
         typer.echo(f"{name}:\n  atoll join {word}{data}")
 
 
-def take_up(word: str | None, *, data: str | None, home: Path | None, task: float, memory: float, stay: bool) -> None:
+def take_up(
+    word: str | None, *, data: str | None, home: Path | None, task: float, memory: float, sums: tuple[int, bool],
+    stay: bool,
+) -> None:  # fmt: skip
     """Join a server, and for a site take part in its runs; see `atoll join --help`."""
     from atoll.net.server import log_to_stderr
     from atoll.net.site import Bounds, run_site
 
-    bounds = Bounds(task=task, memory=int(memory * 2**30))
+    bounds = Bounds(task=task, memory=int(memory * 2**30), least=sums[0], again=sums[1])
     if data is not None and not Path(data).exists():
         raise invalid("--data", data, "a file or a folder that is there")
     if word is None:
