@@ -22,6 +22,8 @@ from atoll.net.storage import Disk
 from atoll.net.sums import Machine
 from atoll.secagg import SecAggError, messages
 
+pytestmark = pytest.mark.usefixtures("unsynced")
+
 NAMES = ("a", "b", "c", "d")
 TERMS = Terms(32, 1.0, 4.0, (2, 3), 64, 3, "lying")
 LENGTH = 5
