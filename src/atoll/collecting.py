@@ -70,6 +70,21 @@ class Collected:
     notes: tuple[str, ...] = ()
 
 
+class Given:
+    """A gathering that is over before it begins."""
+
+    def __init__(self, group: Group) -> None:
+        self._group = group
+
+    def add(self, clients: tuple[str, ...], codes: Codes) -> None:
+        """Nothing more is taken in."""
+        raise AssertionError("the sum is there already")
+
+    def finish(self) -> list[Group]:
+        """The sum."""
+        return [self._group]
+
+
 class Collector:
     """Takes in a round's partials in order and combines them: a running sum, or rows where a rule needs them."""
 
@@ -146,6 +161,17 @@ class Collector:
         self._names += here
         self._count += len(here)
         self._bytes += partial.bytes // len(partial.clients) * len(here)
+
+    def take(self, group: Group, parts: tuple[int, int, int], sent: int) -> None:
+        """Take in the sum that a summing channel's machines gave elsewhere, in place of its clients' partials.
+
+        Args:
+            group: the sum and whose it is.
+            parts: lengths of a row's averaged part, averaged buffers and summed part.
+            sent: bytes that these clients sent.
+        """
+        self._gathering, self._parts, self._bytes = Given(group), parts, sent
+        self._names, self._count = list(group.members), len(group.members)
 
     def _void(self, why: str) -> Collected:
         """A round that gives nothing: nobody's update counts."""

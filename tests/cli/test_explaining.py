@@ -58,6 +58,10 @@ def view(phase: str, *sites: SiteView, reason: str = "", closed: int = 2) -> Vie
             "its line is down.",
         ),
         (view("collecting", site("a", doing="delivered")), "updates of round 3: whoever was asked has delivered."),
+        (
+            view("summing", site("a", doing="out of the sum", why="it was started again."), site("b", doing="asked")),
+            "adds round 3 up under masks: b did not answer yet. a: is left out of this attempt: it was started again.",
+        ),
         (view("reducing", site("a")), "r, after 2 of 5 rounds, is at work: reducing."),
         (
             view("gathering", site("a", "left", seen=None)),

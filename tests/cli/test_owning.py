@@ -5,11 +5,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from atoll.cli import owning
 from atoll.errors import InvalidArgument
 from atoll.net.calls import Charter
+from atoll.net.keys import public_text
+from atoll.net.peers import Peers
 from atoll.net.policy import Approvals, experiment_hash
+from atoll.net.storage import Disk
 
 pytestmark = pytest.mark.usefixtures("unsynced")
 
@@ -53,3 +57,20 @@ def test_code_that_cannot_be_read_is_not_shown(tmp_path: Path, monkeypatch: pyte
     mark = offered(tmp_path, monkeypatch, "# coding: utf-7\n# +AAo-x()\n")
     with pytest.raises(InvalidArgument, match="utf-7"):
         owning.review(mark, home=None)
+
+
+def test_the_keys_of_other_sites_are_shown_and_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(owning, "home_for", lambda *a, **k: SimpleNamespace(folder=tmp_path))
+    owning.peers(None, None)
+    assert "no secure sum yet" in capsys.readouterr().out
+    keys = {name: public_text(Ed25519PrivateKey.generate().public_key()) for name in ("hospital-a", "hospital-b")}
+    Peers(Disk(tmp_path)).pin(keys)
+    owning.peers(None, None)
+    fingerprints = {n: hashlib.sha256(k.encode()).hexdigest()[:32] for n, k in keys.items()}
+    assert capsys.readouterr().out == "".join(f"{n}  {f}\n" for n, f in fingerprints.items())
+    owning.peers("hospital-b", None)
+    assert Peers(Disk(tmp_path)).keys == {"hospital-a": keys["hospital-a"]}
+    with pytest.raises(InvalidArgument, match="hospital-a"):
+        owning.peers("hospital-c", None)

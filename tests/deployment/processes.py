@@ -38,9 +38,12 @@ def experiment(*, rounds: int = 3, lr: float = 0.1, slow: float = 0.0) -> atoll.
 """
 
 
-def rows() -> str:
+HOSPITALS = ("hospital-a", "hospital-b")
+
+
+def rows(names: Sequence[str] = HOSPITALS) -> str:
     lines = ["hospital,age,pressure,disease"]
-    for name, shift in (("hospital-a", 0), ("hospital-b", 7)):
+    for name, shift in zip(names, (0, 7, 3, 5), strict=False):
         for i in range(20):
             age, pressure = 40 + (7 * i + shift) % 31, 100 + (11 * i + shift) % 53
             lines.append(f"{name},{age},{pressure},{(i * i + shift) % 3 % 2}")
@@ -52,15 +55,17 @@ class Place:
 
     Args:
         folder: it.
+        app: the app file.
+        names: of the sites.
         database: address of the server's state; "": a file in its folder.
     """
 
-    def __init__(self, folder: Path, database: str = "") -> None:
+    def __init__(self, folder: Path, app: str = APP, names: Sequence[str] = HOSPITALS, database: str = "") -> None:
         self.folder, self.database = folder, database
-        (folder / "app.py").write_text(APP)
-        (folder / "all.csv").write_text(rows())
-        for name in ("hospital-a", "hospital-b"):
-            lines = rows().splitlines()
+        (folder / "app.py").write_text(app)
+        (folder / "all.csv").write_text(rows(names))
+        for name in names:
+            lines = rows(names).splitlines()
             own = [line for line in lines if line.startswith(name)]
             (folder / f"{name}.csv").write_text("\n".join([lines[0], *own]) + "\n")
         with socket.create_server(("127.0.0.1", 0)) as free:
@@ -142,8 +147,8 @@ class Place:
 
 
 @contextmanager
-def place(folder: Path, database: str = "") -> Iterator[Place]:
-    made = Place(folder, database)
+def place(folder: Path, app: str = APP, names: Sequence[str] = HOSPITALS, database: str = "") -> Iterator[Place]:
+    made = Place(folder, app, names, database)
     try:
         yield made
     finally:

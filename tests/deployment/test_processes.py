@@ -117,7 +117,7 @@ def test_whoever_is_killed_at_named_points_the_model_has_the_same_bits(
 ) -> None:
     rounds = 3 * len(POINTS)
     database = request.getfixturevalue("postgresql") if engine == "postgresql" else ""
-    with place(tmp_path, database) as found:
+    with place(tmp_path, database=database) as found:
         joined(found)
         found.atoll(
             "submit", "app.py", "--engine", "loop", "--name", "heart", "--quiet", "--attempts", "50",

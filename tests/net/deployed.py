@@ -26,7 +26,9 @@ def deploy(
     build: Callable[[], Process], data: FederatedDataset, rounds: int, training: Mapping[str, Training], **more: Any
 ) -> World:
     """A finished run."""
-    plan = Plan("r", rounds, least=len(data.clients), keep=build().chain.channel.seal is None)
+    channel = build().chain.channel
+    sums = 0 if channel.seal is None else channel.least
+    plan = Plan("r", rounds, least=len(data.clients), keep=not sums, sums=sums)
     made = World(build(), plan, dict(training), **more).run()
     assert made.done, (made.server and made.server.state, made.notices)
     return made

@@ -19,6 +19,7 @@ from atoll.model import Model
 from atoll.net.agent import Trainer, Training
 from atoll.rounds import Process
 from atoll.spec import record
+from atoll.transforms import secure_sum
 from atoll.vectors import Aggregate, Update
 
 
@@ -64,13 +65,17 @@ def tally(rounds: int) -> Algorithm:
 
 
 @lru_cache
-def tallied(rounds: int, sites: int) -> tuple[Process, dict[str, Training], FederatedDataset]:
-    """A process, what trains at every site, and everybody's data."""
+def tallied(rounds: int, sites: int, sealed: bool = False) -> tuple[Process, dict[str, Training], FederatedDataset]:
+    """A process, what trains at every site, and everybody's data; sealed: over a secure sum that is nearly exact."""
     model = Model(Numbers(3 * rounds), "mse")
     data = {f"s{i}": (torch.zeros(i + 1, 1), torch.zeros(i + 1, dtype=torch.float64)) for i in range(sites)}
-    process = Process(model, tally(rounds), engine="loop")
+
+    def made() -> Process:
+        channel = secure_sum(clip=2.0**20, weight_cap=8.0, bits=48) if sealed else "plain"
+        return Process(model, tally(rounds), channel=channel, engine="loop")
+
+    process = made()
     training: dict[str, Training] = {
-        name: Trainer(Process(model, tally(rounds), engine="loop"), FederatedDataset.from_arrays({name: pair}))
-        for name, pair in data.items()
+        name: Trainer(made(), FederatedDataset.from_arrays({name: pair})) for name, pair in data.items()
     }
     return process, training, FederatedDataset.from_arrays(data)

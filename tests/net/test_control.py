@@ -16,9 +16,12 @@ REQUESTS: list[Any] = [
     control.Ask("r", "a", (1, 2)),
     control.Deliver("r", "a", 1, 2, H, H, 10, (3, 0, 0), 12),
     control.Decline("r", "a", 1, 2, "no room"),
+    control.Say("r", "a", 1, 2, 3, "share", b"\x00\xff", H, 0),
+    control.Abstain("r", "a", 1, 2, 3, "no room"),
 ]
 ANSWERS: list[Any] = [
     control.Work("r", 1, 2, H, 10, "train", -5, ("a", "b"), 7, {"shared/0": 0.1, "n": 2**60, "x": None}, (0, 1)),
+    control.Turn("r", 1, 2, 3, "join", b"\x00\xff", {"a": "k" * 43}, (0, 1)),
     control.Wait("r", 1, None),
     control.Received("r", 1, 2, (0, 1)),
     control.Refused("r", 1, 2, "stale", "another round", 3, None),

@@ -6,24 +6,41 @@ from typing import Any, get_args
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atoll import sampling
 from atoll.errors import InvalidArgument, RunError
 from atoll.net import coordinator as core
 from atoll.net.admission import Finding
-from atoll.net.control import Decline, Deliver, Ended, Received, Refused, Wait
+from atoll.net.control import STEPS, Abstain, Decline, Deliver, Ended, Received, Refused, Say, Step, Wait
 from atoll.net.coordinator import Entry, Phase, Plan, State, handle, replay
 
 BASE, MODEL = "b" * 64, "c" * 64
 NAMES = ("a", "b", "c")
 PLAN = Plan("r", 2, least=3, quorum=2, deadline=10.0, attempts=2)
+SUMS = Plan("r", 2, least=4, quorum=3, deadline=10.0, attempts=2, keep=False, sums=3, step=5.0)
+FOUR = ("a", "b", "c", "d")
 
 
 def update(name: str, state: State, content: str = "1", **changes: Any) -> core.Submitted:
     claim = Deliver("r", name, state.round, state.attempt, state.base or BASE, content * 64, 9, (1, 0, 0), 9)
     return core.Submitted(name, msgspec.structs.replace(claim, **changes), Finding("", "", 1.0, 1.0))
+
+
+def said(name: str, state: State, content: bytes = b"1", **changes: Any) -> core.Spoke:
+    step = state.sum.step if state.sum else "join"
+    claim = Say("r", name, state.round, state.attempt, state.turn, step, content, "1" * 64, 0)
+    return core.Spoke(name, msgspec.structs.replace(claim, **changes), Finding())
+
+
+def abstained(name: str, state: State) -> core.Abstained:
+    return core.Abstained(name, Abstain("r", name, state.round, state.attempt, state.turn, "it was started again."))
+
+
+def advanced(state: State, *due: str) -> core.Advanced:
+    step = STEPS[(STEPS.index(state.sum.step) + 1) % 6] if state.sum else "reveal"
+    return core.Advanced(state.round, state.turn, step, due or FOUR)
 
 
 @dataclass
@@ -74,11 +91,25 @@ def answer(effects: core.Effects) -> Any:
     return found
 
 
+def summing(step: Step = "join", plan: Plan = SUMS) -> Run:
+    """A run whose four sites are trained, and asked for this step."""
+    run = Run(plan).opened(*FOUR)
+    for name in FOUR:
+        run(update(name, run.state))
+    while run.state.sum is not None and run.state.sum.step != step:
+        for name in FOUR:
+            run(said(name, run.state))
+        run(advanced(run.state))
+    return run
+
+
 def at(phase: Phase) -> Run:
     """A run in a phase."""
     run = Run()
     if phase is Phase.GATHERING:
         return run.begun("a")
+    if phase is Phase.SUMMING:
+        return summing()
     run.begun()
     if phase is Phase.OPENING:
         return run
@@ -112,6 +143,11 @@ EVENTS: dict[type, Any] = {
     core.Asked: lambda s: core.Asked("a"),
     core.Submitted: lambda s: update("a", s),
     core.Declined: lambda s: core.Declined("a", Decline("r", "a", s.round, s.attempt, "no")),
+    core.Spoke: lambda s: said("a", s),
+    core.Abstained: lambda s: abstained("a", s),
+    core.Advanced: lambda s: advanced(s),
+    core.Summed: lambda s: core.Summed(s.round, s.turn, FOUR, "e" * 64),
+    core.Voided: lambda s: core.Voided(s.round, s.turn, "too few", {}),
     core.Reduced: lambda s: core.Reduced(s.round, s.attempt, MODEL),
     core.Failed: lambda s: core.Failed(s.round, s.attempt, "it broke"),
     core.Ticked: lambda s: core.Ticked(),
@@ -127,7 +163,8 @@ MISPLACED = {
     *((p, W.Started) for p in Phase),
     *((p, W.Opened) for p in Phase if p is not P.OPENING),
     *((p, W.Reduced) for p in Phase if p is not P.REDUCING),
-    *((p, W.Failed) for p in Phase if p not in (P.OPENING, P.COLLECTING, P.REDUCING)),
+    *((p, e) for e in (W.Advanced, W.Summed, W.Voided) for p in Phase),  # the machine speaks when it is asked
+    *((p, W.Failed) for p in Phase if p not in (P.OPENING, P.COLLECTING, P.SUMMING, P.REDUCING)),
     *((p, e) for e in (W.Resume, W.Discard) for p in Phase if p is not P.PAUSED),
     *((p, W.Pause) for p in (P.PAUSED, P.FINISHED, P.STOPPED)),
     *((p, W.Stop) for p in (P.FINISHED, P.STOPPED)),
@@ -149,8 +186,9 @@ def test_every_event_in_every_phase(phase: Phase, event: type) -> None:
     assert bool(refused) == ((phase, event) in MISPLACED)
     if refused:
         assert refused == [core.Misplaced(event.__name__, phase)] == list(effects)
-    if event in (core.Asked, core.Submitted, core.Declined):
-        assert sum(isinstance(e, core.Reply | core.Offer) for e in effects) == 1, "a site is always answered"
+    if event in (core.Asked, core.Submitted, core.Declined, core.Spoke, core.Abstained):
+        told = [e for e in effects if isinstance(e, core.Reply | core.Offer | core.Tell)]
+        assert len(told) == 1, "a site is always answered"
 
 
 @given(st.integers(0, 2**32))
@@ -484,3 +522,229 @@ def test_a_stopped_run_forgets_its_updates() -> None:
     run = at(Phase.REDUCING)
     assert run(core.Stop("enough"))[-1] == core.Forget(1)
     assert not run.state.accepted
+
+
+# --- secure sums ------------------------------------------------------------------------------------------------------
+
+
+def everybody(run: Run) -> core.Effects:
+    """All that are awaited answer; the effects of the last."""
+    effects: core.Effects = ()
+    assert run.state.sum is not None
+    for name in run.state.sum.awaited:
+        effects = run(said(name, run.state))
+    return effects
+
+
+def test_a_sum_in_six_steps() -> None:
+    run = summing()
+    assert run.state.phase is Phase.SUMMING and run.state.turn == 1
+    assert isinstance(run(core.Asked("a"))[0], core.Tell)
+    for step in STEPS:
+        assert run.state.sum is not None and run.state.sum.step == step
+        *_, close = everybody(run)
+        assert close == core.Close(0, 1, 1, step)
+        assert isinstance(answer(run(core.Asked("a"))), Wait), "the machine has the word"
+        if step != "unmask":
+            run(advanced(run.state))
+    *_, reduce = run(core.Summed(0, 1, ("a", "b", "c"), "e" * 64))
+    assert isinstance(reduce, core.Reduce) and (reduce.turn, reduce.total) == (1, "e" * 64)
+    assert [u.claim.site for u in reduce.updates] == ["a", "b", "c"], "who is not in the sum is not counted"
+    run(core.Reduced(0, 1, "d" * 64))
+    assert run.state.sites["a"].counted == (0, 1) and run.state.sites["d"].counted is None
+    assert (run.state.turn, run.state.sum, run.state.total) == (0, None, "")
+
+
+def test_nothing_of_an_update_is_kept() -> None:
+    run = Run(SUMS).opened(*FOUR)
+    effects = run(update("a", run.state))
+    assert [type(e) for e in effects] == [core.Record, core.Reply]
+    run(update("b", run.state))
+    assert not any(isinstance(e, core.Alarm) for e in run(update("c", run.state))), "all say the same"
+
+
+def test_a_masked_vector_is_on_disk_before_it_is_recorded() -> None:
+    run = summing("mask")
+    event = said("a", run.state, b"", size=9)
+    effects = run(event)
+    assert [type(e) for e in effects[:3]] == [core.Store, core.Record, core.Reply]
+    assert run(event) == (core.Reply("a", Wait("r", 0, None)),), "the same again is acknowledged again"
+
+
+def test_another_answer_to_a_step_is_an_alarm_and_not_heard() -> None:
+    run = summing("unmask")
+    run(said("a", run.state, b"one kind"))
+    effects = run(said("a", run.state, b"the other kind"))
+    assert isinstance(effects[0], core.Alarm) and answer(effects).cause == "turn"
+    assert run.state.sum is not None and [s.content for s in run.state.sum.said if s.step == "unmask"] == [b"one kind"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "cause"),
+    [
+        ({"turn": 0}, "turn"), ({"turn": 2}, "turn"), ({"step": "mask"}, "turn"), ({"step": "join"}, "turn"),
+        ({"round": 1}, "turn"), ({"attempt": 2}, "turn"), ({"site": "b"}, "identity"), ({"run": "s"}, "run"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_answers_that_do_not_belong_here(changes: dict[str, Any], cause: str) -> None:
+    run = summing("share")
+    before = run.state
+    effects = run(said("a", run.state, **changes))
+    assert answer(effects).cause == cause and run.state == before
+
+
+def test_who_left_a_step_out_or_is_shut_out_is_not_heard() -> None:
+    run = summing()
+    run(abstained("a", run.state))
+    assert answer(run(said("a", run.state))).cause == "turn"
+    everybody(run)
+    run(advanced(run.state, "b", "c", "d"))
+    assert answer(run(said("a", run.state))).cause == "turn"
+    assert isinstance(answer(run(core.Asked("a"))), Wait)
+    bad = msgspec.structs.replace(said("b", run.state), finding=Finding("content", "another session."))
+    assert answer(run(bad)).detail == "another session."
+    assert run.state.turn == 2, "with two left of the three that must be, the turn is void"
+
+
+def test_a_step_is_closed_when_nobody_is_awaited_or_time_is_over() -> None:
+    run = summing()
+    for name in "abc":
+        run(said(name, run.state))
+    run.now = 4.9
+    assert run(core.Ticked()) == ()
+    run.now = 5.0
+    assert run(core.Ticked())[-1] == core.Close(0, 1, 1, "join")
+    assert answer(run(said("d", run.state))).cause == "turn", "closed is closed"
+    run(advanced(run.state, "a", "b", "c"))
+    assert run.state.deadline == 10.0
+    run(said("a", run.state))
+    run(said("b", run.state))
+    assert run(core.Left("c"))[-1] != core.Close(0, 1, 1, "reveal"), "two are too few"
+    assert run.state.turn == 2
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_who_must_be_there_in_a_step(step: Step) -> None:
+    """Without a quorum all of them, until vectors are sent; from then on whoever the machine can do without."""
+    run = summing(step, msgspec.structs.replace(SUMS, quorum=None))
+    run(core.Left("d"))
+    effects = everybody(run) if run.state.sum is not None else ()
+    if step in ("join", "reveal", "share"):
+        assert run.state.phase is Phase.GATHERING, "of four that were wanted three are there"
+    else:
+        assert effects[-1] == core.Close(0, 1, 1, step)
+
+
+def test_a_void_turn_begins_anew_with_another_number_and_no_training() -> None:
+    run = summing("confirm")
+    everybody(run)
+    run(core.Voided(0, 1, "too few", {}))
+    assert run.state.phase is Phase.SUMMING and run.state.turn == 2 and run.state.tries == 2
+    assert run.state.sum == core.Sum(dict.fromkeys(FOUR, ""), "join", FOUR), "nothing of the turn before is left"
+    assert answer(run(said("a", run.state, turn=1, step="confirm"))).cause == "turn"
+    everybody(run)
+    run(core.Voided(0, 2, "too few", {}))
+    assert run.state.phase is Phase.PAUSED and run.state.reason == "round 1 had no sum in 2 attempts: too few."
+    assert set(run.state.accepted) == set(FOUR)
+    (_, reopened) = run(core.Resume())
+    assert isinstance(reopened, core.Open) and reopened.base == BASE
+    assert run.state.phase is Phase.SUMMING and run.state.turn == 3 and run.state.tries == 1
+
+
+def test_who_dealt_wrongly_is_not_asked_again() -> None:
+    run = summing("unmask")
+    everybody(run)
+    run(core.Voided(0, 1, "d lied", {"d": "its shares give nothing"}))
+    assert run.state.sum is not None and set(run.state.sum.keys) == {"a", "b", "c"}
+    assert run.state.excluded == {"d": "its shares give nothing"}
+
+
+def test_a_restart_goes_on_in_the_step_and_asks_the_machine_again() -> None:
+    run = summing("mask")
+    run(said("a", run.state))
+    run.now = 500.0
+    assert run(core.Restarted())[1:] == (core.Open(0, 1, FOUR, 4, BASE),)
+    assert run.state.deadline == 505.0 and run.state.sum is not None and len(run.state.sum.awaited) == 3
+    everybody(run)
+    assert run(core.Restarted())[1:] == (core.Open(0, 1, FOUR, 4, BASE), core.Close(0, 1, 1, "mask"))
+
+
+def test_a_pause_in_a_sum_goes_on_where_it_was() -> None:
+    run = summing("mask")
+    run(said("a", run.state))
+    run(core.Pause("a rest"))
+    assert answer(run(said("b", run.state))).cause == "busy"
+    assert isinstance(answer(run(core.Asked("b"))), Wait)
+    run(abstained("d", run.state))
+    run(core.Resume())
+    assert run.state.sum is not None and run.state.sum.awaited == ["b", "c"] and run.state.turn == 1
+
+
+def test_the_machine_is_heard_when_it_was_asked_and_of_this_turn_alone() -> None:
+    run = summing("unmask")
+    sums = core.Summed(0, 1, FOUR, "e" * 64)
+    assert run(sums) == (core.Misplaced("Summed", Phase.SUMMING),)
+    everybody(run)
+    assert run(msgspec.structs.replace(sums, turn=2)) == (core.Misplaced("Summed", Phase.SUMMING),)
+    assert isinstance(run(advanced(run.state))[0], core.Misplaced), "no step comes after the last, nor one again"
+    run(sums)
+    assert run.state.phase is Phase.REDUCING
+
+
+def test_a_site_with_a_new_key_is_out_of_the_turn_and_in_the_next() -> None:
+    run = summing("join")
+    run(core.Joined("a", "k" * 43))
+    assert run.state.sum is not None and run.state.sum.out == {"a": "the site has another key."}
+    everybody(run)
+    run(core.Voided(0, 1, "too few", {}))
+    assert run.state.sum is not None and run.state.sum.keys["a"] == "k" * 43
+
+
+def test_a_site_that_is_shut_out_answers_no_more_and_its_vector_stays() -> None:
+    run = summing("confirm")
+    run(core.Revoked("a"))
+    assert answer(run(said("a", run.state))).cause == "revoked"
+    everybody(run)
+    run(advanced(run.state))
+    assert run.state.sum is not None and run.state.sum.awaited == ["b", "c", "d"]
+
+
+@settings(max_examples=15)
+@given(st.integers(0, 2**32))
+def test_any_sequence_of_events_in_sums(seed: int) -> None:
+    """The state is always that of its journal; a turn's number never comes back; what a site said stays said."""
+    rng = random.Random(seed)
+    run, sums = summing(), 0
+    for _ in range(60):
+        before, state, turn = run.state, run.state, run.state.sum
+        kinds = [k for k in EVENTS if k not in (core.Stop, core.Revoked)]
+        event = EVENTS[rng.choice(kinds)](state)
+        if state.phase is Phase.SUMMING and turn is not None and rng.random() < 0.8:
+            names = turn.awaited or list(FOUR)
+            event = said(rng.choice(names), state) if turn.awaited else advanced(state)
+            if turn.closing and turn.step == "unmask":
+                event = rng.choice([core.Voided(state.round, state.turn, "", {}), EVENTS[core.Summed](state)])
+        elif hasattr(event, "claim") and not isinstance(event, core.Spoke | core.Abstained):
+            event = update(rng.choice(FOUR), state)
+        run.now += rng.choice([0, 0, 0, 1, 4])
+        run(event)
+        after = run.state
+        assert (after.round, after.attempt, after.turn) >= (before.round, before.attempt, before.turn)
+        same = (after.round, after.turn) == (before.round, before.turn)
+        if same and after.sum is not None and before.sum is not None:
+            assert after.sum.said[: len(before.sum.said)] == before.sum.said and after.sum.keys == before.sum.keys
+            assert STEPS.index(after.sum.step) >= STEPS.index(before.sum.step)
+        if after.phase is Phase.REDUCING:
+            sums += before.phase is Phase.SUMMING
+            assert after.total and after.sum is None
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"sums": 2, "keep": False}, {"sums": 3}, {"quorum": 2, "sums": 3, "keep": False}, {"step": 0.0}],
+    ids=str,
+)  # fmt: skip
+def test_impossible_plans_of_sums(options: dict[str, Any]) -> None:
+    with pytest.raises(InvalidArgument, match=next(iter(options))):
+        Plan(**{"run": "r", "rounds": 1} | options)

@@ -44,7 +44,7 @@ class Process:
 
 def house(folder: Path, told: Summary) -> tuple[Hub, Run, Process]:
     made = Hub(folder, "f" * 64, "localhost:1")
-    run = Run(folder, Charter("r", "0" * 64, {}), made.agenda, made._shut_out, made.state)
+    run = Run(folder, Charter("r", "0" * 64, {}), made.agenda, made.roster.members.get, made.state)
     process = Process(told)
     run._child, run.summary = process, told  # type: ignore[assignment]
     made.runs["r"] = run

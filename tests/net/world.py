@@ -13,6 +13,7 @@ Faults:
     ("leave", site, time, span) a site says that it is gone, and comes back
     ("rest", time, span)        an operator pauses the run, and lets it go on
     ("discard", time)           an operator pauses the run and gives up the attempt at work
+    ("silent", site, step)      what a site says in this step of a secure sum is lost, always
 """
 
 import hashlib
@@ -23,17 +24,28 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from torch import Tensor
 
 from atoll.net import control, coordinator
 from atoll.net.agent import Agent, Training
 from atoll.net.coordinator import Plan
+from atoll.net.keys import public_text
+from atoll.net.masker import Masker
 from atoll.net.party import Pace
+from atoll.net.peers import Peers
 from atoll.net.service import Service
+from atoll.net.sums import summing
 from atoll.rounds import Process
+from atoll.secagg import Identity
 
 Fault = tuple[Any, ...]
 SERVER = "server"
+
+
+def identity(site: str) -> Identity:
+    """A site's lasting key."""
+    return Identity(site, Ed25519PrivateKey.from_private_bytes(hashlib.sha256(site.encode()).digest()))
 
 
 class Crash(BaseException):
@@ -220,6 +232,7 @@ class World:
         seed: of delays.
         faults: what goes wrong.
         chatter: called with a line for every step.
+        second: whether sites give a second sum, as `again` in `Masker`.
     """
 
     def __init__(
@@ -232,12 +245,16 @@ class World:
         faults: Sequence[Fault] = (),
         chatter: Callable[[str], None] | None = None,
         service: Callable[..., Service] = Service,
+        second: bool = True,
     ) -> None:
         self.process, self.plan, self.training = process, plan, training
         self.rng = random.Random(seed)
         self.seed, self.now, self.messages, self.turn = seed, 0.0, 0, 0
         self.say = chatter or (lambda line: None)
-        self.make_service = service
+        self.make_service, self.second = service, second
+        self.sent: list[tuple[str, control.Request, bytes]] = []
+        self.told_sites: list[tuple[str, control.Answer]] = []
+        self.silent: set[tuple[str, str]] = set()
         self.queue: list[tuple[float, int, Callable[[], None]]] = []
         self.machines = {name: Machine() for name in (SERVER, *training)}
         self.server: Service | None = None
@@ -265,7 +282,9 @@ class World:
                     self.full.append((who, time, time + span))
                 case ("leave", site, time, span):
                     self.at(time, lambda s=site: self.told(coordinator.Left(s)))
-                    self.at(time + span, lambda s=site: self.told(coordinator.Joined(s)))
+                    self.at(time + span, lambda s=site: self.told(self.joined(s)))
+                case ("silent", site, step):
+                    self.silent.add((site, step))
                 case ("rest", time, _):
                     self.at(time, lambda: self.told(coordinator.Pause("a rest")))
                 case ("discard", time):
@@ -339,6 +358,14 @@ class World:
 
         self.at(self.now + seconds, then)
 
+    def masker(self, site: str) -> Masker | None:
+        terms, disk = summing(self.process), self.machines[site].disk
+        if terms is None:
+            return None
+        return Masker(
+            identity(site), terms, disk, Peers(disk), again=self.second, attempts=1000, notice=self.notices.append
+        )  # fmt: skip
+
     def boot(self, who: str) -> None:
         disk = self.machines[who].disk
         try:
@@ -347,12 +374,12 @@ class World:
                     self.process, self.plan, disk, now=self.now, block=3, notice=self.notices.append
                 )
                 for site in self.training:
-                    self.server.happen(coordinator.Joined(site), self.now)
+                    self.server.happen(self.joined(site), self.now)
                 self.tick()
             else:
                 self.agents[who] = Agent(
                     who, self.plan.run, self.watched(who), disk, pace=Pace(1.0, 8.0, self.seed),
-                    notice=self.notices.append,
+                    masker=self.masker(who), notice=self.notices.append,
                 )  # fmt: skip
                 self.due(who)
         except OSError:  # no room: somebody starts it again
@@ -361,6 +388,9 @@ class World:
             self.server = None if who == SERVER else self.server
             self.agents.pop(who, None)
             self.at(self.now + 3.0, lambda: self.power_on(who))
+
+    def joined(self, site: str) -> coordinator.Joined:
+        return coordinator.Joined(site, public_text(identity(site).key.public_key()))
 
     def told(self, event: coordinator.Event) -> None:
         """Somebody tells the server something; if it is away, it is never told."""
@@ -421,6 +451,9 @@ class World:
     def post(self, site: str, out: Sequence[tuple[control.Request, bytes]]) -> None:
         for message, frame in out:
             encoded = control.encode(message)
+            self.sent.append((site, message, frame))
+            if isinstance(message, control.Say) and (site, message.step) in self.silent:
+                continue
             self.carry(lambda e=encoded, f=frame: self.reach_server(site, e, f), f"{site} {type(message).__name__}")
 
     def carry(self, deliver: Callable[[], None], what: str) -> None:
@@ -442,6 +475,7 @@ class World:
         def do() -> None:
             assert self.server is not None
             answer, content = self.server.receive(site, message, frame, self.now)
+            self.told_sites.append((site, answer))
             if isinstance(answer, control.Received):
                 self.acknowledged.add((site, answer.round, answer.attempt))
             self.busy()

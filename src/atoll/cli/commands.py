@@ -234,6 +234,10 @@ def join(
     home: Annotated[Path | None, typer.Option(help="Folder for its key and records; default atoll-NAME.")] = None,
     task_limit: Annotated[float, typer.Option(help="Seconds a task may take.")] = 3600.0,
     memory: Annotated[float, typer.Option(help="GiB of data a task's process may have; 0: no limit.")] = 0.0,
+    sum_least: Annotated[int, typer.Option(min=3, help="Fewest sites of a secure sum to take part in.")] = 3,
+    sum_again: Annotated[
+        bool, typer.Option("--sum-again", help="Give a second sum of the same when the first came to nothing.")
+    ] = False,
     stay: Annotated[bool, typer.Option("--stay/--no-stay", help="Take part in runs until stopped.")] = True,
     durability: Annotated[
         str,
@@ -244,7 +248,10 @@ def join(
     """Join a server and, as a site, take part in the runs that its owner approves."""
     from atoll.cli.serving import take_up
 
-    take_up(word, data=data, home=home, task=task_limit, memory=memory, stay=stay, durability=durability)
+    take_up(
+        word, data=data, home=home, task=task_limit, memory=memory, sums=(sum_least, sum_again), stay=stay,
+        durability=durability,
+    )  # fmt: skip
 
 
 @app.command()
@@ -394,6 +401,21 @@ def audit(home: Home = None, debug: Debug = False) -> None:
     from atoll.cli.owning import audit as show
 
     show(home)
+
+
+@app.command()
+@guarded
+def peers(
+    forget: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Pin this site's key anew: its owner confirmed a new one.")
+    ] = None,
+    home: Home = None,
+    debug: Debug = False,
+) -> None:
+    """Show the sites that this one has summed with, and the fingerprints of their keys."""
+    from atoll.cli.owning import peers as show
+
+    show(forget, home)
 
 
 @app.command()

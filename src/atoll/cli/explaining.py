@@ -45,6 +45,10 @@ def explained(view: View) -> str:
             late = [s.name for s in view.sites if s.doing == "asked"]
             told = f"{_names(late)} did not deliver yet." if late else "whoever was asked has delivered."
             return f"{where}, waits for updates of round {view.round}: {told}{_troubles(view)}"
+        case "summing":
+            late = [s.name for s in view.sites if s.doing == "asked"]
+            told = f"{_names(late)} did not answer yet." if late else "all that were asked have answered."
+            return f"{where}, adds round {view.round} up under masks: {told}{_troubles(view)}"
         case _:
             return f"{where}, is at work: {view.phase}.{_troubles(view)}"
 
@@ -85,7 +89,8 @@ def trouble(site: SiteView) -> str | None:
             return f"is not there{detail}; its owner starts it again with `atoll join`."
         case _:
             if site.why:
-                return f"{'is left out of this attempt' if site.doing == 'excluded' else 'was refused'}: {site.why}"
+                left_out = site.doing in ("excluded", "out of the sum")
+                return f"{'is left out of this attempt' if left_out else 'was refused'}: {site.why}"
             if site.seen is None or site.seen > SILENT:
                 return "is silent: its machine or its line is down."
             return None

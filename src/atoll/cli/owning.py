@@ -1,4 +1,4 @@
-"""`atoll review`, `approve`, `deny`, `audit`: what a site's owner decides, and what has left."""
+"""`atoll review`, `approve`, `deny`, `audit`, `peers`: what a site's owner decides, and what has left."""
 
 import time
 from contextlib import closing
@@ -90,6 +90,25 @@ def audit(home: Path | None) -> None:
         table.add_row(*(Text(c) for c in cells))
     console().print(table)
     say(f"the journal's records fit together; its head is {records.head}")
+
+
+def peers(forget: str | None, home: Path | None) -> None:
+    """Show or forget the keys of other sites; see `atoll peers --help`."""
+    import hashlib
+
+    from atoll.net.peers import Peers
+    from atoll.net.storage import Disk
+
+    known = Peers(Disk(home_for(home, ("site",), "peers").folder))
+    if forget is not None:
+        known.forget(forget)
+        say(f"the next key that {forget} shows is pinned.")
+        return
+    if not known.keys:
+        console().print("this site took part in no secure sum yet.")
+    for name, key in known.keys.items():
+        line = f"{visible(name)}  {hashlib.sha256(key.encode()).hexdigest()[:32]}"
+        console().print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _told(found: str, state: str, charter: Charter) -> list[str]:

@@ -83,6 +83,7 @@ def take_up(
     home: Path | None,
     task: float,
     memory: float,
+    sums: tuple[int, bool],
     stay: bool,
     durability: str,
 ) -> None:
@@ -91,7 +92,7 @@ def take_up(
     from atoll.net.site import Bounds, run_site
 
     check_durability(durability)
-    bounds = Bounds(task=task, memory=int(memory * 2**30))
+    bounds = Bounds(task=task, memory=int(memory * 2**30), least=sums[0], again=sums[1])
     if data is not None and not Path(data).exists():
         raise invalid("--data", data, "a file or a folder that is there")
     if word is None:

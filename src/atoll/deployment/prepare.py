@@ -9,8 +9,12 @@ from atoll.experiment import Experiment, configure, load_app
 from atoll.net.admission import Rules
 from atoll.net.calls import Charter
 from atoll.net.coordinator import Plan
+from atoll.net.sums import summing
 from atoll.rounds import Process
 from atoll.spec import identity
+
+STEP = 600.0
+"""Seconds that a step of a secure sum waits for a site that does not answer, where the run has no deadline."""
 
 
 def experiment_of(app: Path, settings: Mapping[str, str]) -> Experiment:
@@ -60,11 +64,7 @@ def process_of(experiment: Experiment, engine: str) -> Process:
         engine=engine,
         workers=1,
     )
-    if process.chain.channel.sums_only:
-        raise CompositionError(
-            f"the channel {process.chain.channel.name} is not driven over sites yet: its arithmetic alone would hide "
-            'nothing from the server. Use channel="plain", and know that the server sees every update.'
-        )
+    summing(process)
     if process.protects_examples or process.chain.protects_clients:
         raise CompositionError(
             "nobody counts the noise of a run over sites yet, and a guarantee that is not counted is none: run this "
@@ -102,6 +102,10 @@ def plan_of(experiment: Experiment, process: Process, charter: Charter) -> Plan:
     Raises:
         InvalidArgument: options that contradict each other or the experiment.
     """
+    terms = summing(process)
+    sums = 0 if terms is None else terms.least
+    if 0 < charter.least < sums:  # 0 is told when the run is submitted: all there are
+        raise invalid("--sites", charter.least, f"at least {sums}", "The experiment's secure sum is of no fewer.")
     return Plan(
         charter.run,
         experiment.rounds,
@@ -112,7 +116,9 @@ def plan_of(experiment: Experiment, process: Process, charter: Charter) -> Plan:
         quorum=charter.quorum,
         deadline=charter.deadline,
         attempts=charter.attempts,
-        keep=process.chain.channel.seal is None,
+        keep=terms is None,
+        sums=sums,
+        step=STEP if charter.deadline is None else charter.deadline,
     )
 
 

@@ -54,6 +54,8 @@ from atoll.result import Result
 from atoll.rounds import Process
 from atoll.spec import digest, identity
 
+COUNTS = 2**12
+"""Bytes that a vector of a larger cohort may have more, and its message."""
 PATIENCE = 60.0
 """Seconds that a new process waits for one that is about to die to let go of the run."""
 
@@ -101,8 +103,8 @@ class Runner:
         match call:
             case Receive(site, upload, now):
                 return self._received(site, blob, upload, now)
-            case Happen(event, site, reason, now):
-                self._happen(_event(event, site, reason), now)
+            case Happen(event, site, reason, now, key):
+                self._happen(_event(event, site, reason, key), now)
             case Answered(site, stage):
                 if self.agreement is not None:
                     self.agreement.answered(site, stage, blob)
@@ -153,6 +155,7 @@ class Runner:
     def summary(self) -> Summary:
         """The run now."""
         state, agreement = self.service.state, self.agreement
+        turn = state.sum
         notices, self._notices = self._notices[-20:], []
         closed, self._closed = self._closed, []
         return Summary(
@@ -177,6 +180,10 @@ class Runner:
             counted={n: s.counted for n, s in state.sites.items() if s.counted is not None},
             closed=closed,
             notices=notices,
+            turn=state.turn,
+            step=turn.step if turn else "",
+            awaited=turn.awaited if turn else [],
+            out=turn.out if turn else {},
         )
 
     def _noticed(self, text: str) -> None:
@@ -250,10 +257,10 @@ def _shown(record: Record) -> Closed:
     return Closed(record.round, record.clients, loss, record.bytes_up, record.seconds.get("train", 0.0))
 
 
-def _event(event: str, site: str, reason: str) -> coordinator.Event:
+def _event(event: str, site: str, reason: str, key: str) -> coordinator.Event:
     match event:
         case "joined":
-            return coordinator.Joined(site)
+            return coordinator.Joined(site, key)
         case "left":
             return coordinator.Left(site)
         case "revoked":
@@ -268,8 +275,10 @@ def _event(event: str, site: str, reason: str) -> coordinator.Event:
 
 def _largest(process: Process) -> int:
     """Bytes that a site's report can have: where codes differ in length, as many as several rows in the clear."""
-    state = process.init()
-    frame = len(pack_report(process.blank(process.open(state, ("",), 1))))
+    task = process.open(process.init(), ("",), 1, kind="evaluate")  # for what it is made of alone
+    frame = len(pack_report(process.blank(task)))
+    if process.chain.channel.seal is not None:
+        return frame + COUNTS
     return frame if process.chain.facts.fixed_size else 4 * (frame + 8 * process.length) + 2**20
 
 

@@ -31,6 +31,7 @@ from atoll.net.children import (
     worker_calls,
 )
 from atoll.net.control import content_hash
+from atoll.net.sums import summing
 
 
 class Worker:
@@ -46,7 +47,8 @@ class Worker:
         self._process = process_of(self._experiment, begin.charter.engine)
         self._cells: Raw | None = None
         self._trainer: Trainer | None = None
-        self.ready = Ready(identity_of(self._process), isinstance(self._experiment.data, Table))
+        recipe = isinstance(self._experiment.data, Table)
+        self.ready = Ready(identity_of(self._process), recipe, summing(self._process))
 
     def carry_out(self, call: WorkerCall, blob: bytes) -> tuple[WorkerReply, tuple[bytes, ...]]:
         """Do what the agent says."""

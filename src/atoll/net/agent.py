@@ -7,6 +7,9 @@
 It has no clock, thread or socket: whoever owns those calls `due` when `wake` seconds have passed, `heard` with an
 answer, and `train` while `busy`; each gives the messages to be sent. Whoever trains elsewhere takes the `task`, and
 tells by `finished` or `failed`.
+
+With a secure sum a finished report stays here, and the server is told that it is there: what leaves is what the masker
+makes of it.
 """
 
 from collections.abc import Callable
@@ -21,11 +24,13 @@ from atoll.errors import NonFiniteError, RunError
 from atoll.memory import ClientMemory
 from atoll.messages import Clear, Scaled
 from atoll.net import party
-from atoll.net.control import Answer, Deliver, Request, Stamp, Work, content_hash
+from atoll.net.control import Abstain, Answer, Deliver, Request, Stamp, Turn, Work, content_hash
 from atoll.net.frames import FrameError, Limits, TensorSpec, decode, encode
+from atoll.net.masker import Masker
 from atoll.net.packing import pack_report, unpack_task
 from atoll.net.party import Pace
 from atoll.net.storage import FileSystem, write_durably
+from atoll.net.sums import task_hash
 from atoll.rounds import Process
 
 if TYPE_CHECKING:
@@ -68,6 +73,7 @@ class Agent:
         training: what works on a task.
         files: where the site's folder for this run is.
         pace: how often it speaks.
+        masker: the site's part in secure sums; None: the experiment has none, and reports leave as they are.
         notice: called with what the site's owner should hear of.
     """
 
@@ -79,8 +85,10 @@ class Agent:
         files: FileSystem,
         *,
         pace: Pace | None = None,
+        masker: Masker | None = None,
         notice: Callable[[str], None] | None = None,
     ) -> None:
+        self._masker = masker
         self._training, self._files, self._pace = training, files, pace or Pace()
         self._notice = notice or (lambda text: None)
         self._log = files.journal("journal")
@@ -138,7 +146,8 @@ class Agent:
         if self._todo is not None and self._todo[0] is work:
             self._done = done  # a disk that is full now may have room later
         try:
-            return self._happen(party.Trained(self._stored(work, done)))
+            task = task_hash(work.base, work.kind, work.seed, work.values)
+            return self._happen(party.Trained(self._stored(work, done), task))
         except OSError as error:
             return self._refused(error)
 
@@ -162,10 +171,16 @@ class Agent:
         name = _name((work.round, work.attempt))
         write_durably(self._files, f"memory/{name}", done.memory)
         write_durably(self._files, f"reports/{name}", done.frame)
+        leaves = done.frame if self._masker is None else b""
         return Deliver(
-            work.run, self.state.site, work.round, work.attempt, work.base, content_hash(done.frame), len(done.frame),
+            work.run, self.state.site, work.round, work.attempt, work.base, content_hash(leaves), len(leaves),
             done.parts, done.sent,
         )  # fmt: skip
+
+    def _report(self) -> bytes:
+        """The report that is kept."""
+        assert self.state.stamp is not None
+        return self._files.read(f"reports/{_name(self.state.stamp)}")
 
     def _happen(self, event: party.Event, content: bytes = b"") -> list[Out]:
         after, effects = party.handle(self.state, event, self._pace)
@@ -178,9 +193,11 @@ class Agent:
                     self.state, recorded = after, True
                 case party.Send(message):
                     frame = b""
-                    if isinstance(message, Deliver):
+                    if isinstance(message, Deliver) and message.size:
                         frame = self._files.read(f"reports/{_name((message.round, message.attempt))}")
                     out.append((message, frame))
+                case party.Add(turn):
+                    out += self._added(turn, after)
                 case party.Train(work):
                     self._todo, self._done = (work, content), None
                 case party.Sleep(seconds):
@@ -192,6 +209,13 @@ class Agent:
         self._settle()
         return out
 
+    def _added(self, turn: Turn, state: party.State) -> list[Out]:
+        """What the site says in a turn at a secure sum."""
+        if self._masker is None:
+            told = "the approved experiment has no secure sum."
+            return [(Abstain(turn.run, state.site, turn.round, turn.attempt, turn.turn, told), b"")]
+        return list(self._masker.answer(turn, state.task, self._report))
+
     def _settle(self) -> None:
         """Let go of a task that is done, or over without this site."""
         if self._todo is not None:
@@ -202,6 +226,8 @@ class Agent:
     def _tidy(self) -> None:
         """Remove what no restart will need; what cannot be removed now is the next time."""
         state = self.state
+        if self._masker is not None and state.claim is None:
+            self._masker.forget()
         needed = {_name(s) for s in (state.stamp, state.memory) if s is not None}
         try:
             for folder in ("memory", "reports"):

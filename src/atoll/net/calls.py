@@ -265,7 +265,8 @@ class SiteView(_Struct, frozen=True):
         name: its name.
         standing: as it told.
         detail: why, as it told.
-        doing: in the round at work: "asked", "delivered", "excluded", or "" when it is not in the cohort.
+        doing: in the round at work: "asked" (for an update, or in a secure sum), "delivered", "out of the sum" (of the
+            turn at work), "excluded", or "" when it is not in the cohort.
         why: it is excluded, or what was refused.
         counted: round and attempt of its update that was counted last, from 0.
         seen: seconds since it was last heard.

@@ -22,7 +22,7 @@ from msgspec import Meta
 
 from atoll.errors import RunError
 from atoll.net.calls import Charter, Closed
-from atoll.net.control import Count, Name, Stamp, Work
+from atoll.net.control import Count, Name, PublicKey, Stamp, Terms, Work
 
 HEADER = 2**25
 """Bytes of a message without its blob."""
@@ -87,12 +87,13 @@ class Receive(_Said, frozen=True):
 
 
 class Happen(_Said, frozen=True):
-    """Something happened to a site, or an operator decided something."""
+    """Something happened to a site, or an operator decided something; `key` is that of a site that joined."""
 
     event: Literal["joined", "left", "revoked", "pause", "resume", "stop"]
     site: str
     reason: str
     now: float
+    key: PublicKey = ""
 
 
 class Answered(_Said, frozen=True):
@@ -132,6 +133,10 @@ class Summary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         sites: status of each, as the coordinator has it.
         closed: rounds that were closed since this process began to tell.
         notices: what came up since the last summary.
+        turn: turns there were at this round's secure sum.
+        step: of the turn at work; "": there is none.
+        awaited: sites that may still answer in it.
+        out: sites that take no more part in that turn, and why.
     """
 
     phase: str
@@ -155,6 +160,10 @@ class Summary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     counted: dict[str, Stamp]
     closed: list[Closed]
     notices: list[str]
+    turn: int = 0
+    step: str = ""
+    awaited: list[str] = []
+    out: dict[str, str] = {}
 
 
 class Told(_Said, frozen=True):
@@ -214,10 +223,12 @@ class Ready(_Said, frozen=True):
     Attributes:
         identity: of what is trained.
         recipe: whether the data must be prepared.
+        sums: what its secure sum is about; None: it has none.
     """
 
     identity: str
     recipe: bool
+    sums: Terms | None
 
 
 class Trained(_Said, frozen=True):

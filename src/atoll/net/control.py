@@ -24,6 +24,12 @@ Line = Annotated[str, Meta(max_length=LONGEST_TEXT, pattern=r"\A[^\x00-\x1f\x7f-
 
 Count = Annotated[int, Meta(ge=0, le=2**53)]
 Hash = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+MOST = 2**20
+"""Bytes of what travels inside a message."""
+Content = Annotated[bytes, Meta(max_length=MOST)]
+"""A message of secure aggregation, which only its machines read."""
+PublicKey = Annotated[str, Meta(max_length=43, pattern=r"\A[A-Za-z0-9_-]*\Z")]
+"""As `keys.public_text` writes it."""
 Value = int | float | bool | Text | None
 """A leaf of a task that is no tensor."""
 
@@ -79,6 +85,46 @@ class Decline(_Message, frozen=True):
     reason: Line
 
 
+Step = Literal["join", "reveal", "share", "mask", "confirm", "unmask"]
+"""What a site answers in a turn at a secure sum, as in `secagg.client`."""
+STEPS: tuple[Step, ...] = ("join", "reveal", "share", "mask", "confirm", "unmask")
+"""In order."""
+
+
+class Say(_Message, frozen=True):
+    """A site's answer in a step of a secure sum.
+
+    Attributes:
+        turn: which turn at this round's sum, from 1; every turn has keys and masks of its own.
+        step: what it answers.
+        content: the answer, a message of `secagg`; empty where it travels beside as a frame.
+        sha256: hash of the answer.
+        size: bytes of the frame; 0: the answer is the content.
+    """
+
+    site: Name
+    round: Count
+    attempt: Count
+    turn: Count
+    step: Step
+    content: Content
+    sha256: Hash
+    size: Count
+
+    def __repr__(self) -> str:
+        return f"Say({self.site!r}, round {self.round}, turn {self.turn}, {self.step})"
+
+
+class Abstain(_Message, frozen=True):
+    """This site takes no more part in this turn."""
+
+    site: Name
+    round: Count
+    attempt: Count
+    turn: Count
+    reason: Line
+
+
 # --- from the server --------------------------------------------------------------------------------------------------
 
 
@@ -105,6 +151,28 @@ class Work(_Message, frozen=True):
     counted: Stamp | None
 
 
+class Turn(_Message, frozen=True):
+    """A step of a secure sum, which waits for the site's answer.
+
+    Attributes:
+        turn, step: as in `Say`.
+        content: what the server says, a message of `secagg`.
+        keys: in the first step the public keys of the cohort, by name.
+        counted: the site's update that was counted last.
+    """
+
+    round: Count
+    attempt: Count
+    turn: Count
+    step: Step
+    content: Content
+    keys: Annotated[dict[Name, PublicKey], Meta(max_length=2**14)]
+    counted: Stamp | None
+
+    def __repr__(self) -> str:
+        return f"Turn({self.run!r}, round {self.round}, turn {self.turn}, {self.step})"
+
+
 class Wait(_Message, frozen=True):
     """Nothing to do in this round for now: ask again."""
 
@@ -122,9 +190,10 @@ class Received(_Message, frozen=True):
 
 Cause = Literal[
     "unknown site", "revoked", "identity", "run", "stale", "conflict", "base", "not in cohort", "excluded", "content",
-    "transport", "busy",
+    "transport", "busy", "turn",
 ]  # fmt: skip
-"""Why a message was refused; after "transport" and "busy" the very same may be sent again."""
+"""Why a message was refused; after "transport" and "busy" the very same may be sent again; "turn" is about an answer in
+a secure sum alone."""
 
 
 class Refused(_Message, frozen=True):
@@ -146,8 +215,26 @@ class Ended(_Message, frozen=True):
     counted: Stamp | None
 
 
-Request = Ask | Deliver | Decline
-Answer = Work | Wait | Received | Refused | Ended
+class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What an experiment's secure sum is about, as its approved code says.
+
+    Attributes:
+        bits, clip, weight_cap, threshold, degree: as in `secagg.Parameters`.
+        least: fewest sites of a sum.
+        server: what thresholds must bear, as in `secagg.Policy`.
+    """
+
+    bits: Count
+    clip: float
+    weight_cap: float
+    threshold: tuple[Count, Count]
+    degree: Count
+    least: Count
+    server: Literal["lying", "curious"]
+
+
+Request = Ask | Deliver | Decline | Say | Abstain
+Answer = Work | Turn | Wait | Received | Refused | Ended
 
 _T = TypeVar("_T")
 

@@ -3,7 +3,10 @@
     GATHERING  -> enough sites are there         -> OPENING     a cohort is chosen; its task is being made
     OPENING    -> Opened                         -> COLLECTING  sites of the cohort are offered the task
     COLLECTING -> all wanted, or quorum in time  -> REDUCING    the set of updates is fixed; they are combined
+    COLLECTING -> the same, with a secure sum    -> SUMMING     sites are trained, and add up under masks
     COLLECTING -> too few in time                -> GATHERING   another attempt at the same round, or PAUSED
+    SUMMING    -> Summed                         -> REDUCING    the sum is there; whoever is in it is counted
+    SUMMING    -> too few, a void turn           -> SUMMING     another turn, with fresh keys; or PAUSED, or GATHERING
     REDUCING   -> Reduced                        -> GATHERING   the next round, or FINISHED
     any        -> Pause, a fault                 -> PAUSED      Resume goes on where it was
     PAUSED     -> Discard                        -> PAUSED      the attempt is void: Resume begins another
@@ -17,6 +20,12 @@ claims another is refused.
 
 What a site is told is final stays so: a refused update is never accepted later, whatever else arrives, because whoever
 is shut out of an attempt stays out until the next.
+
+With a secure sum an accepted update is a site's word that it is trained; nothing of it is here. The sites then answer
+step by step (`control.STEPS`) what a machine of `secagg` asks, which whoever carries out the effects has: it is made of
+`Sum.said`, always the same. A step is closed when all that may answer have, or its time is over: `Close`, and the
+machine tells by `Advanced`, `Summed` or `Voided`. A turn is never taken up again under its number, so that no site is
+ever asked for two kinds of shares of one peer.
 """
 
 import math
@@ -30,7 +39,23 @@ from msgspec.structs import replace
 from atoll import random, sampling
 from atoll.errors import RunError, invalid
 from atoll.net.admission import Finding
-from atoll.net.control import Answer, Cause, Decline, Deliver, Ended, Received, Refused, Stamp, Wait, named_well, plain
+from atoll.net.control import (
+    STEPS,
+    Abstain,
+    Answer,
+    Cause,
+    Decline,
+    Deliver,
+    Ended,
+    Received,
+    Refused,
+    Say,
+    Stamp,
+    Step,
+    Wait,
+    named_well,
+    plain,
+)
 
 
 class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -48,6 +73,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         attempts: how often a round is tried before the run pauses.
         keep: whether an accepted update still counts in a later attempt at its round. It may not where what a site
             sends depends on the cohort, as under a summing channel; updates of a failed attempt are then void.
+        sums: fewest sites of a secure sum; 0: updates are seen one by one.
+        step: seconds after which a step of a secure sum does not wait for more answers.
     """
 
     run: str
@@ -60,6 +87,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     deadline: float | None = None
     attempts: int = 3
     keep: bool = True
+    sums: int = 0
+    step: float = 600.0
 
     def __post_init__(self) -> None:
         if not named_well(self.run):
@@ -75,6 +104,12 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise invalid("quorum", self.quorum, "from 1 to the cohort")
         if self.deadline is not None and not 0 < self.deadline < math.inf:
             raise invalid("deadline", self.deadline, "seconds above 0, or None")
+        if self.sums and (self.keep or self.sums < 3):
+            raise invalid("sums", self.sums, "at least 3, with keep=False", "What is summed depends on the cohort.")
+        if self.quorum is not None and self.quorum < self.sums:
+            raise invalid("quorum", self.quorum, f"at least {self.sums}, the fewest sites of a secure sum")
+        if not 0 < self.step < math.inf:
+            raise invalid("step", self.step, "seconds above 0")
 
 
 class Phase(StrEnum):
@@ -83,6 +118,7 @@ class Phase(StrEnum):
     GATHERING = "gathering"
     OPENING = "opening"
     COLLECTING = "collecting"
+    SUMMING = "summing"
     REDUCING = "reducing"
     PAUSED = "paused"
     FINISHED = "finished"
@@ -96,11 +132,13 @@ class Site(msgspec.Struct, frozen=True):
         status: "active"; "paused" by its owner; "left", and may come back; "revoked" for good.
         counted: round and attempt of its update that was counted last.
         sha256: hash of that update.
+        key: its public key, as its enrolment has it.
     """
 
     status: Literal["active", "paused", "left", "revoked"] = "active"
     counted: Stamp | None = None
     sha256: str = ""
+    key: str = ""
 
 
 class Accepted(msgspec.Struct, frozen=True):
@@ -115,6 +153,36 @@ class Accepted(msgspec.Struct, frozen=True):
     claim: Deliver
     weight: float
     norm: float
+
+
+class Sum(msgspec.Struct, frozen=True):
+    """A turn at a secure sum.
+
+    Attributes:
+        keys: of its sites, by name.
+        step: what is asked.
+        due: who is asked.
+        said: answers, in the order in which the machine took them; masked vectors are on disk.
+        out: sites that take no more part in this turn, and why.
+        closing: whether the step is closed, and the machine's word on it awaited.
+    """
+
+    keys: dict[str, str]
+    step: Step
+    due: tuple[str, ...]
+    said: tuple[Say, ...] = ()
+    out: dict[str, str] = {}
+    closing: bool = False
+
+    def answer(self, site: str) -> Say | None:
+        """What a site answered in this step."""
+        return next((s for s in self.said if s.step == self.step and s.site == site), None)
+
+    @property
+    def awaited(self) -> list[str]:
+        """Who may still answer in this step."""
+        answered = {s.site for s in self.said if s.step == self.step}
+        return [] if self.closing else [s for s in self.due if s not in answered and s not in self.out]
 
 
 class State(msgspec.Struct, frozen=True):
@@ -139,6 +207,9 @@ class State(msgspec.Struct, frozen=True):
         sites: every site there ever was.
         reason: why the run is paused, or over.
         back: the phase `Resume` goes back to.
+        turn: turns there were at this round's secure sum.
+        sum: the turn at work.
+        total: hash of the round's secure sum.
     """
 
     phase: Phase = Phase.GATHERING
@@ -159,6 +230,9 @@ class State(msgspec.Struct, frozen=True):
     sites: dict[str, Site] = {}
     reason: str = ""
     back: Phase = Phase.GATHERING
+    turn: int = 0
+    sum: Sum | None = None
+    total: str = ""
 
     @property
     def active(self) -> list[str]:
@@ -194,9 +268,10 @@ class Restarted(_Event, frozen=True):
 
 
 class Joined(_Event, frozen=True):
-    """A site is there, for the first time or again."""
+    """A site is there, for the first time or again; `key` is the public key of its enrolment."""
 
     site: str
+    key: str = ""
 
 
 class Left(_Event, frozen=True):
@@ -247,6 +322,48 @@ class Declined(_Event, frozen=True):
     claim: Decline
 
 
+class Spoke(_Event, frozen=True):
+    """A site answered in a turn; the machine has taken it, unless something was found."""
+
+    site: str
+    claim: Say
+    finding: Finding
+
+
+class Abstained(_Event, frozen=True):
+    """A site takes no more part in a turn."""
+
+    site: str
+    claim: Abstain
+
+
+class Advanced(_Event, frozen=True):
+    """The machine asks the next step of these sites."""
+
+    round: int
+    turn: int
+    step: Step
+    due: tuple[str, ...]
+
+
+class Summed(_Event, frozen=True):
+    """The sum of these sites' vectors is on disk; its bytes have the hash `total`."""
+
+    round: int
+    turn: int
+    survivors: tuple[str, ...]
+    total: str
+
+
+class Voided(_Event, frozen=True):
+    """The turn cannot give a sum; nothing was revealed. `culprits` are sites whose messages were wrong, and how."""
+
+    round: int
+    turn: int
+    reason: str
+    culprits: dict[str, str]
+
+
 class Reduced(_Event, frozen=True):
     """A round's updates are combined and the next model is on disk; its checkpoint has the hash `model`."""
 
@@ -290,8 +407,8 @@ class Stop(_Event, frozen=True):
 
 
 Event = (
-    Started | Restarted | Joined | Left | SitePaused | Revoked | Opened | Asked | Submitted | Declined | Reduced
-    | Failed | Ticked | Pause | Resume | Discard | Stop
+    Started | Restarted | Joined | Left | SitePaused | Revoked | Opened | Asked | Submitted | Declined | Spoke
+    | Abstained | Advanced | Summed | Voided | Reduced | Failed | Ticked | Pause | Resume | Discard | Stop
 )  # fmt: skip
 
 
@@ -307,9 +424,9 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Store(msgspec.Struct, frozen=True):
-    """Make the frame of this update durable."""
+    """Make the frame of this update or masked vector durable."""
 
-    claim: Deliver
+    claim: Deliver | Say
 
 
 class Record(msgspec.Struct, frozen=True):
@@ -332,6 +449,22 @@ class Offer(msgspec.Struct, frozen=True):
     counted: Stamp | None
 
 
+class Tell(msgspec.Struct, frozen=True):
+    """Answer with what the machine of the turn says to this site."""
+
+    site: str
+    counted: Stamp | None
+
+
+class Close(msgspec.Struct, frozen=True):
+    """Have the machine close this step, store the sum if there is one, then tell by `Advanced`, `Summed`, `Voided`."""
+
+    round: int
+    attempt: int
+    turn: int
+    step: Step
+
+
 class Open(msgspec.Struct, frozen=True):
     """Make the task of this attempt; when `base` is "" tell its hash by `Opened`, else it must have this one."""
 
@@ -343,11 +476,16 @@ class Open(msgspec.Struct, frozen=True):
 
 
 class Reduce(msgspec.Struct, frozen=True):
-    """Combine these updates in this order, store the next model, then tell by `Reduced`."""
+    """Combine these updates in this order, store the next model, then tell by `Reduced`.
+
+    Where `total` is not "", they are the sum with this hash, of that turn.
+    """
 
     round: int
     attempt: int
     updates: tuple[Accepted, ...]
+    turn: int = 0
+    total: str = ""
 
 
 class Forget(msgspec.Struct, frozen=True):
@@ -370,7 +508,7 @@ class Misplaced(msgspec.Struct, frozen=True):
     phase: Phase
 
 
-Effect = Store | Record | Reply | Offer | Open | Reduce | Forget | Alarm | Misplaced
+Effect = Store | Record | Reply | Offer | Tell | Open | Close | Reduce | Forget | Alarm | Misplaced
 Effects = tuple[Effect, ...]
 Handled = tuple[State, Effects]
 Handler = Callable[[Plan, State, "Event", float], Handled]
@@ -421,10 +559,14 @@ def _settled(plan: Plan, state: State, now: float, *, late: bool = False) -> Han
     """Go on to the next phase if its time has come."""
     if state.phase is Phase.GATHERING:
         return _gathered(plan, state)
+    if state.phase is Phase.SUMMING:
+        return _stepped(plan, state, now, late=late)
     if state.phase is not Phase.COLLECTING:
         return state, ()
     count = len(state.accepted)
     if count >= state.wanted or ((late or not state.outstanding) and count >= (plan.quorum or state.wanted)):
+        if plan.sums:
+            return _turned(plan, state, now)
         chosen = replace(state, phase=Phase.REDUCING, deadline=None)
         return chosen, (_reduction(chosen),)
     if late or not state.outstanding:
@@ -440,6 +582,13 @@ def _again(plan: Plan, state: State, now: float) -> Handled:
     if state.phase is Phase.COLLECTING:
         # How long nobody could deliver is not known: sites get the whole time again.
         return replace(state, deadline=None if plan.deadline is None else now + plan.deadline), (reopened,)
+    if state.phase is Phase.SUMMING:
+        if state.sum is None:
+            after, then = _turned(plan, replace(state, tries=state.tries + 1), now)
+        else:
+            after = replace(state, deadline=None if state.sum.closing else now + plan.step)
+            then = (_closing(state, state.sum),) if state.sum.closing else ()
+        return after, ((reopened, *then) if after.phase is Phase.SUMMING else then)
     if state.phase is Phase.REDUCING:
         return state, (reopened, _reduction(state))
     return state, ()
@@ -447,14 +596,75 @@ def _again(plan: Plan, state: State, now: float) -> Handled:
 
 def _reduction(state: State) -> Reduce:
     order = tuple(state.accepted[s] for s in sorted(state.accepted))
-    return Reduce(state.round, state.attempt, order)
+    return Reduce(state.round, state.attempt, order, state.turn if state.total else 0, state.total)
+
+
+# --- turns at a secure sum --------------------------------------------------------------------------------------------
+
+
+def _turned(plan: Plan, state: State, now: float) -> Handled:
+    """Begin a turn with the sites that are trained and there; where they are too few, the attempt came to nothing."""
+    there = _there(state)
+    if len(there) < _needed(plan, state, "join"):
+        return _tried(plan, state)
+    begun = Sum({s: state.sites[s].key for s in there}, "join", tuple(there))
+    return replace(state, phase=Phase.SUMMING, turn=state.turn + 1, sum=begun, deadline=now + plan.step), ()
+
+
+def _there(state: State) -> list[str]:
+    """Sites that are trained and there."""
+    return [s for s in sorted(state.accepted) if state.sites[s].status == "active"]
+
+
+def _needed(plan: Plan, state: State, step: Step) -> int:
+    """Answers without which a step is void.
+
+    Before vectors are sent another turn costs nothing, so that everybody who was wanted is waited for. From then on a
+    site need not give a second vector: what the machine can do without, is done without.
+    """
+    if step in ("join", "reveal", "share"):
+        return max(plan.quorum or state.wanted, plan.sums)
+    return max(plan.quorum or 0, plan.sums) if step == "mask" else 0
+
+
+def _closing(state: State, turn: Sum) -> Close:
+    return Close(state.round, state.attempt, state.turn, turn.step)
+
+
+def _stepped(plan: Plan, state: State, now: float, *, late: bool = False) -> Handled:
+    """Close a step whose time has come, or give the turn up."""
+    turn = state.sum
+    if turn is None or turn.closing:
+        return state, ()
+    answered = sum(s.step == turn.step for s in turn.said)
+    needed = _needed(plan, state, turn.step)
+    if answered + (0 if late else len(turn.awaited)) < needed:
+        silent = dict.fromkeys(turn.awaited, f"no answer in the step {turn.step}")
+        why = "; ".join(f"{s}: {r}" for s, r in sorted({**silent, **turn.out}.items())[:5])
+        return _void(plan, state, f"{answered} of {needed} answers in the step {turn.step} ({why})", {}, now)
+    if turn.awaited and not late:
+        return state, ()
+    return replace(state, sum=replace(turn, closing=True), deadline=None), (_closing(state, turn),)
+
+
+def _void(plan: Plan, state: State, why: str, culprits: dict[str, str], now: float) -> Handled:
+    """A turn that came to nothing; whose messages were wrong is not asked again in this attempt."""
+    accepted = {s: a for s, a in state.accepted.items() if s not in culprits}
+    after = replace(state, sum=None, deadline=None, accepted=accepted, excluded={**state.excluded, **culprits})
+    if len(_there(after)) < _needed(plan, state, "join"):
+        gone = {s: f"the site is {state.sites[s].status}." for s in accepted if state.sites[s].status != "active"}
+        return _tried(plan, replace(after, excluded={**after.excluded, **gone}))
+    if state.tries >= plan.attempts:
+        reason = f"round {state.round + 1} had no sum in {state.tries} attempts: {why}."
+        return replace(after, phase=Phase.PAUSED, back=Phase.SUMMING, reason=reason), ()
+    return _turned(plan, replace(after, tries=state.tries + 1), now)
 
 
 def _tried(plan: Plan, state: State) -> Handled:
     """An attempt that came to nothing."""
     why = "; ".join(f"{s}: {r}" for s, r in sorted(state.excluded.items())[:5]) or "nobody else answered in time"
     kept = state.accepted if plan.keep else {}
-    after = replace(state, phase=Phase.GATHERING, accepted=kept, deadline=None, base="")
+    after = replace(state, phase=Phase.GATHERING, accepted=kept, deadline=None, base="", sum=None, total="")
     if state.tries >= plan.attempts:
         reason = (
             f"round {state.round + 1} had {len(state.accepted)} of {plan.quorum or state.wanted} updates in each of "
@@ -500,7 +710,9 @@ def _counted(state: State, site: str) -> Stamp | None:
     return state.sites[site].counted if site in state.sites else None
 
 
-def _refusal(plan: Plan, state: State, site: str, claim: Deliver | Decline, cause: Cause, detail: str) -> Reply:
+def _refusal(
+    plan: Plan, state: State, site: str, claim: Deliver | Decline | Say | Abstain, cause: Cause, detail: str
+) -> Reply:
     answer = Refused(plan.run, claim.round, claim.attempt, cause, plain(detail), state.round, _counted(state, site))
     return Reply(site, answer)
 
@@ -539,19 +751,25 @@ def _member(plan: Plan, state: State, event: Event, now: float) -> Handled:
         new = {Left: "left", SitePaused: "paused", Revoked: "revoked"}[type(event)]
         if known is None or known.status == "revoked":
             return state, ()
-    if known is not None and known.status == new:
+    key = event.key if isinstance(event, Joined) else known.key if known is not None else ""
+    if known is not None and (known.status, known.key) == (new, key):
         return state, ()
-    site = replace(known or Site(), status=new)
+    site = replace(known or Site(), status=new, key=key)
     accepted = state.accepted
     # Once the set of a round is fixed it stays: all of its updates were admitted while their sites were.
-    fixed = state.phase is Phase.REDUCING or (state.phase is Phase.PAUSED and state.back is Phase.REDUCING)
+    fixed = (state.back if state.phase is Phase.PAUSED else state.phase) in (Phase.SUMMING, Phase.REDUCING)
     if new == "revoked" and not fixed:
         accepted = {s: a for s, a in accepted.items() if s != event.site}
     excluded = state.excluded
     if new != "active" and event.site in state.cohort and event.site not in accepted and not fixed:
         # For the whole attempt, even if it comes back: it may have been told that its update was refused.
         excluded = {**excluded, event.site: f"the site is {new}."}
-    changed = replace(state, sites={**state.sites, event.site: site}, accepted=accepted, excluded=excluded)
+    turn = state.sum
+    if turn is not None and event.site in turn.keys and (new != "active" or key != turn.keys[event.site]):
+        # A vector that the sum has stays in it; what the site holds of the others' secrets is not asked for.
+        told = "the site has another key." if new == "active" else f"the site is {new}."
+        turn = replace(turn, out={**turn.out, event.site: told})
+    changed = replace(state, sites={**state.sites, event.site: site}, accepted=accepted, excluded=excluded, sum=turn)
     after, then = _settled(plan, changed, now)
     return _recorded(state, after, event, now, then)
 
@@ -576,10 +794,12 @@ def _asked(plan: Plan, state: State, event: Event, now: float) -> Handled:
     new = event.at != (state.round, state.attempt)
     if state.phase is Phase.COLLECTING and state.awaits(event.site) and new:
         return state, (Offer(event.site, site.counted),)
+    if state.phase is Phase.SUMMING and state.sum is not None and event.site in state.sum.awaited:
+        return state, (Tell(event.site, site.counted),)
     return state, (Reply(event.site, Wait(plan.run, state.round, site.counted)),)
 
 
-def _identified(plan: Plan, state: State, site: str, claim: Deliver | Decline) -> Effects:
+def _identified(plan: Plan, state: State, site: str, claim: Deliver | Decline | Say | Abstain) -> Effects:
     """Why a message is refused before its content matters; nothing when it is not."""
     known = state.sites.get(site)
     if known is None:
@@ -639,6 +859,8 @@ def _submitted(plan: Plan, state: State, event: Event, now: float) -> Handled:
     accepted = Accepted(claim, finding.weight, finding.norm)
     after, then = _settled(plan, replace(state, accepted={**state.accepted, site: accepted}), now)
     reply = Reply(site, Received(plan.run, claim.round, claim.attempt, state.sites[site].counted))
+    if plan.sums:
+        return _recorded(state, after, event, now, (reply, *then))
     twins = [s for s, a in state.accepted.items() if a.claim.sha256 == claim.sha256]
     alarms = (Alarm(site, f"sent the very bytes of {', '.join(twins[:5])}"),) if twins else ()
     return _recorded(state, after, event, now, (reply, *alarms, *then), first=(Store(claim),))
@@ -671,6 +893,102 @@ def _declined(plan: Plan, state: State, event: Event, now: float) -> Handled:
     return _recorded(state, after, event, now, (answer, *then))
 
 
+def _spoke(plan: Plan, state: State, event: Event, now: float) -> Handled:
+    """An answer in a turn."""
+    assert isinstance(event, Spoke)
+    site, claim, finding, turn = event.site, event.claim, event.finding, state.sum
+    early = _identified(plan, state, site, claim)
+    if early:
+        return state, early
+
+    def refused(cause: Cause, detail: str) -> Reply:
+        return _refusal(plan, state, site, claim, cause, detail)
+
+    at = (claim.round, claim.attempt, claim.turn, claim.step)
+    if turn is None or at != (state.round, state.attempt, state.turn, turn.step):
+        return state, (refused("turn", "another step is at work."),)
+    known = turn.answer(site)
+    if known == claim:
+        return state, (Reply(site, Wait(plan.run, state.round, state.sites[site].counted)),)
+    if known is not None:
+        return state, (Alarm(site, f"answered the step {turn.step} twice"), refused("turn", "it was answered."))
+    if site not in turn.awaited:
+        return state, (refused("turn", turn.out.get(site, "this site's answer is not awaited.")),)
+    if finding.fault == "transport":
+        return state, (refused("transport", finding.detail),)
+    if finding.fault:
+        shut = replace(turn, out={**turn.out, site: finding.detail})
+        after, then = _settled(plan, replace(state, sum=shut), now)
+        return _recorded(state, after, event, now, (refused("turn", finding.detail), *then))
+    heard = replace(turn, said=(*turn.said, claim))
+    after, then = _settled(plan, replace(state, sum=heard), now)
+    reply = Reply(site, Wait(plan.run, state.round, state.sites[site].counted))
+    first: Effects = (Store(claim),) if claim.size else ()
+    return _recorded(state, after, event, now, (reply, *then), first=first)
+
+
+def _spoke_else(plan: Plan, state: State, event: Event, now: float) -> Handled:
+    """An answer where no turn is at work."""
+    assert isinstance(event, Spoke)
+    site, claim = event.site, event.claim
+    early = _identified(plan, state, site, claim)
+    if early:
+        return state, early
+    paused = state.phase is Phase.PAUSED and state.back is Phase.SUMMING and state.sum is not None
+    if paused and (claim.round, claim.turn) == (state.round, state.turn):
+        return state, (_refusal(plan, state, site, claim, "busy", f"the run is paused: {state.reason}"),)
+    return state, (_refusal(plan, state, site, claim, "turn", f"the run is {state.phase.value}."),)
+
+
+def _abstained(plan: Plan, state: State, event: Event, now: float) -> Handled:
+    assert isinstance(event, Abstained)
+    site, claim, turn = event.site, event.claim, state.sum
+    early = _identified(plan, state, site, claim)
+    if early:
+        return state, early
+    answer = Reply(site, Wait(plan.run, state.round, state.sites[site].counted))
+    at_work = (claim.round, claim.turn) == (state.round, state.turn)
+    if turn is None or not at_work or site not in turn.keys or site in turn.out:
+        return state, (answer,)
+    after, then = _settled(plan, replace(state, sum=replace(turn, out={**turn.out, site: claim.reason})), now)
+    return _recorded(state, after, event, now, (answer, *then))
+
+
+def _closes(state: State, event: Advanced | Summed | Voided) -> Sum | None:
+    """The turn that the machine speaks of, if it was asked."""
+    turn = state.sum
+    asked = turn is not None and turn.closing and (event.round, event.turn) == (state.round, state.turn)
+    return turn if asked else None
+
+
+def _advanced(plan: Plan, state: State, event: Event, now: float) -> Handled:
+    assert isinstance(event, Advanced)
+    turn = _closes(state, event)
+    if turn is None or event.step not in STEPS[STEPS.index(turn.step) + 1 :]:
+        return _misplaced(plan, state, event, now)
+    on = replace(turn, step=event.step, due=event.due, closing=False)
+    after, then = _settled(plan, replace(state, sum=on, deadline=now + plan.step), now)
+    return _recorded(state, after, event, now, then)
+
+
+def _summed(plan: Plan, state: State, event: Event, now: float) -> Handled:
+    """Whoever is in the sum is counted, and nobody else."""
+    assert isinstance(event, Summed)
+    if _closes(state, event) is None:
+        return _misplaced(plan, state, event, now)
+    counted = {s: a for s, a in state.accepted.items() if s in event.survivors}
+    after = replace(state, phase=Phase.REDUCING, accepted=counted, sum=None, deadline=None, total=event.total)
+    return _recorded(state, after, event, now, (_reduction(after),))
+
+
+def _voided(plan: Plan, state: State, event: Event, now: float) -> Handled:
+    assert isinstance(event, Voided)
+    if _closes(state, event) is None:
+        return _misplaced(plan, state, event, now)
+    after, then = _void(plan, state, event.reason, event.culprits, now)
+    return _recorded(state, after, event, now, then)
+
+
 def _reduced(plan: Plan, state: State, event: Event, now: float) -> Handled:
     assert isinstance(event, Reduced)
     if (event.round, event.attempt) != (state.round, state.attempt):
@@ -683,7 +1001,7 @@ def _reduced(plan: Plan, state: State, event: Event, now: float) -> Handled:
     closed = replace(
         state,
         phase=Phase.FINISHED if done else Phase.GATHERING, round=state.round + 1, attempt=0, tries=0, base="",
-        model=event.model, cohort=(), wanted=0, accepted={}, excluded={}, sites=sites,
+        model=event.model, cohort=(), wanted=0, accepted={}, excluded={}, sites=sites, turn=0, sum=None, total="",
         reason=f"all {plan.rounds} rounds are done." if done else "",
     )  # fmt: skip
     after, then = _settled(plan, closed, now)
@@ -716,7 +1034,8 @@ def _paused(plan: Plan, state: State, event: Event, now: float) -> Handled:
 
 
 def _resumed(plan: Plan, state: State, event: Event, now: float) -> Handled:
-    back = replace(state, phase=state.back, reason="", tries=0 if state.back is Phase.GATHERING else state.tries)
+    anew = state.back is Phase.GATHERING or (state.back is Phase.SUMMING and state.sum is None)
+    back = replace(state, phase=state.back, reason="", tries=0 if anew else state.tries)
     back, then = _again(plan, back, now)
     after, more = _settled(plan, back, now)
     return _recorded(state, after, event, now, (*then, *more))
@@ -725,19 +1044,22 @@ def _resumed(plan: Plan, state: State, event: Event, now: float) -> Handled:
 def _discarded(plan: Plan, state: State, event: Event, now: float) -> Handled:
     """The attempt at work is void, as if too few had answered: its sites are told by the next one's task."""
     assert isinstance(event, Discard)
-    after = replace(state, back=Phase.GATHERING, accepted={}, excluded={}, base="", reason=event.reason)
+    after = replace(
+        state, back=Phase.GATHERING, accepted={}, excluded={}, base="", reason=event.reason, sum=None, total=""
+    )  # fmt: skip
     return _recorded(state, after, event, now)
 
 
 def _stopped(plan: Plan, state: State, event: Event, now: float) -> Handled:
     assert isinstance(event, Stop)
-    after = replace(state, phase=Phase.STOPPED, accepted={}, reason=event.reason, deadline=None)
+    after = replace(state, phase=Phase.STOPPED, accepted={}, reason=event.reason, deadline=None, sum=None, total="")
     return _recorded(state, after, event, now, (Forget(state.round + 1),))
 
 
 _EVERYWHERE: dict[type[_Event], Handler] = {
     Restarted: _restarted, Joined: _member, Left: _member, SitePaused: _member, Revoked: _member, Asked: _asked,
-    Declined: _declined, Submitted: _submitted_else, Ticked: _idle, Started: _misplaced, Opened: _misplaced,
+    Declined: _declined, Submitted: _submitted_else, Spoke: _spoke_else, Abstained: _abstained, Advanced: _misplaced,
+    Summed: _misplaced, Voided: _misplaced, Ticked: _idle, Started: _misplaced, Opened: _misplaced,
     Reduced: _misplaced, Failed: _misplaced, Pause: _paused, Resume: _misplaced, Discard: _misplaced, Stop: _stopped,
 }  # fmt: skip
 _SOMEWHERE: dict[tuple[Phase, type[_Event]], Handler] = {
@@ -747,6 +1069,12 @@ _SOMEWHERE: dict[tuple[Phase, type[_Event]], Handler] = {
     (Phase.COLLECTING, Submitted): _submitted,
     (Phase.COLLECTING, Ticked): _ticked,
     (Phase.COLLECTING, Failed): _failed,
+    (Phase.SUMMING, Spoke): _spoke,
+    (Phase.SUMMING, Advanced): _advanced,
+    (Phase.SUMMING, Summed): _summed,
+    (Phase.SUMMING, Voided): _voided,
+    (Phase.SUMMING, Ticked): _ticked,
+    (Phase.SUMMING, Failed): _failed,
     (Phase.REDUCING, Reduced): _reduced,
     (Phase.REDUCING, Failed): _failed,
     (Phase.PAUSED, Pause): _misplaced,

@@ -16,7 +16,18 @@ from atoll.errors import RunError, invalid
 from atoll.net.calls import View
 from atoll.net.hub import Hub
 
-PHASES = ("preparing", "gathering", "opening", "collecting", "reducing", "paused", "broken", "finished", "stopped")
+PHASES = (
+    "preparing",
+    "gathering",
+    "opening",
+    "collecting",
+    "summing",
+    "reducing",
+    "paused",
+    "broken",
+    "finished",
+    "stopped",
+)
 STANDINGS = ("waiting", "denied", "preparing", "ready", "failed", "left", "revoked")
 PATIENCE = 5.0
 """Seconds a scrape waits for the server to look at itself."""

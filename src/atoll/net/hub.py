@@ -47,7 +47,7 @@ from atoll.net.children import (
     Tick,
     host_replies,
 )
-from atoll.net.control import Answer, Ask, Deliver, Ended, Refused, Request, Wait
+from atoll.net.control import Answer, Ask, Deliver, Ended, Refused, Request, Say, Wait
 from atoll.net.enrolment import Invite, Member, Roster, encode
 from atoll.net.news import News
 from atoll.net.storage import scope, state_of, write_file
@@ -82,7 +82,7 @@ class Run:
         folder: of the run.
         charter: what it is.
         agenda: told when what sites have to know of it changes.
-        shut_out: whether a member was shut out of the server.
+        member: who has a name, whether shut out or not.
         state: of the server.
         final: how the run ended, as the state has it; empty: it is not over.
     """
@@ -92,12 +92,12 @@ class Run:
         folder: Path,
         charter: Charter,
         agenda: News,
-        shut_out: Callable[[str], bool],
+        member: Callable[[str], Member | None],
         state: "State",
         final: bytes = b"",
     ) -> None:
         self.folder, self.charter, self.news, self.agenda = folder, charter, News(), agenda
-        self._shut_out, self._state = shut_out, state
+        self._member, self._state = member, state
         self.summary: Summary | None = None
         self.trouble = ""
         self.over = False
@@ -111,6 +111,10 @@ class Run:
         if final:
             self.over = True
             self._learn(msgspec.json.decode(final, type=Summary))
+
+    def _shut_out(self, site: str) -> bool:
+        member = self._member(site)
+        return member is not None and member.revoked
 
     # --- its process --------------------------------------------------------------------------------------------------
 
@@ -275,7 +279,9 @@ class Run:
         elif known == "active":
             wanted = "left"
         if wanted is not None and known != "revoked":
-            await self.ask(Happen(wanted, site, standing.detail, time.time()))
+            member = self._member(site)
+            key = member.key if member is not None and wanted == "joined" else ""
+            await self.ask(Happen(wanted, site, standing.detail, time.time(), key))
 
     async def receive(self, site: str, request: Request) -> Answer:
         """A message of a site; a question is held back while its answer would be no news.
@@ -300,18 +306,20 @@ class Run:
     def _at(self, site: str) -> tuple[object, ...]:
         """What a site's question depends on: while it stays the same, so does the answer."""
         s = self.summary
-        return (self.over,) if s is None else (self.over, s.phase, s.round, s.attempt, s.sites.get(site))
+        if s is None:
+            return (self.over,)
+        return (self.over, s.phase, s.round, s.attempt, s.turn, s.step, s.sites.get(site))
 
     async def _received(self, site: str, request: Request) -> Answer:
         upload = ""
-        if isinstance(request, Deliver):
+        if isinstance(request, Deliver | Say) and request.size:
             path = self.upload(site, request.sha256)
             if path.exists() and path.stat().st_size == request.size:
                 upload = path.name
         told = await self.ask(Receive(site, upload, time.time()), control.encode(request))
         answer = control.decode_answer(told)
         if isinstance(answer, Refused):
-            if answer.cause not in ("transport", "busy", "unknown site"):
+            if answer.cause not in ("transport", "busy", "unknown site", "turn"):
                 self.refusals[site] = f"{answer.cause}: {answer.detail}"
         elif isinstance(request, Deliver):
             self.refusals.pop(site, None)
@@ -398,8 +406,10 @@ class Run:
         s, standing = self.summary, self.standings.get(name, Standing("left", "not heard of since the server started"))
         doing = why = ""
         if s is not None and not self.over:
-            if name in s.accepted:
-                doing = "delivered"
+            if name in s.out:
+                doing, why = "out of the sum", s.out[name]
+            elif name in s.accepted:
+                doing = "asked" if name in s.awaited else "delivered"
             elif name in s.excluded:
                 doing, why = "excluded", s.excluded[name]
             elif name in s.cohort:
@@ -436,7 +446,7 @@ class Hub:
         for name, content in self.state.documents("charter").items():
             charter = msgspec.json.decode(content, type=Charter)
             self.runs[name] = Run(
-                folder / "runs" / name, charter, self.agenda, self._shut_out, self.state, finals.get(name, b"")
+                folder / "runs" / name, charter, self.agenda, self.roster.members.get, self.state, finals.get(name, b"")
             )
 
     async def start(self) -> None:
@@ -520,10 +530,6 @@ class Hub:
         self.agenda.tell()
         return calls.Done()
 
-    def _shut_out(self, name: str) -> bool:
-        member = self.roster.members.get(name)
-        return member is not None and member.revoked
-
     def heard(self) -> dict[str, tuple[str, float | None]]:
         """Members who are not shut out: role, and seconds since they were heard of; None: not since the start."""
         now = time.monotonic()
@@ -560,7 +566,7 @@ class Hub:
         self.state.forget(scope(charter.run))  # of one that never began, and could not be forgotten then
         (folder / "objects").mkdir(parents=True)
         write_file(folder / "objects" / charter.code, content)
-        run = Run(folder, charter, self.agenda, self._shut_out, self.state)
+        run = Run(folder, charter, self.agenda, self.roster.members.get, self.state)
         try:
             await run.load()
             self.state.put("charter", charter.run, msgspec.json.encode(charter))

@@ -3,7 +3,8 @@
     IDLE      asks for work
     TRAINING  works on a task; goes on asking, so as to hear when the round is over without it
     SENDING   has a finished report in its journal, and sends it until the server has it on disk
-    PENDING   the server has it; what the site learnt is not its memory before the update was counted
+    PENDING   the server has it; what the site learnt is not its memory before the update was counted. With a secure
+              sum the server has its word alone, and the site answers the turns at the sum from here
     ENDED     the run is over
 
 A report is recorded before it is sent, so that a site that was killed sends the same one again and does not train
@@ -20,7 +21,22 @@ from msgspec.structs import replace
 
 from atoll import random
 from atoll.errors import invalid
-from atoll.net.control import Answer, Ask, Decline, Deliver, Ended, Received, Refused, Request, Stamp, Wait, Work, plain
+from atoll.net.control import (
+    Abstain,
+    Answer,
+    Ask,
+    Decline,
+    Deliver,
+    Ended,
+    Received,
+    Refused,
+    Request,
+    Stamp,
+    Turn,
+    Wait,
+    Work,
+    plain,
+)
 
 
 class Phase(StrEnum):
@@ -60,6 +76,7 @@ class State(msgspec.Struct, frozen=True):
         phase: what it is doing.
         stamp: round and attempt of the task at work.
         claim: the message of the report that is kept.
+        task: hash of the task it answers, of what it says of the model and the work alone.
         settled: the last task that is over for this site.
         memory: the update whose memory is the client's; None: the client was never counted.
         unheard: times it spoke since the server last answered.
@@ -71,6 +88,7 @@ class State(msgspec.Struct, frozen=True):
     phase: Phase = Phase.IDLE
     stamp: Stamp | None = None
     claim: Deliver | None = None
+    task: str = ""
     settled: Stamp | None = None
     memory: Stamp | None = None
     unheard: int = 0
@@ -94,6 +112,7 @@ class Trained(msgspec.Struct, frozen=True):
     """Training is done; report and memory are on disk."""
 
     claim: Deliver
+    task: str = ""
 
 
 class Broke(msgspec.Struct, frozen=True):
@@ -107,9 +126,10 @@ Event = Due | Heard | Trained | Broke
 
 
 class Kept(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
-    """Entry of the site's journal: a report is finished."""
+    """Entry of the site's journal: a report is finished; `task` as in `State`."""
 
     claim: Deliver
+    task: str = ""
 
 
 class Settled(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
@@ -123,6 +143,12 @@ Entry = Kept | Settled
 
 
 # --- effects ----------------------------------------------------------------------------------------------------------
+
+
+class Add(msgspec.Struct, frozen=True):
+    """Answer a turn at the secure sum with the report that is kept."""
+
+    turn: Turn
 
 
 class Send(msgspec.Struct, frozen=True):
@@ -153,7 +179,7 @@ class Tidy(msgspec.Struct, frozen=True):
     """Reports and memories but those of the state are no longer needed."""
 
 
-Effect = Send | Train | Record | Sleep | Tidy
+Effect = Send | Add | Train | Record | Sleep | Tidy
 Handled = tuple[State, tuple[Effect, ...]]
 
 
@@ -162,8 +188,8 @@ def handle(state: State, event: Event, pace: Pace) -> Handled:
     match event:
         case Due():
             return _spoken(state, pace)
-        case Trained(claim):
-            return _kept(state, claim)
+        case Trained(claim, task):
+            return _kept(state, claim, task)
         case Broke(stamp, reason):
             return _broken(state, stamp, reason)
         case Heard(answer):
@@ -191,9 +217,9 @@ def _with(state: State, entry: Entry) -> State:
     """What an entry makes of a state, now or when the journal is read again."""
     if isinstance(entry, Kept):
         stamp = (entry.claim.round, entry.claim.attempt)
-        return replace(state, phase=Phase.SENDING, stamp=stamp, claim=entry.claim)
+        return replace(state, phase=Phase.SENDING, stamp=stamp, claim=entry.claim, task=entry.task)
     memory = entry.stamp if entry.counted else state.memory
-    return replace(state, phase=Phase.IDLE, stamp=None, claim=None, settled=entry.stamp, memory=memory)
+    return replace(state, phase=Phase.IDLE, stamp=None, claim=None, task="", settled=entry.stamp, memory=memory)
 
 
 def _spoken(state: State, pace: Pace) -> Handled:
@@ -207,10 +233,10 @@ def _spoken(state: State, pace: Pace) -> Handled:
     return after, (Sleep(delay(state, pace)), Send(message))
 
 
-def _kept(state: State, claim: Deliver) -> Handled:
+def _kept(state: State, claim: Deliver, task: str) -> Handled:
     if state.phase is not Phase.TRAINING or state.stamp != (claim.round, claim.attempt):
         return state, (Tidy(),)  # the round ended without this site while it was at work
-    entry = Kept(claim)
+    entry = Kept(claim, task)
     return _with(state, entry), (Record(entry), Send(claim))
 
 
@@ -231,12 +257,22 @@ def _heard(state: State, answer: Answer) -> Handled:
     if isinstance(answer, Work):
         after, more = _offered(after, answer)
         effects += more
+    elif isinstance(answer, Turn):
+        effects += (_added(after, answer),)
     elif isinstance(answer, Received):
         if after.phase is Phase.SENDING and after.stamp == (answer.round, answer.attempt):
             after = replace(after, phase=Phase.PENDING)
     elif isinstance(answer, Ended) and after.phase in (Phase.IDLE, Phase.TRAINING):
         after = replace(after, phase=Phase.ENDED, stamp=None)
     return after, effects
+
+
+def _added(state: State, turn: Turn) -> Effect:
+    """What a turn at a secure sum asks for: what the site has to add, or its word that it has nothing."""
+    if state.phase in (Phase.SENDING, Phase.PENDING) and state.stamp == (turn.round, turn.attempt):
+        return Add(turn)
+    told = "this site has nothing to add."
+    return Send(Abstain(state.run, state.site, turn.round, turn.attempt, turn.turn, told))
 
 
 def _settled(state: State, answer: Answer) -> Handled:
@@ -258,7 +294,7 @@ def _settled(state: State, answer: Answer) -> Handled:
 def _over(stamp: Stamp, answer: Answer) -> bool:
     """Whether the server has gone on without an update that it had not counted when it answered."""
     match answer:
-        case Work():
+        case Work() | Turn():
             return (answer.round, answer.attempt) > stamp
         case Wait() | Received():
             return answer.round > stamp[0]

@@ -23,7 +23,7 @@ import torch
 
 from atoll.errors import InvalidArgument, RunError, invalid
 from atoll.net.calls import Charter
-from atoll.net.control import Hash, Line
+from atoll.net.control import Hash, Line, Step
 from atoll.net.frames import FrameError, Limits, declared, decode
 from atoll.net.storage import Journal, write_file
 
@@ -142,6 +142,10 @@ class Approvals:
 # --- what leaves ------------------------------------------------------------------------------------------------------
 
 
+What = Literal["update", "survey", "spread"] | Step
+"""What leaves: an update, an answer about the table, or one in a step of a secure sum."""
+
+
 class Sent(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A tensor that left: L2 norm of its values, taken as numbers."""
 
@@ -157,17 +161,17 @@ class Left(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         at: seconds since 1970.
         run: whose.
-        what: "update", "survey" or "spread".
+        what: which of `What`.
         round: from 1; 0: before the first.
         attempt: at the round.
         bytes: that left.
         sha256: of them.
-        tensors: what an update is made of.
+        tensors: what an update is made of; of the step "mask" what is under the mask.
     """
 
     at: float
     run: Line
-    what: Literal["update", "survey", "spread"]
+    what: What
     round: int
     attempt: int
     bytes: int

@@ -1,7 +1,7 @@
 """The server's side of a run: carries out what the coordinator decides, on a file system that is handed in.
 
     journal              the recorded events, each durable before an answer that depends on it leaves
-    spool/ROUND/HASH     accepted updates
+    spool/ROUND/HASH     accepted updates; with a secure sum masked vectors, and the sum
     models/ROUND         checkpoints; a recorded event names the hash of the one that counts
 
 It has no clock, thread or socket: whoever owns those calls `receive` with what came, `tick` when time has passed, and
@@ -11,7 +11,7 @@ It has no clock, thread or socket: whoever owns those calls `receive` with what 
 import hashlib
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import msgspec
 import torch
@@ -22,14 +22,32 @@ from atoll.errors import AtollError, CompositionError, NonFiniteError, RunError,
 from atoll.messages import Task
 from atoll.net import coordinator as core
 from atoll.net.admission import Finding, Rules, examine
-from atoll.net.control import Answer, Ask, Cause, Decline, Deliver, Refused, Value, Work, content_hash, decode_request
+from atoll.net.control import (
+    Abstain,
+    Answer,
+    Ask,
+    Cause,
+    Decline,
+    Deliver,
+    Refused,
+    Request,
+    Say,
+    Turn,
+    Value,
+    Work,
+    content_hash,
+    decode_request,
+)
 from atoll.net.coordinator import Entry, Plan
 from atoll.net.frames import Limits, Schema
 from atoll.net.packing import PARTS, pack_state, pack_task, report_schema, unpack_state
-from atoll.net.spool import BLOCK, Spool, reduce
+from atoll.net.spool import BLOCK, Spool, reduce, reduce_sum
 from atoll.net.storage import FileSystem, write_durably
+from atoll.net.sums import Machine, summing, task_hash
 from atoll.rounds import Process, State
+from atoll.secagg import SecAggError, Void
 from atoll.spec import identity
+from atoll.transforms.chain import sent
 from atoll.tree import Leaf, leaves
 
 Told = tuple[Answer, bytes]
@@ -83,11 +101,10 @@ class Service:
             )
         if plan.keep and process.chain.channel.seal is not None:
             raise invalid("keep", True, "False with a summing channel, whose codes depend on the cohort")
-        if process.chain.channel.each:
-            raise CompositionError(
-                f"the channel {process.chain.channel.name} runs every client's machine in one process: over sites its "
-                'messages are not carried yet. Use channel="plain", and know that the server sees every update.'
-            )
+        self._terms = summing(process)
+        least = 0 if self._terms is None else self._terms.least
+        if plan.sums != least:
+            raise invalid("sums", plan.sums, f"{least}, as the channel {process.chain.channel.name} has it")
         self._notice = notice or (lambda text: None)
         self._closed = closed or (lambda round, collected: None)
         self._spool = Spool(files)
@@ -97,7 +114,9 @@ class Service:
         self._frame = b""
         self._schema: Schema | None = None
         self._next: tuple[State, str] | None = None
-        self._todo: deque[core.Open | core.Reduce] = deque()
+        self._machine: Machine | None = None
+        self._length = self._sent = 0
+        self._todo: deque[core.Open | core.Close | core.Reduce] = deque()
         self._full = False
         self.model: State = process.init(plan.seed, initial)
         entries = [_decoder.decode(record) for record in self._log]
@@ -143,23 +162,34 @@ class Service:
                 return Refused(self.plan.run, 0, 0, cause, "", self.state.round, None), b""
         elif isinstance(request, Decline):
             event = core.Declined(site, request)
+        elif isinstance(request, Abstain):
+            event = core.Abstained(site, request)
+        elif isinstance(request, Say):
+            event = core.Spoke(site, request, Finding())
+            _, effects = core.handle(self.plan, self.state, event, self.state.now)
+            if any(isinstance(e, core.Record) for e in effects):
+                if not self._summing():
+                    return self._busy(site, request)
+                event = core.Spoke(site, request, self._heard(site, request, content))
         else:
             event = core.Submitted(site, request, Finding())
             # Whether its content matters at all is known before it is looked at.
             _, effects = core.handle(self.plan, self.state, event, self.state.now)
-            if any(isinstance(e, core.Store) for e in effects):
+            if any(isinstance(e, core.Record) for e in effects):
                 event = core.Submitted(site, request, self._examined(request, content))
         try:
             told = self.happen(event, now, content)
         except OSError as error:
             self._notice(f"the disk refuses: {error}")
+            self._machine = None  # it may have taken what was not recorded
             told = None
-        if told is None:
-            at = (0, 0) if isinstance(request, Ask) else (request.round, request.attempt)
-            known = self.state.sites.get(site)
-            counted = None if known is None else known.counted
-            told = Refused(self.plan.run, *at, "busy", "try again later.", self.state.round, counted), b""
-        return told
+        return told or self._busy(site, request)
+
+    def _busy(self, site: str, request: Request) -> Told:
+        at = (0, 0) if isinstance(request, Ask) else (request.round, request.attempt)
+        known = self.state.sites.get(site)
+        counted = None if known is None else known.counted
+        return Refused(self.plan.run, *at, "busy", "try again later.", self.state.round, counted), b""
 
     def tick(self, now: float) -> None:
         """Time has passed."""
@@ -175,10 +205,13 @@ class Service:
         try:
             if isinstance(effect, core.Open):
                 self._opened(effect, now)
+            elif isinstance(effect, core.Close):
+                self._step_closed(effect, now)
             else:
                 self._reduced(effect, now)
         except OSError as error:  # it stays the first: there may be room the next time
             self._notice(f"the disk refuses: {error}")
+            self._machine = None
             self._full = True
             return
         if self._todo and self._todo[0] is effect:
@@ -203,7 +236,9 @@ class Service:
                     told = answer, b""
                 case core.Offer(_, counted):
                     told = self._offer(counted)
-                case core.Open() | core.Reduce():
+                case core.Tell(name, counted):
+                    told = self._said(name, counted)
+                case core.Open() | core.Close() | core.Reduce():
                     self._todo.append(effect)
                 case core.Forget(round):
                     self._tidy(round)
@@ -242,14 +277,99 @@ class Service:
     def _examined(self, claim: Deliver, content: bytes) -> Finding:
         if self._task is None:
             return Finding("transport", "the task is being made again.")
+        if self._terms is not None:
+            return self._trained(claim)
         assert self._schema is not None
         return examine(self.process, self._task, claim, content, self._schema, self.rules, self.limits)
+
+    # --- turns at a secure sum ----------------------------------------------------------------------------------------
+
+    def _trained(self, claim: Deliver) -> Finding:
+        """What a site's word is that it is trained: nothing of its update is in it."""
+        said = (claim.size, claim.sha256, claim.parts, claim.bytes)
+        if said != (0, content_hash(b""), self.process.parts, self._sent):
+            return Finding("content", "it is more than a site's word that it is trained.")
+        return Finding()
+
+    def _turn(self) -> Machine:
+        """The machine of the turn at work, made anew of what sites have said where there is none."""
+        state, terms = self.state, self._terms
+        assert state.sum is not None and terms is not None and self._task is not None
+        if self._machine is None or self._machine.at != (state.round, state.turn):
+            task = task_hash(state.base, self._task.kind, self._task.seed, self._values)
+            self._machine = Machine(
+                self.plan.run, state.round, state.turn, state.sum, terms, self._length, task, self._spool
+            )  # fmt: skip
+        return self._machine
+
+    def _summing(self) -> bool:
+        """Whether there is a machine now: not before the task is made again, nor while the disk refuses."""
+        if self._task is None or self.state.sum is None:
+            return False
+        try:
+            self._turn()
+            return True
+        except (OSError, AtollError) as error:  # closing the step will tell what it is
+            self._notice(f"the sum of round {self.state.round + 1} cannot go on: {error}")
+            return False
+
+    def _heard(self, site: str, claim: Say, content: bytes) -> Finding:
+        """What an answer was found to be; one without a fault the machine has taken."""
+        raw = content if claim.size else claim.content
+        if len(content) != claim.size or content_hash(raw) != claim.sha256:
+            return Finding("transport" if claim.size else "content", "the answer is not the one that was announced.")
+        try:
+            self._turn().take(site, claim, content)
+        except SecAggError as error:
+            return Finding("content", str(error)[:500])
+        return Finding()
+
+    def _said(self, site: str, counted: tuple[int, int] | None) -> Told | None:
+        if not self._summing():
+            return None
+        state, machine = self.state, self._turn()
+        assert state.sum is not None
+        keys = state.sum.keys if machine.step == "join" else {}
+        turn = Turn(
+            self.plan.run, state.round, state.attempt, state.turn, machine.step, machine.says(site), keys, counted
+        )  # fmt: skip
+        return turn, b""
+
+    def _step_closed(self, effect: core.Close, now: float) -> None:
+        state = self.state
+        turn = state.sum
+        asked = (effect.turn, effect.step) == (state.turn, turn.step if turn else "")
+        if state.phase is not core.Phase.SUMMING or turn is None or not turn.closing or not asked:
+            return  # the run rests, or the turn is over
+        try:
+            machine = self._turn()
+            found = machine.close()
+        except Void as error:
+            self._machine = None
+            self.happen(core.Voided(state.round, state.turn, str(error)[:1000], error.culprits), now)
+            return
+        except (AtollError, ValueError) as error:
+            self._machine = None
+            self.happen(core.Failed(state.round, state.attempt, _told(error)), now)
+            return
+        if found is None:
+            self.happen(core.Advanced(state.round, state.turn, machine.step, tuple(sorted(machine.told))), now)
+            return
+        for name, why in found.culprits.items():
+            self._notice(f"{name}: {why}")
+        total = self._spool.put_sum(state.round, state.turn, found.total.tobytes())
+        self.happen(core.Summed(state.round, state.turn, found.survivors, total), now)
+        self._machine = None
 
     def _opened(self, effect: core.Open, now: float) -> None:
         try:
             task = self.process.open(self.model, effect.cohort, effect.population)
             values, frame = pack_task(task)
-            if self._schema is None:
+            if self._terms is not None:
+                blank = self.process.blank(task)
+                assert isinstance(blank.wire, Mapping)
+                self._length, self._sent = blank.wire["ring"].shape[1], sent(blank.wire)
+            elif self._schema is None:
                 self._schema = report_schema(self.process, task)
         except Exception as error:  # whatever an author's code raises, the run is paused and not lost
             self.happen(core.Failed(effect.round, effect.attempt, _told(error)), now)
@@ -278,20 +398,25 @@ class Service:
 
     def _combined(self, effect: core.Reduce) -> State:
         task, process = self._task, self.process
-        assert task is not None and self._schema is not None
+        assert task is not None
         claims = [u.claim for u in effect.updates]
         expected = None if self.plan.cohort is None else float(self.plan.cohort)
-        collected = reduce(
-            process,
-            self.model,
-            task,
-            self._spool,
-            claims,
-            self._schema,
-            expected=expected,
-            limits=self.limits,
-            block=self.block,
-        )
+        if effect.total:
+            total = self._spool.sum(effect.round, effect.turn, effect.total)
+            collected = reduce_sum(process, self.model, task, total, claims, expected=expected)
+        else:
+            assert self._schema is not None
+            collected = reduce(
+                process,
+                self.model,
+                task,
+                self._spool,
+                claims,
+                self._schema,
+                expected=expected,
+                limits=self.limits,
+                block=self.block,
+            )
         closed = process.close(self.model, task, collected)
         if not bool(torch.isfinite(process.vector(closed)).all()):
             raise NonFiniteError(

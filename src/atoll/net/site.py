@@ -17,7 +17,7 @@ import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from atoll.errors import AtollError, InvalidArgument, RunError, invalid
 from atoll.net import calls, control, party
@@ -39,11 +39,14 @@ from atoll.net.children import (
     worker_replies,
 )
 from atoll.net.client import Client, Turned, Unreachable
-from atoll.net.control import Answer, Deliver, Refused, Request, Work, content_hash
+from atoll.net.control import Answer, Deliver, Refused, Request, Say, Terms, Turn, Work, content_hash
 from atoll.net.home import Home
+from atoll.net.masker import Masker
 from atoll.net.news import News
-from atoll.net.policy import Approvals, Left, Outgoing, Sent, experiment_hash, inspect, source
+from atoll.net.peers import Peers
+from atoll.net.policy import Approvals, Left, Outgoing, Sent, What, experiment_hash, inspect, source
 from atoll.net.storage import Disk, scope, state_of, write_file
+from atoll.secagg import Identity
 
 WORKER = "atoll.deployment.worker"
 
@@ -85,12 +88,16 @@ class Bounds:
         memory: bytes of data the author's process may have; 0: no limit.
         files: bytes a file it writes may have.
         object: bytes of a task's frame at most.
+        least: fewest sites of a secure sum that this one takes part in.
+        again: whether it gives a second sum over the same model, when the first is said to have come to nothing.
     """
 
     task: float = 3600.0
     memory: int = 0
     files: int = 2**30
     object: int = 2**34
+    least: int = 3
+    again: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.task < float("inf"):
@@ -98,6 +105,8 @@ class Bounds:
         for name in ("memory", "files", "object"):
             if getattr(self, name) < 0:
                 raise invalid(name, getattr(self, name), "a number of bytes")
+        if self.least < 3:
+            raise invalid("least", self.least, "at least 3", "A sum of two shows each the other's update.")
 
 
 class Site:
@@ -120,6 +129,7 @@ class Site:
         self.name = home.identity.name
         self.approvals, self.state = Approvals(home.folder), state_of(home.folder, durability=durability)
         self.outgoing = Outgoing(self.state.journal("left"))
+        self.peers = Peers(Disk(home.folder))
         self.client = Client(home)
         self.told = News()
         self._standings: dict[str, Standing] = {}
@@ -261,6 +271,7 @@ class Part:
         self._app = Path()
         self._child: Child | None = None
         self._bound = False
+        self._sums: Terms | None = None
         self._agreement = b""
         self._at: Work | None = None
         self._training: asyncio.Task[None] | None = None
@@ -297,11 +308,30 @@ class Part:
             Disk(self.folder, state=self.site.state, scope=scope(self.run), durability=self.site.durability)
         ) as files:
             agent = Agent(
-                self.site.name, self.run, _elsewhere, files, pace=PACE,
+                self.site.name, self.run, _elsewhere, files, pace=PACE, masker=self._masker(),
                 notice=lambda text: log.warning("run %s: %s", self.run, text),
             )  # fmt: skip
             self.site.stand(self.run, Standing("ready"))
             await self._speak(agent)
+
+    def _masker(self) -> Masker | None:
+        """This site's part in the run's secure sums: in this process, which runs nobody's code.
+
+        What it took part in last must outlive the machine's power whatever else does, or it could be asked again.
+        """
+        if self._sums is None:
+            return None
+        files = Disk(self.folder)
+        return Masker(
+            Identity(self.site.name, self.site.home.key), self._sums, files, self.site.peers,
+            least=self.site.bounds.least, again=self.site.bounds.again, leaving=self._adds,
+            notice=lambda text: log.warning("run %s: %s", self.run, text),
+        )  # fmt: skip
+
+    def _adds(self, turn: Turn, content: bytes, report: bytes) -> None:
+        """Enter what leaves in a step of a secure sum; of a masked vector also what is under the mask."""
+        tensors = inspect(report, len(report)) if report else []
+        self._leaves(turn.step, turn.round + 1, turn.attempt, content, tensors)
 
     async def _withdrawn(self) -> None:
         """For as long as the approval holds."""
@@ -395,6 +425,7 @@ class Part:
         except Failed:
             await self._drop()
             raise
+        self._sums = ready.sums
         return self._child
 
     async def _ready_child(self) -> Child:
@@ -445,10 +476,10 @@ class Part:
             self._look(agent)
 
     async def _sent(self, message: Request, frame: bytes) -> tuple[Answer, bytes]:
-        if isinstance(message, Deliver):
+        if isinstance(message, Deliver | Say):
             async with self._delivering:  # one way of a report at a time: whoever waits finds it delivered
                 answer = await self.client.say(message)
-                if isinstance(answer, Refused) and answer.cause == "transport":
+                if isinstance(answer, Refused) and answer.cause == "transport" and frame:
                     await self.client.upload(self.run, frame)
                     answer = await self.client.say(message)
                 return answer, b""
@@ -511,12 +542,12 @@ class Part:
             await self._drop()
             raise RunError("the task's process answered with something else than a report.")
         frame = blob[: reply.frame]
-        self._leaves("update", work.round + 1, work.attempt, frame, inspect(frame, largest))
+        tensors = inspect(frame, largest)
+        if self._sums is None:  # else it stays here, and what is made of it in a sum is entered then
+            self._leaves("update", work.round + 1, work.attempt, frame, tensors)
         return Done(frame, reply.parts, reply.sent, blob[reply.frame :])
 
-    def _leaves(
-        self, what: Literal["update", "survey", "spread"], round: int, attempt: int, content: bytes, tensors: list[Sent]
-    ) -> None:
+    def _leaves(self, what: What, round: int, attempt: int, content: bytes, tensors: list[Sent]) -> None:
         """Enter in the site's journal what is about to leave."""
         self.site.outgoing.write(
             Left(time.time(), self.run, what, round, attempt, len(content), content_hash(content), tensors)

@@ -1,4 +1,4 @@
-"""Accepted updates on disk, and their reduction.
+"""Accepted updates on disk, and their reduction; of a secure sum the masked vectors, and the sum.
 
 An update is one file, the frame as it came, durable before it is acknowledged. Updates are combined in the cohort's
 order, whatever order they came in, by the process's own `combine` and `Collector`:
@@ -14,17 +14,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from atoll.collecting import Collected
 from atoll.errors import RunError
 from atoll.messages import Partial, Report, Task
-from atoll.net.control import Deliver
+from atoll.net.control import Deliver, Say, content_hash
 from atoll.net.frames import FrameError, Limits, Place, Schema, locate, tensor
 from atoll.net.packing import clear, report_of
 from atoll.net.storage import FileSystem, write_durably
 from atoll.rounds import Process, State
+from atoll.transforms.channel import Group
 
 BLOCK = 2**20
 """Coordinates that are combined at a time."""
@@ -45,15 +47,51 @@ class Spool:
     def __init__(self, files: FileSystem, folder: str = "spool") -> None:
         self.files, self._folder = files, folder
 
-    def put(self, claim: Deliver, content: bytes) -> None:
-        """Make an update durable.
+    def put(self, claim: Deliver | Say, content: bytes) -> None:
+        """Make an update or a masked vector durable.
 
         Raises:
             OSError: it is not.
         """
         write_durably(self.files, self.path(claim), content)
 
-    def path(self, claim: Deliver) -> str:
+    def read(self, claim: Say) -> bytes:
+        """A masked vector, as it came.
+
+        Raises:
+            OSError: it cannot be read.
+            SpoolError: it changed on disk.
+        """
+        content = self.files.read(self.path(claim))
+        if content_hash(content) != claim.sha256:
+            raise SpoolError(f"the masked vector of {claim.site} in round {claim.round + 1} is damaged on disk.")
+        return content
+
+    def put_sum(self, round: int, turn: int, total: bytes) -> str:
+        """Make a secure sum durable; its hash.
+
+        Raises:
+            OSError: it is not.
+        """
+        write_durably(self.files, self._sum_path(round, turn), total)
+        return content_hash(total)
+
+    def sum(self, round: int, turn: int, sha256: str) -> bytes:
+        """A secure sum.
+
+        Raises:
+            OSError: it cannot be read.
+            SpoolError: it changed on disk.
+        """
+        total = self.files.read(self._sum_path(round, turn))
+        if content_hash(total) != sha256:
+            raise SpoolError(f"the sum of round {round + 1} is damaged on disk.")
+        return total
+
+    def _sum_path(self, round: int, turn: int) -> str:
+        return f"{self._folder}/{round:08d}/sum.{turn}"
+
+    def path(self, claim: Deliver | Say) -> str:
         """The file of an update: another one never takes its place, even while it is not known which will count."""
         name = hashlib.sha256(f"{claim.site}\n{claim.attempt}\n{claim.sha256}".encode()).hexdigest()[:32]
         return f"{self._folder}/{claim.round:08d}/{name}"
@@ -197,6 +235,37 @@ def reduce(
             sum(p.bytes for p in seen),
         )
     )
+    return collector.finish(expected)
+
+
+def reduce_sum(
+    process: Process,
+    state: State,
+    task: Task,
+    total: bytes,
+    claims: Sequence[Deliver],
+    *,
+    expected: float | None = None,
+) -> Collected:
+    """A round's secure sum, read.
+
+    Args:
+        process: whose rules.
+        state: before the round.
+        task: of the round; its cohort is what the sites' scale was made for.
+        total: bytes of the sum.
+        claims: of the sites whose vectors it is the sum of, in the cohort's order.
+        expected: as in `reduce`.
+
+    Raises:
+        InvalidArgument: a sum that so many sites within the range cannot give, or all of them have weight 0.
+    """
+    ring = process.chain.channel.ring
+    assert ring is not None
+    signed = np.frombuffer(total, dtype="<i4" if ring <= 32 else "<i8").astype(np.int64)
+    members = tuple(claim.site for claim in claims)
+    collector = process.collector(state, task)
+    collector.take(Group(members, {"ring": torch.from_numpy(signed)}), process.parts, sum(c.bytes for c in claims))
     return collector.finish(expected)
 
 

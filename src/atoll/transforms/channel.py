@@ -7,7 +7,7 @@ tile, and ends with sums (`gather`), which `unseal` reads. `plain` shows the ser
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from atoll.transforms.base import Codes, Keys
 
 if TYPE_CHECKING:
     from atoll.aggregators import Aggregator
+    from atoll.secagg import Parameters
 
 
 class Opened(NamedTuple):
@@ -72,6 +73,8 @@ class Channel:
         ring: bits of what it adds up; None: it does not add.
         whole: the same channel for rows that are integers already, which it adds up as they are; None: it takes none.
         least: fewest clients of a sum that is shown.
+        parameters: of its protocol over sites, for vectors of one number; None: it has none.
+        server: what that protocol must bear.
     """
 
     spec: Spec
@@ -87,6 +90,8 @@ class Channel:
     ring: int | None = None
     whole: "Channel | None" = None
     least: int = 1
+    parameters: "Parameters | None" = None
+    server: Literal["lying", "curious"] = "lying"
 
     @property
     def name(self) -> str:

@@ -14,8 +14,8 @@ and losses, which their noise does not protect.
 
 Two grades, with the same result to the last bit: "exact" adds up the integers; "full" lets every client's and the
 server's own state machine run (`atoll.secagg`), with fresh keys, masks and shares. Both draw which clients drop out,
-and in which phase. Rounding is keyed like everything that is not secret in a simulation; a site rounds by the secure
-source (`encode` without draws).
+and in which phase. Over sites the protocol always runs, whatever the grade (`atoll.net`), and gives the very sum that a
+simulation with the same survivors gives: rounding is keyed like everything that is not secret.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -66,14 +66,15 @@ def secure_sum(
         weight_cap: largest weight of a client. Larger weights are refused, not cut.
         loss_cap: largest mean loss of a client; larger ones are cut and counted.
         bits: of the sum, 8 to 48; up to 32 a number travels in 4 bytes, else in 8.
-        grade: "exact": the arithmetic alone, which hides nothing, to study accuracy at any scale; "full": the whole
-            protocol by every client, in this process.
+        grade: of a simulation. "exact": the arithmetic alone, which hides nothing, to study accuracy at any scale;
+            "full": the whole protocol by every client, in this process.
         server: what thresholds must bear: "lying" or "curious".
         threshold: share of a group (numerator, denominator) of which more must be there to the end.
         degree: keepers of a client's shares, in cohorts of more than 64.
         least: fewest clients of a sum, at least 3.
         dropouts: share of the clients that drop out in each phase: "join", "reveal", "share", "mask", "confirm",
-            "unmask". Where too few are left the round gives nothing, and the model stays as it is.
+            "unmask". Where too few are left the round gives nothing, and the model stays as it is. Of a simulation:
+            sites drop out by themselves.
 
     Raises:
         InvalidArgument: an argument outside its range; a threshold that the server could get around.
@@ -163,7 +164,7 @@ def secure_sum(
     )  # fmt: skip
     channel = Channel(
         spec, True, weight_cap, check, seal, gather, unseal, grade == "full", leaving if shares else None, ring=bits,
-        least=least,
+        least=least, parameters=parameters(1), server=server,
     )  # fmt: skip
     return replace(channel, whole=replace(channel, seal=_integers(bits), unseal=_summed(bits)))
 
