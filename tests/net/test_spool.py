@@ -15,7 +15,7 @@ from atoll.collecting import Collected
 from atoll.errors import InvalidArgument
 from atoll.local import local_sgd
 from atoll.messages import Clear, Report, Task
-from atoll.net.control import Deliver
+from atoll.net.control import Deliver, Say
 from atoll.net.frames import content_hash
 from atoll.net.packing import clear, pack_report, report_schema
 from atoll.net.spool import Spool, SpoolError, reduce
@@ -170,3 +170,22 @@ def test_a_report_in_the_clear_keeps_its_parts() -> None:
     process, _, _, _, reports = made("mean")
     wire = reports[0].wire
     assert isinstance(wire, Clear) and wire.change.shape == (1, process.parts[0])
+
+
+def test_what_happened_to_a_masked_vector_or_a_sum_is_noticed() -> None:
+    disk = Disk()
+    spool, vector = Spool(disk), b"under a mask"
+    claim = Say("r", "a", 0, 1, 2, "mask", b"", content_hash(vector), len(vector))
+    spool.put(claim, vector)
+    total = spool.put_sum(0, 2, b"a sum")
+    assert spool.read(claim) == vector and spool.sum(0, 2, total) == b"a sum"
+    for path, ask in (
+        (spool.path(claim), lambda: spool.read(claim)),
+        ("spool/00000000/sum.2", lambda: spool.sum(0, 2, total)),
+    ):
+        disk.names_now[path].now[0] ^= 1
+        with pytest.raises(SpoolError, match="damaged"):
+            ask()
+        disk.remove(path)
+        with pytest.raises(FileNotFoundError):
+            ask()

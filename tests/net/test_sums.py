@@ -197,6 +197,27 @@ def test_every_operation_of_a_disk_may_be_the_last(who: str) -> None:
     crashes(who, 1)
 
 
+def test_a_disk_that_is_full_for_a_while_costs_no_turn() -> None:
+    """Neither where an answer cannot be recorded, nor where a step cannot be closed."""
+    calm = Watched(SHORT, 0, ()).run()
+    within = [e.now for e in calm.entries() if isinstance(e.event, coordinator.Spoke | coordinator.Advanced)]
+    for time in within[::5]:
+        made = Watched(SHORT, 0, [("full", SERVER, time - 0.05, 2.0)]).run()
+        assert made.done and any("disk refuses" in text for text in made.notices)
+        assert {m.turn for _, m, _ in made.sent if isinstance(m, Say)} == {1} and len(made.counted()[0]) == SITES
+
+
+def test_a_sum_that_changed_on_disk_pauses_the_run() -> None:
+    made = Watched(SHORT, 0, ())
+    while made.server is None or made.server.state.phase is not coordinator.Phase.REDUCING:
+        made.run(made.now + 0.01)
+    disk = made.machines[SERVER].disk
+    disk.names_now["spool/00000000/sum.1"].now[0] ^= 1
+    made.server.work(made.now)
+    assert made.server.state.phase is coordinator.Phase.PAUSED
+    assert made.server.state.reason == "the sum of round 1 is damaged on disk."
+
+
 # --- who drops out where ----------------------------------------------------------------------------------------------
 
 
