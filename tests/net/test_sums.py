@@ -200,8 +200,9 @@ def test_every_operation_of_a_disk_may_be_the_last(who: str) -> None:
 def test_a_disk_that_is_full_for_a_while_costs_no_turn() -> None:
     """Neither where an answer cannot be recorded, nor where a step cannot be closed."""
     calm = Watched(SHORT, 0, ()).run()
-    within = [e.now for e in calm.entries() if isinstance(e.event, coordinator.Spoke | coordinator.Advanced)]
-    for time in within[::5]:
+    said = [e.now for e in calm.entries() if isinstance(e.event, coordinator.Spoke)]
+    closed = [e.now for e in calm.entries() if isinstance(e.event, coordinator.Advanced | coordinator.Summed)]
+    for time in (*said[::8], *closed[1::2]):
         made = Watched(SHORT, 0, [("full", SERVER, time - 0.05, 2.0)]).run()
         assert made.done and any("disk refuses" in text for text in made.notices)
         assert {m.turn for _, m, _ in made.sent if isinstance(m, Say)} == {1} and len(made.counted()[0]) == SITES
