@@ -30,19 +30,19 @@ def raw(first, second, content):
     channel._file.write(first.to_bytes(8, "little") + second.to_bytes(8, "little") + content)
     channel._file.flush()
 if what == "long": raw(2**62, 2**62, b""); time.sleep(100)
-if what == "blob": channel.reply(Ready("", False), b"x" * 1000)
+if what == "blob": channel.reply(Ready("", False, None), b"x" * 1000)
 if what == "short": raw(5, 0, b"{}"); sys.exit(0)
 if what == "noise": raw(4, 0, b"\\x80\\x04.."); time.sleep(100)
 if what == "other": raw(17, 0, b'{"type":"Survey"}')
 if what == "write":
     limit(0, 1000)
     try: open(sys.argv[0] + ".big", "wb").write(b"x" * 10**6)
-    except OSError as error: channel.reply(Ready("refused", False))
+    except OSError as error: channel.reply(Ready("refused", False, None))
 if what == "memory":
     limit(2**29, 1000)
     try: x = bytearray(2**30)
-    except MemoryError: channel.reply(Ready("refused", False))
-if what == "fine": channel.reply(Ready(",".join(sorted(os.environ)), False), b"answer")
+    except MemoryError: channel.reply(Ready("refused", False, None))
+if what == "fine": channel.reply(Ready(",".join(sorted(os.environ)), False, None), b"answer")
 while channel.receive() is not None: pass
 """
 
@@ -121,7 +121,7 @@ def test_a_parent_may_be_the_first_process_as_in_a_container(module: Path) -> No
 
 @pytest.mark.parametrize("what", ["write", "memory"])
 def test_a_child_keeps_within_its_bounds(module: Path, what: str) -> None:
-    assert told(module, what)[0] == Ready("refused", False)
+    assert told(module, what)[0] == Ready("refused", False, None)
 
 
 def test_a_caller_that_goes_away_ends_the_child(module: Path) -> None:
