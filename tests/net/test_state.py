@@ -435,6 +435,21 @@ def test_a_password_is_nowhere_but_in_the_address(postgres: Cluster, postgresql:
     made.close()
 
 
+def test_a_password_may_come_from_the_environment_and_is_handed_on(
+    postgres: Cluster, postgresql: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process of a run is given an address and not this one's environment."""
+    without = postgresql.replace(f":{postgres.password}@", "@")
+    monkeypatch.delenv("PGPASSWORD", raising=False)
+    with pytest.raises(OSError, match="password"):
+        State(without)
+    monkeypatch.setenv("PGPASSWORD", postgres.password)
+    with closing(State(without)) as made:
+        monkeypatch.delenv("PGPASSWORD")
+        State(made.address).close()
+        assert postgres.password not in made.shown
+
+
 @pytest.mark.parametrize("address", ["", "nothing", "sqlite://", "sqlite:///:memory:", "mysql://u:p@h/d", "oracle://h"])
 def test_what_is_no_address_of_a_database_is_refused(address: str) -> None:
     with pytest.raises(InvalidArgument, match=r"postgresql://USER@HOST|must be a file"):
