@@ -149,6 +149,7 @@ for n in range(30):
 """
 
 
+@pytest.mark.slow
 def test_several_processes_begin_and_write_at_once_each_its_own_journal(state: Open) -> None:
     """Also the tables are made once, and by any of them."""
     mine = state()
