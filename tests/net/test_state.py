@@ -149,6 +149,7 @@ for n in range(30):
 """
 
 
+@pytest.mark.slow
 def test_several_processes_begin_and_write_at_once_each_its_own_journal(state: Open) -> None:
     """Also the tables are made once, and by any of them."""
     mine = state()
@@ -433,6 +434,21 @@ def test_a_password_is_nowhere_but_in_the_address(postgres: Cluster, postgresql:
     assert not any(postgres.password in text or "wrong-password" in text for text in told), told
     journal.close()
     made.close()
+
+
+def test_a_password_may_come_from_the_environment_and_is_handed_on(
+    postgres: Cluster, postgresql: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process of a run is given an address and not this one's environment."""
+    without = postgresql.replace(f":{postgres.password}@", "@")
+    monkeypatch.delenv("PGPASSWORD", raising=False)
+    with pytest.raises(OSError, match="password"):
+        State(without)
+    monkeypatch.setenv("PGPASSWORD", postgres.password)
+    with closing(State(without)) as made:
+        monkeypatch.delenv("PGPASSWORD")
+        State(made.address).close()
+        assert postgres.password not in made.shown
 
 
 @pytest.mark.parametrize("address", ["", "nothing", "sqlite://", "sqlite:///:memory:", "mysql://u:p@h/d", "oracle://h"])
