@@ -19,9 +19,9 @@ from atoll.bench import figures, workloads
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 NAMES = (
-    "compression", "compression_speed", "deployment", "flamby_heart", "inversion", "long_run", "mnist_2nn", "mnist_cnn", "niid_mnist",
-    "opacus_mnist", "personalisation", "privacy", "recipes", "robustness", "round_time", "rules", "scale", "secagg",
-    "transfer",
+    "compression", "compression_speed", "deployment", "flamby_heart", "inversion", "long_run", "mnist_2nn", "mnist_cnn",
+    "niid_mnist", "opacus_mnist", "personalisation", "privacy", "recipes", "robustness", "round_time", "rules", "scale",
+    "secagg", "transfer",
 )  # fmt: skip
 SHARED = ("mnist_images", "reporting")
 SPEED = ("run", "scaling", "environments", "figures", "workloads", "networks", "modules", "harness", "digest")
@@ -49,7 +49,8 @@ def arguments(name: str, scratch: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in ("long_run", "recipes") else []) for n in NAMES]
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] if n in ("deployment", "long_run", "recipes") else []) for n in NAMES],
 )
 def test_quick_run_writes_its_result(name: str, load: Load, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if name == "transfer" and not (Path(os.environ.get("ATOLL_DATA", "/nonexistent")) / "gtsrb-third.zip").is_file():
