@@ -210,6 +210,24 @@ def server(
 
 @app.command()
 @guarded
+def unit(
+    role: Annotated[str, typer.Argument(metavar="ROLE", help='"server" or "site".')],
+    folder: Annotated[Path, typer.Option(help="The server's state, or a site's folder that `atoll join` made.")],
+    user: Annotated[str, typer.Option(help="Who the program runs as.")] = "atoll",
+    data: Annotated[str | None, typer.Option(metavar="PATH", help="The table that this site's owner keeps.")] = None,
+    container: Annotated[
+        bool, typer.Option("--container", help="A container file, with the folder as /state.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Print a systemd unit, or a container file, that keeps a server or a site running."""
+    from atoll.cli.units import unit as print_unit
+
+    print_unit(role, folder=folder, user=user, data=data, container=container)
+
+
+@app.command()
+@guarded
 def invite(
     names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Names of the newcomers.")],
     role: Annotated[str, typer.Option(help='"site", "researcher", "admin" or "viewer".')] = "site",
