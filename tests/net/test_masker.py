@@ -45,7 +45,7 @@ class Table:
     """Four sites and the server's machine, whose messages are carried by hand."""
 
     def __init__(self, folder: Path, **more: Any) -> None:
-        self.folder, self.more, self.number = folder, more, 0
+        self.folder, self.more, self.number, self.round = folder, more, 0, 0
         self.left: list[tuple[str, Step, bytes]] = []
         self.sites = {name: self.site(name) for name in NAMES}
 
@@ -57,17 +57,17 @@ class Table:
             leaving=lambda turn, raw, report: self.left.append((name, turn.step, raw)), **self.more,
         )  # fmt: skip
 
-    def begin(self, task: str = TASK) -> "Table":
-        self.number += 1
+    def begin(self, task: str = TASK, round: int = 0) -> "Table":
+        self.number, self.round = self.number + 1, round
         begun = Sum(KEYS, "join", NAMES)
-        self.machine = Machine("r", 0, self.number, begun, TERMS, LENGTH, task, Spool(Disk(self.folder / "server")))
+        self.machine = Machine("r", round, self.number, begun, TERMS, LENGTH, task, Spool(Disk(self.folder / "server")))
         return self
 
     def turn(self, name: str, **changes: Any) -> Turn:
         """What the server says to a site now."""
         step = self.machine.step
         keys = KEYS if step == "join" else {}
-        said = Turn("r", 0, 1, self.number, step, self.machine.says(name), keys, None)
+        said = Turn("r", self.round, 1, self.number, step, self.machine.says(name), keys, None)
         return replace(said, **changes)
 
     def hear(self, name: str, turn: Turn, task: str = TASK) -> list[tuple[Any, bytes]]:
@@ -273,6 +273,16 @@ def test_a_vector_leaves_once_unless_the_owner_allows_it(tmp_path: Path) -> None
             assert isinstance(answered[0][0], Say) if again else abstains(answered, "has sent already")
         other = table.begin("9" * 64).hear("a", table.turn("a"), task="9" * 64)
         assert again or abstains(other, "has sent already"), "nor in the same round for another model"
+
+
+def test_a_vector_of_a_model_leaves_once_whatever_lies_between(tmp_path: Path) -> None:
+    table = Table(tmp_path).begin().until("confirm")
+    other, same = table.begin("9" * 64, round=1), "has sent already"
+    assert isinstance(other.hear("a", other.turn("a"), task="9" * 64)[0][0], Say)
+    for _ in range(2):
+        later = table.begin(round=table.round + 1)
+        assert abstains(later.hear("a", later.turn("a")), same)
+        table.sites["a"] = table.site("a")
 
 
 def test_a_disk_that_refuses_lets_nothing_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

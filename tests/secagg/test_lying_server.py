@@ -466,6 +466,20 @@ def test_a_vector_is_not_sent_in_a_second_attempt() -> None:
     assert np.array_equal(total - left_out, first.vectors[NAMES[4]])  # what would leak
 
 
+def test_no_round_in_between_makes_a_client_forget_what_it_sent() -> None:
+    """Asked for another model first, it would else give a second sum over the same model."""
+    first = World(3)
+    first.run()
+    mark = first.clients[NAMES[0]].mark
+    between = World(3, round=1)
+    other = replace(between.server.invitation, broadcast=bytes(32))
+    client = Client(IDENTITIES[NAMES[0]], between.roster, None, mark)
+    client.join(other, bytes(32))
+    with pytest.raises(SecAggError, match="see a single client"):
+        again(client.mark, round=2)
+    assert again(client.mark, Policy(again=True), round=2).phase is Phase.REVEAL
+
+
 def test_sums_that_differ_by_one_client_are_warned_of() -> None:
     first = World(5)
     first.run()

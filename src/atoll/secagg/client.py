@@ -127,8 +127,9 @@ class Client:
             self.warnings = self._policy.admit(self._identity.name, invitation, self._roster, self.mark)
             if broadcast != invitation.broadcast:
                 raise SecAggError("broadcast", "the server names another model or task than it sent to this client.")
-            before = self.mark.survivors if self.mark is not None and self.mark.run == invitation.run else ()
-            self.mark = Mark(invitation.run, invitation.round, invitation.attempt, broadcast, False, before)
+            last = self.mark if self.mark is not None and self.mark.run == invitation.run else None
+            before, sent = ((), ()) if last is None else (last.survivors, last.sent)
+            self.mark = Mark(invitation.run, invitation.round, invitation.attempt, broadcast, False, before, sent)
             self._cohort = invitation.cohort
             self._own = invitation.cohort.index(self._identity.name)
             self._asked: Parameters = invitation.parameters
@@ -232,7 +233,8 @@ class Client:
             masked = np.array(vector)
             add_masks(masked, keys)
             assert self.mark is not None
-            self.mark = replace(self.mark, masked=True)
+            sent = (*(s for s in self.mark.sent if s != self.mark.broadcast), self.mark.broadcast)
+            self.mark = replace(self.mark, masked=True, sent=sent)
             # From here on only shares of others are needed.
             self._secrets = None
             self.phase = Phase.CONFIRM

@@ -113,6 +113,7 @@ class Mark(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=T
         broadcast: hash of the model and task.
         masked: whether its vector has left, under masks.
         survivors: the clients of the last sum it confirmed.
+        sent: hashes of all models and tasks for which its vector has left in this run, under masks.
     """
 
     run: str
@@ -121,6 +122,7 @@ class Mark(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=T
     broadcast: bytes = b""
     masked: bool = False
     survivors: tuple[str, ...] = ()
+    sent: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,13 +248,14 @@ class Policy:
                 f"{asked} is not after round {mark.round}, attempt {mark.attempt}, in which {name} took part: nothing "
                 "is taken up twice.",
             )
-        same = invitation.round == mark.round or invitation.broadcast == mark.broadcast
-        if mark.masked and same and not self.again:
+        last = mark.masked and (invitation.round == mark.round or invitation.broadcast == mark.broadcast)
+        same = last or invitation.broadcast in mark.sent
+        if same and not self.again:
             raise SecAggError(
                 "used",
-                f"{asked} asks for what {name} has sent already, in round {mark.round}, attempt {mark.attempt}: a "
-                "server that kept that sum could take the sums of two attempts from each other and see a single "
-                "client. Allow it with Policy(again=True) where the server is trusted not to.",
+                f"{asked} asks for what {name} has sent already, in that round or for the same model: a server "
+                "that kept that sum could take the sums of two attempts from each other and see a single client. Allow "
+                "it with Policy(again=True) where the server is trusted not to.",
             )
 
     def _check_organisations(self, cohort: tuple[str, ...], roster: Roster) -> None:
