@@ -198,6 +198,18 @@ def test_a_site_goes_on_with_the_turn_it_is_in_and_nothing_else(step: Step, tmp_
 )  # fmt: skip
 def test_invitations_that_are_not_taken_up(table: Table, change: dict[str, Any], why: str) -> None:
     assert abstains(table.hear("a", table.turn("a", **change)), why)
+    assert not Peers(Disk(table.folder / "a")).keys, "and no key is pinned for a turn that it is not in"
+    assert isinstance(table.begin(round=2).hear("a", table.turn("a"))[0][0], Say)
+
+
+@pytest.mark.parametrize("claimed", STEPS)
+def test_a_vector_leaves_as_a_vector_and_is_looked_at(table: Table, claimed: Step) -> None:
+    """Called another step, it would leave without an entry of what is under the mask."""
+    table.until("mask")
+    answered = table.hear("a", table.turn("a", step=claimed))
+    seen = [step for name, step, _ in table.left if name == "a"]
+    assert bool(answered) == (claimed == "mask") == (seen == list(STEPS[:4]))
+    assert seen[:3] == list(STEPS[:3])
 
 
 @pytest.mark.parametrize(
@@ -321,7 +333,8 @@ def test_a_damaged_mark_takes_nothing_up(tmp_path: Path) -> None:
     [b"rubbish", frames.encode({"wire": torch.ones(1, 5)}), frames.encode({"wire/ring": torch.ones(1, 5)}),
      frames.encode({"wire/ring": torch.ones(2, 5, dtype=torch.int32)}), report(1)[:-4],
      frames.encode({"wire/ring": torch.ones(1, 4, dtype=torch.int32)}),
-     frames.encode({"wire/ring": torch.ones(1, 5, dtype=torch.int64)})],
+     frames.encode({"wire/ring": torch.ones(1, 5, dtype=torch.int64)}),
+     frames.encode({"wire/ring": torch.ones(1, 5, dtype=torch.bfloat16)})],
 )  # fmt: skip
 def test_a_report_that_is_no_vector_of_the_ring_does_not_leave(table: Table, content: bytes) -> None:
     table.until("mask")

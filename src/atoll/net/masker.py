@@ -9,13 +9,14 @@ things in one step is answered once.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import numpy as np
+import torch
 
 from atoll import secagg
-from atoll.net.control import Abstain, Say, Terms, Turn, content_hash, plain
+from atoll.net.control import STEPS, Abstain, Say, Terms, Turn, content_hash, plain
 from atoll.net.frames import FrameError, declared, decode
 from atoll.net.peers import Peers
 from atoll.net.storage import FileSystem, write_durably
@@ -24,6 +25,9 @@ from atoll.secagg import Identity, Mark, Policy, SecAggError, messages
 from atoll.secagg.masks import RINGS, Ring
 
 PATH = "mark"
+
+ASKS = dict(zip(STEPS, get_args(messages.FromServer), strict=True))
+"""What a server says in a step."""
 
 Answered = tuple[Say | Abstain, bytes]
 """A message and the frame beside it."""
@@ -125,6 +129,8 @@ class Masker:
 
     def _said(self, turn: Turn, task: str, report: Callable[[], bytes]) -> Any:
         message = secagg.decode_server(turn.content)
+        if type(message) is not ASKS[turn.step]:  # else a vector could leave as another answer, not looked at
+            raise SecAggError("order", f"the server asks for the step {turn.step} by its message of another.")
         if self._client is None:
             return self._joined(turn, message, task)
         before, client = self._client.mark, self._client
@@ -155,8 +161,9 @@ class Masker:
             raise SecAggError("policy", "the server asks for another sum than the approved experiment does.")
         if turn.keys.keys() != set(message.cohort):
             raise SecAggError("roster", "the server gives keys of others than the cohort.")
-        client = secagg.Client(self._identity, self._peers.pin(turn.keys), self._policy, self._mark())
+        client = secagg.Client(self._identity, self._peers.known(turn.keys), self._policy, self._mark())
         said = client.join(message, bytes.fromhex(task))
+        self._peers.pin(turn.keys)  # of a turn that it takes part in, and of no other
         self._marked(client)
         self._warn(client)
         self._client = client
@@ -203,8 +210,7 @@ def vector_of(report: bytes, terms: Terms) -> Ring:
         raise SecAggError("input", f"the report is no frame: {error}") from error
     if vector is None or vector.ndim != 2 or len(vector) != 1:
         raise SecAggError("input", "the report holds no vector to be summed.")
-    row = vector[0].numpy()
-    ring = RINGS[32 if terms.bits <= 32 else 64]
-    if row.dtype.itemsize != ring.itemsize or row.dtype.kind != "i":
-        raise SecAggError("input", f"the report's vector is of {row.dtype}, which is not the ring's.")
-    return np.ascontiguousarray(row).view(ring)
+    dtype, ring = (torch.int32, RINGS[32]) if terms.bits <= 32 else (torch.int64, RINGS[64])
+    if vector.dtype != dtype:
+        raise SecAggError("input", f"the report's vector is of {vector.dtype}, which is not the ring's.")
+    return np.ascontiguousarray(vector[0].numpy()).view(ring)

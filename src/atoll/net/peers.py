@@ -40,13 +40,31 @@ class Peers:
         except msgspec.MsgspecError as error:
             raise RunError(f"{PATH} is damaged: restore it, or remove it to pin the sites' keys anew.") from error
 
-    def pin(self, keys: dict[str, str]) -> secagg.Roster:
-        """Pin the keys of sites that were not known, durably; all of the given sites as they are known.
+    def known(self, keys: dict[str, str]) -> secagg.Roster:
+        """These sites, if each has the key that is pinned or none is; nothing is pinned by that.
 
         Raises:
             SecAggError: a site has another key than the one that is pinned, or keys that are none.
+        """
+        self._fitting(keys)
+        try:
+            return roster_of(keys)
+        except InvalidArgument as error:
+            raise secagg.SecAggError("roster", f"the sites' keys cannot be used: {error}") from error
+
+    def pin(self, keys: dict[str, str]) -> None:
+        """Pin the keys of sites that were not known, durably.
+
+        Raises:
+            SecAggError: a site has another key than the one that is pinned.
             OSError: they could not be kept; nothing has changed then.
         """
+        pinned = self._fitting(keys)
+        if keys.keys() - pinned.keys():
+            self._keep(pinned | keys)
+
+    def _fitting(self, keys: dict[str, str]) -> dict[str, str]:
+        """What is pinned, which these keys do not contradict."""
         try:
             pinned = self.keys
         except RunError as error:
@@ -54,13 +72,7 @@ class Peers:
         for name, key in keys.items():
             if pinned.get(name, key) != key:
                 raise secagg.SecAggError("roster", f"{name} has another key than the one that is pinned here.", name)
-        try:
-            roster = roster_of(keys)
-        except InvalidArgument as error:
-            raise secagg.SecAggError("roster", f"the sites' keys cannot be used: {error}") from error
-        if keys.keys() - pinned.keys():
-            self._keep(pinned | keys)
-        return roster
+        return pinned
 
     def forget(self, name: str) -> None:
         """Let the next key under a name be pinned.
