@@ -123,6 +123,24 @@ def test_a_dealer_that_nobody_can_read() -> None:
     assert set(caught.value.culprits) == {NAMES[1]} and "could not read" in caught.value.culprits[NAMES[1]]
 
 
+@pytest.mark.parametrize(
+    ("blamed", "named"),
+    [(NAMES[:2], NAMES[2:3]), (NAMES[:1], (NAMES[0], NAMES[2])), ((), NAMES[2:3])],
+    ids=["everybody", "one", "silence"],
+)
+def test_a_keeper_that_blames_others_does_not_get_off(blamed: tuple[str, ...], named: tuple[str, ...]) -> None:
+    """It keeps what it could give, and so makes the attempt void: a new one is not made without the others alone."""
+    world = World(3).until("unmask")
+    for name in world.names:
+        answer = world.answer(name, world.due[name], "unmask")
+        if name == NAMES[2]:
+            answer = replace(answer, held=(), unreadable=tuple(NAMES.index(b) for b in blamed))
+        world.server.receive(name, answer)
+    with pytest.raises(Void) as caught:
+        world.server.close()
+    assert set(caught.value.culprits) == set(named)
+
+
 def test_vectors_of_other_numbers() -> None:
     world = World(3).until("mask")
     client = world.clients[NAMES[0]]

@@ -11,6 +11,7 @@ keeps one vector. Whoever acts for a client is authenticated by what carries the
 signed by themselves, and they check it. Where too few are left the attempt is `Void`, and so are its keys.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from enum import IntEnum
 from typing import NamedTuple, Never
@@ -331,13 +332,14 @@ class Server:
         hashes: dict[int, dict[int, Sealed]] = {d: {s.place: s for s in m.sealed} for d, m in self._shares.items()}
         seeds: dict[int, dict[int, bytes]] = {}
         keys: dict[int, dict[int, bytes]] = {}
+        complaints: set[tuple[int, int]] = set()
         for keeper, message in sorted(self._unmasked.items()):
             name = self._names[keeper]
-            for dealer in message.unreadable:
-                if keeper in hashes.get(dealer, {}):
-                    self.culprits.setdefault(
-                        self._names[dealer], f"{name} could not read its shares (or the server changed them)"
-                    )
+            complaints |= {(keeper, dealer) for dealer in message.unreadable if keeper in hashes.get(dealer, {})}
+            given = {held.place for held in message.held}.union(message.unreadable)
+            silent = [self._names[d] for d, dealt in sorted(hashes.items()) if keeper in dealt and d not in given]
+            if silent:
+                self.culprits[name] = f"it gave no share of {', '.join(silent[:5])}, and did not say why"
             for held in message.held:
                 dealer, kind = held.place, "seed" if held.place in self._masked else "key"
                 if dealer == keeper:
@@ -351,7 +353,21 @@ class Server:
                     self.culprits[name] = f"it gave a share of {self._names[dealer]} that is not the one it was dealt"
                     continue
                 (seeds if kind == "seed" else keys).setdefault(dealer, {})[keeper + 1] = held.share
+        self._complained(complaints)
         return seeds, keys
+
+    def _complained(self, complaints: set[tuple[int, int]]) -> None:
+        """Name whom keepers complain of, or the keeper: one of the two lies, and whoever is in more complaints it is.
+
+        Where nothing tells them apart both are named, so that blaming others costs whoever does it its own place.
+        """
+        often = Counter(place for pair in complaints for place in pair)
+        for pair in sorted(complaints):
+            keeper, dealer = (self._names[p] for p in pair)
+            said = f"{keeper} said that it could not read the shares of {dealer} (or the server changed them)"
+            for place in pair:
+                if often[place] == max(often[p] for p in pair):
+                    self.culprits.setdefault(self._names[place], said)
 
     def _combined(self, place: int, shares: dict[int, bytes], kind: str) -> bytes:
         if len(shares) < self._threshold:
