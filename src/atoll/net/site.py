@@ -39,7 +39,7 @@ from atoll.net.children import (
     worker_replies,
 )
 from atoll.net.client import Client, Turned, Unreachable
-from atoll.net.control import Answer, Deliver, Refused, Request, Say, Terms, Turn, Work, content_hash
+from atoll.net.control import Answer, Deliver, Refused, Request, Say, Turn, Work, content_hash
 from atoll.net.home import Home
 from atoll.net.masker import Masker
 from atoll.net.news import News
@@ -271,7 +271,7 @@ class Part:
         self._app = Path()
         self._child: Child | None = None
         self._bound = False
-        self._sums: Terms | None = None
+        self._ready: Ready | None = None
         self._agreement = b""
         self._at: Work | None = None
         self._training: asyncio.Task[None] | None = None
@@ -319,11 +319,12 @@ class Part:
 
         What it took part in last must outlive the machine's power whatever else does, or it could be asked again.
         """
-        if self._sums is None:
+        assert self._ready is not None
+        if self._ready.sums is None:
             return None
         files = Disk(self.folder)
         return Masker(
-            Identity(self.site.name, self.site.home.key), self._sums, files, self.site.peers,
+            Identity(self.site.name, self.site.home.key), self._ready.sums, files, self.site.peers,
             least=self.site.bounds.least, again=self.site.bounds.again, leaving=self._adds,
             notice=lambda text: log.warning("run %s: %s", self.run, text),
         )  # fmt: skip
@@ -422,10 +423,16 @@ class Part:
                     "the same code makes another experiment here than at the server: install the server's versions of "
                     "Atoll and PyTorch.",
                 )
+            if self._ready not in (None, ready):  # what leaves, and how, was decided by what it said first
+                raise Failed(
+                    "its code says one thing and then another.",
+                    "the experiment's secure sum or recipe was another one when its process was started before: its "
+                    "code is not what it was approved as.",
+                )
         except Failed:
             await self._drop()
             raise
-        self._sums = ready.sums
+        self._ready = ready
         return self._child
 
     async def _ready_child(self) -> Child:
@@ -543,7 +550,8 @@ class Part:
             raise RunError("the task's process answered with something else than a report.")
         frame = blob[: reply.frame]
         tensors = inspect(frame, largest)
-        if self._sums is None:  # else it stays here, and what is made of it in a sum is entered then
+        assert self._ready is not None
+        if self._ready.sums is None:  # else it stays here, and what is made of it in a sum is entered then
             self._leaves("update", work.round + 1, work.attempt, frame, tensors)
         return Done(frame, reply.parts, reply.sent, blob[reply.frame :])
 

@@ -1,0 +1,64 @@
+"""What a site's program makes of its own author's process."""
+
+import asyncio
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from atoll.net.calls import Charter, Errand
+from atoll.net.children import Child, Ready
+from atoll.net.control import Terms
+from atoll.net.site import Bounds, Failed, Part
+
+TERMS = Terms(32, 1.0, 4.0, (2, 3), 64, 3, "lying")
+
+
+class Author:
+    """A process of an author's code that says what it is told to, once."""
+
+    def __init__(self, sums: Terms | None) -> None:
+        self.alive, self.ready = True, Ready("i", False, sums)
+
+    async def call(self, *given: Any, **more: Any) -> tuple[Ready, bytes]:
+        return self.ready, b""
+
+    async def end(self) -> None:
+        self.alive = False
+
+
+@pytest.mark.parametrize("said", [(None, TERMS), (TERMS, None), (TERMS, TERMS)], ids=["later", "no more", "always"])
+def test_code_that_changes_its_mind_about_a_secure_sum_is_ended(
+    said: tuple[Terms | None, Terms | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By what it says first it is decided whether reports leave, and whether each is entered: not anew in between."""
+    authors = [Author(sums) for sums in said]
+    left = iter(authors)
+
+    async def start(*given: Any, **more: Any) -> Author:
+        return next(left)
+
+    monkeypatch.setattr(Child, "start", start)
+    errand = Errand(Charter("r", "0" * 64, {}), "i", "", "")
+    site: Any = SimpleNamespace(
+        home=SimpleNamespace(folder=tmp_path),
+        client=None,
+        bounds=Bounds(),
+        name="a",
+        data="",
+        errand=lambda run: errand,
+    )
+    part = Part(site, "r")
+
+    async def twice() -> None:
+        await part._loaded()
+        authors[0].alive = False
+        await part._loaded()
+
+    if said[0] == said[1]:
+        asyncio.run(twice())
+        return
+    with pytest.raises(Failed, match="another one when its process was started before"):
+        asyncio.run(twice())
+    assert not authors[1].alive
