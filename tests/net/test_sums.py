@@ -208,15 +208,19 @@ def test_a_disk_that_is_full_for_a_while_costs_no_turn() -> None:
         assert {m.turn for _, m, _ in made.sent if isinstance(m, Say)} == {1} and len(made.counted()[0]) == SITES
 
 
-def test_a_sum_that_changed_on_disk_pauses_the_run() -> None:
+@pytest.mark.parametrize("how", ["damaged on", "gone from the"])
+def test_a_sum_that_changed_on_disk_pauses_the_run(how: str) -> None:
     made = Watched(SHORT, 0, ())
     while made.server is None or made.server.state.phase is not coordinator.Phase.REDUCING:
         made.run(made.now + 0.01)
     disk = made.machines[SERVER].disk
-    disk.names_now["spool/00000000/sum.1"].now[0] ^= 1
+    if how == "damaged on":
+        disk.names_now["spool/00000000/sum.1"].now[0] ^= 1
+    else:
+        del disk.names_now["spool/00000000/sum.1"]
     made.server.work(made.now)
     assert made.server.state.phase is coordinator.Phase.PAUSED
-    assert made.server.state.reason == "the sum of round 1 is damaged on disk."
+    assert made.server.state.reason == f"the sum of round 1 is {how} disk."
 
 
 # --- who drops out where ----------------------------------------------------------------------------------------------

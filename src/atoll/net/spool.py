@@ -60,12 +60,10 @@ class Spool:
 
         Raises:
             OSError: it cannot be read.
-            SpoolError: it changed on disk.
+            SpoolError: it is gone, or changed on disk.
         """
-        content = self.files.read(self.path(claim))
-        if content_hash(content) != claim.sha256:
-            raise SpoolError(f"the masked vector of {claim.site} in round {claim.round + 1} is damaged on disk.")
-        return content
+        what = f"the masked vector of {claim.site} in round {claim.round + 1}"
+        return self._kept(self.path(claim), claim.sha256, what)
 
     def put_sum(self, round: int, turn: int, total: bytes) -> str:
         """Make a secure sum durable; its hash.
@@ -81,12 +79,17 @@ class Spool:
 
         Raises:
             OSError: it cannot be read.
-            SpoolError: it changed on disk.
+            SpoolError: it is gone, or changed on disk.
         """
-        total = self.files.read(self._sum_path(round, turn))
-        if content_hash(total) != sha256:
-            raise SpoolError(f"the sum of round {round + 1} is damaged on disk.")
-        return total
+        return self._kept(self._sum_path(round, turn), sha256, f"the sum of round {round + 1}")
+
+    def _kept(self, path: str, sha256: str, what: str) -> bytes:
+        if self.files.size(path) < 0:
+            raise SpoolError(f"{what} is gone from the disk.")
+        content = self.files.read(path)
+        if content_hash(content) != sha256:
+            raise SpoolError(f"{what} is damaged on disk.")
+        return content
 
     def _sum_path(self, round: int, turn: int) -> str:
         return f"{self._folder}/{round:08d}/sum.{turn}"
