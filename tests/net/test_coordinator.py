@@ -742,7 +742,8 @@ def test_any_sequence_of_events_in_sums(seed: int) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"sums": 2, "keep": False}, {"sums": 3}, {"quorum": 2, "sums": 3, "keep": False}, {"step": 0.0}],
+    [{"sums": 2, "keep": False}, {"sums": 3}, {"quorum": 2, "sums": 3, "keep": False},
+     {"cohort": 2, "sums": 3, "keep": False}, {"step": 0.0}],
     ids=str,
 )  # fmt: skip
 def test_impossible_plans_of_sums(options: dict[str, Any]) -> None:

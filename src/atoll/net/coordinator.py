@@ -106,6 +106,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise invalid("deadline", self.deadline, "seconds above 0, or None")
         if self.sums and (self.keep or self.sums < 3):
             raise invalid("sums", self.sums, "at least 3, with keep=False", "What is summed depends on the cohort.")
+        if self.cohort is not None and self.cohort < self.sums:
+            raise invalid("cohort", self.cohort, f"at least {self.sums}, the fewest sites of a secure sum")
         if self.quorum is not None and self.quorum < self.sums:
             raise invalid("quorum", self.quorum, f"at least {self.sums}, the fewest sites of a secure sum")
         if not 0 < self.step < math.inf:
