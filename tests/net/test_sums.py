@@ -294,6 +294,17 @@ def test_a_server_that_forgets_what_was_said_is_seen(monkeypatch: pytest.MonkeyP
     assert not any(isinstance(m, Say) and m.step == "mask" and m.turn > 1 for _, m, _ in made.sent)
 
 
+def test_a_site_says_that_it_is_trained_and_not_a_number_more() -> None:
+    made = Watched(SHORT, 0, ()).run()
+    words = [m for _, m, _ in made.sent if isinstance(m, control.Deliver)]
+    assert made.done and {(w.size, w.sha256, w.parts, w.bytes) for w in words} == {
+        (0, control.content_hash(b""), (0, 0, 0), 0)
+    }
+    assert made.server is not None
+    for said in ({"bytes": 1}, {"parts": (1, 0, 0)}, {"size": 1}, {"sha256": "1" * 64}):
+        assert made.server._trained(coordinator.replace(words[0], **said)).fault == "content"
+
+
 def test_a_report_in_the_clear_is_seen_and_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(World, "masker", lambda self, site: None)
     made = Watched(SHORT, 0, ()).run(30.0)

@@ -64,6 +64,8 @@ class Deliver(_Message, frozen=True):
         size: bytes of the report's frame.
         parts: lengths of the averaged part, the averaged buffers and the summed part.
         bytes: bytes the pipeline counts for it.
+
+    With a secure sum it is a site's word that it is trained: there is no report, and all of these numbers are 0.
     """
 
     site: Name

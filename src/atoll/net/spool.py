@@ -247,6 +247,7 @@ def reduce_sum(
     task: Task,
     total: bytes,
     claims: Sequence[Deliver],
+    sent: int,
     *,
     expected: float | None = None,
 ) -> Collected:
@@ -258,6 +259,7 @@ def reduce_sum(
         task: of the round; its cohort is what the sites' scale was made for.
         total: bytes of the sum.
         claims: of the sites whose vectors it is the sum of, in the cohort's order.
+        sent: bytes the pipeline counts for each of them.
         expected: as in `reduce`.
 
     Raises:
@@ -268,7 +270,7 @@ def reduce_sum(
     signed = np.frombuffer(total, dtype="<i4" if ring <= 32 else "<i8").astype(np.int64)
     members = tuple(claim.site for claim in claims)
     collector = process.collector(state, task)
-    collector.take(Group(members, {"ring": torch.from_numpy(signed)}), process.parts, sum(c.bytes for c in claims))
+    collector.take(Group(members, {"ring": torch.from_numpy(signed)}), process.parts, sent * len(claims))
     return collector.finish(expected)
 
 
