@@ -401,13 +401,16 @@ def test_a_state_is_one_servers(state: Open) -> None:
         state().belongs("b" * 64)
 
 
-def test_a_journal_that_is_forgotten_is_gone(state: Open) -> None:
+def test_a_journal_that_is_forgotten_is_gone_and_no_other(state: Open) -> None:
     mine = state()
-    for name in "ab":
+    others = ["b", "runs/A_%/journal", "runs/ab%/journal", "runs/a_/journal", "x/runs/a_%/journal"]
+    for name in ("a", "runs/a_%/journal", *others):
         with closing(mine.journal(name)) as journal:
             journal.append(name.encode())
-    mine.forget("a")
-    assert list(mine.records("a")) == [] and list(mine.records("b")) == [b"b"]
+    for scope in ("a", "runs/a_%/"):
+        mine.forget(scope)
+    assert list(mine.records("a")) == list(mine.records("runs/a_%/journal")) == []
+    assert all(list(mine.records(name)) == [name.encode()] for name in others)
     assert list(mine.journal("a")) == []
 
 

@@ -194,7 +194,7 @@ class State:
     def forget(self, scope: str) -> None:
         """Remove the journals whose names begin so, to which nobody writes."""
         with refusals(self.shown), self.engine.begin() as line:
-            ours = _journals.c.name.startswith(scope, autoescape=True)
+            ours = sql.func.substr(_journals.c.name, 1, len(scope)) == scope  # SQLite's LIKE does not tell a from A
             line.execute(_records.delete().where(_records.c.journal.in_(sql.select(_journals.c.id).where(ours))))
             line.execute(_journals.delete().where(ours))
 
