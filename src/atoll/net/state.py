@@ -123,6 +123,11 @@ class State:
                 "Atoll that wrote it, or name another database."
             )
 
+    def owner(self) -> str | None:
+        """Whose the state is; None: nobody's yet."""
+        with refusals(self.shown), self.engine.connect() as line:
+            return line.execute(sql.select(_meta.c.value).where(_meta.c.key == "owner")).scalar()
+
     def belongs(self, owner: str) -> None:
         """Make the state somebody's for good.
 
