@@ -15,7 +15,7 @@ from sqlalchemy import event
 from world import Crash
 from world import Disk as Simulated
 
-from atoll.database import sqlite
+from atoll.database import complete, shown, sqlite
 from atoll.errors import InvalidArgument, RunError
 from atoll.net.state import State
 from atoll.net.storage import Disk, Journal, state_of
@@ -452,6 +452,41 @@ def test_a_password_may_come_from_the_environment_and_is_handed_on(
         monkeypatch.delenv("PGPASSWORD")
         State(made.address).close()
         assert postgres.password not in made.shown
+
+
+def test_what_the_environment_says_of_a_database_is_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it, the process of a run would speak to another database, or to this one without TLS."""
+    pytest.importorskip("psycopg")
+    told = {
+        "HOST": "/run/pg",
+        "PORT": "6000",
+        "USER": "u",
+        "PASSWORD": "a@/b",
+        "SSLMODE": "require",
+        "PASSFILE": "/x y",
+    }
+    for name, value in told.items():
+        monkeypatch.setenv(f"PG{name}", value)
+    whole = complete("postgresql:///d")
+    more = complete("postgresql://v:w@h:1/e?sslmode=verify-full")
+    for name in told:
+        monkeypatch.delenv(f"PG{name}")
+    assert complete(whole) == whole and shown(whole) == "postgresql://u@/run/pg:6000/d"
+    assert "a%40" not in repr(sql.make_url(whole)) and "a@" not in repr(sql.make_url(whole))
+    url = sql.make_url(whole)
+    _, found = url.get_dialect()().create_connect_args(url)
+    assert found == {
+        "host": "/run/pg", "port": "6000", "user": "u", "password": "a@/b", "dbname": "d", "sslmode": "require",
+        "passfile": "/x y",
+    }  # fmt: skip
+    assert (sql.make_url(more).host, sql.make_url(more).password) == ("h", "w"), "what was named goes before it"
+    assert sql.make_url(more).query["sslmode"] == "verify-full" and "port" not in sql.make_url(more).query
+
+
+def test_half_a_password_is_not_taken_for_a_host() -> None:
+    with pytest.raises(InvalidArgument, match="%40") as refusal:
+        State("postgresql://u:secret@half@h/d")
+    assert "half" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("address", ["", "nothing", "sqlite://", "sqlite:///:memory:", "mysql://u:p@h/d", "oracle://h"])
