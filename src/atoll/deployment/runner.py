@@ -79,7 +79,7 @@ class Runner:
         self.largest = _largest(self.process)
         table = experiment.data
         self.agreement = Agreement(table, self.plan.least, Disk(self.folder)) if isinstance(table, Table) else None
-        self._journal: Journal = open_journal(self.folder)
+        self._journal: Journal = open_journal(self.folder, host.durability)
         self._last, self._given = time.monotonic(), ""
         state = State(host.state, durability=host.durability, patience=PATIENCE)
         self.service = Service(
