@@ -3,7 +3,8 @@
 SQLite writes to a write-ahead log; PostgreSQL is reached through psycopg. What is durable when a transaction has
 returned is an option:
 
-    "process"   survives that the process is killed (SQLite: synchronous=NORMAL; PostgreSQL: synchronous_commit=off)
+    "process"   survives that the process is killed (SQLite: synchronous=NORMAL; PostgreSQL: synchronous_commit=off,
+                with which PostgreSQL's own processes must not be killed)
     "power"     survives that the machine, or the database's, loses power (synchronous=FULL; synchronous_commit=on)
 
 A database's password stands in its address and nowhere else: errors and logs name it by `shown`.
@@ -85,7 +86,7 @@ def complete(address: str) -> str:
     if url.get_backend_name() != "postgresql":
         return url.render_as_string(hide_password=False)
     parts = {"user": "username", "password": "password", "host": "host", "port": "port", "dbname": "database"}
-    for option in psycopg().pq.Conninfo.get_defaults():
+    for option in _psycopg().pq.Conninfo.get_defaults():
         name, value = option.keyword.decode(), os.environ.get((option.envvar or b"").decode())
         if not value or name in url.query or (name in parts and getattr(url, parts[name])):
             continue
@@ -94,20 +95,21 @@ def complete(address: str) -> str:
             "password",
             "dbname",
         ):  # a host may be a folder, which has no place before an address's path
-            url = url.set(**{parts[name]: value})
+            changed: dict[str, Any] = {parts[name]: value}
+            url = url.set(**changed)
         else:
             url = url.update_query_dict({name: value})
     return url.render_as_string(hide_password=False)
 
 
-def psycopg() -> Any:
+def _psycopg() -> Any:
     """The library that speaks to PostgreSQL.
 
     Raises:
         RunError: it is missing.
     """
     try:
-        import psycopg
+        import psycopg  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise RunError("PostgreSQL needs psycopg: pip install 'atoll[postgresql]'.") from error
     return psycopg
@@ -139,7 +141,7 @@ def connect(address: str, durability: Durability = "process") -> sql.Engine:
             connection.execute(f"PRAGMA synchronous={SYNCHRONOUS[durability]}")
 
     else:
-        psycopg()
+        _psycopg()
         line = {
             "application_name": f"atoll {socket.gethostname()[:40]} {os.getpid()}", "connect_timeout": 10,
             "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3,

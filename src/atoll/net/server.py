@@ -158,7 +158,7 @@ class Door:
         except (EnrolmentError, InvalidArgument) as error:
             self._note(control.plain(name), f"enrolment refused: {error}", of="strangers")
             return self._refused(seen, Problem("invite", str(error)))
-        except OSError as error:
+        except (OSError, RunError) as error:
             return self._unkept(seen, error)
         log.info("%s joined as %s", member.name, member.role)
         self.hub.agenda.tell()
@@ -308,13 +308,13 @@ class Door:
             log.warning("%s: %s", name, why)
             try:
                 self.hub.roster.note(name, control.plain(why), now=time.time())
-            except OSError as error:  # whoever is refused is refused all the same
+            except (OSError, RunError) as error:  # whoever is refused is refused all the same
                 log.error("the disk or the database refuses: %s", error)
 
     def _refused(self, seen: signing.Request, problem: Problem) -> Response:
         return self._answer(seen, STATUS[problem.kind], calls.encode(problem))
 
-    def _unkept(self, seen: signing.Request, error: OSError) -> Response:
+    def _unkept(self, seen: signing.Request, error: OSError | RunError) -> Response:
         log.error("the disk or the database refuses: %s", error)
         return self._refused(seen, Problem("busy", "the server's disk refuses: try again later."))
 
