@@ -188,3 +188,26 @@ def test_the_folder_of_a_run_is_durable_before_the_run_begins(tmp_path: Path, mo
     made = Hub(tmp_path / "server", "f" * 64, "localhost:1")
     charter = Charter("r", control.content_hash(b"code"), {}, least=1)
     asyncio.run(made._submit("admin", charter, "code"))
+
+
+def test_a_run_that_was_stopped_while_its_process_began_has_none_and_stays_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Hub(tmp_path, "f" * 64, "localhost:1")
+    run = Run(tmp_path / "runs" / "r", Charter("r", "0" * 64, {}), made.agenda, made.roster.members.get, made.state)
+    run.folder.mkdir()
+
+    class Slow(Process):
+        async def call(self, call: HostCall, replies: Any, blobs: Any = (), **more: Any) -> tuple[Told, bytes]:
+            run.abandon("it is lost")
+            return Told(self.told), b""
+
+    process = Slow(summary("collecting"))
+
+    async def start(*_: Any, **more: Any) -> Slow:
+        return process
+
+    monkeypatch.setattr(hub.Child, "start", start)
+    asyncio.run(run.load())
+    assert not process.alive and run._child is None
+    assert run.summary is not None and run.summary.phase == "stopped"

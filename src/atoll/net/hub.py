@@ -147,6 +147,9 @@ class Run:
             await child.end()
             self._broken(reply.text)
             raise RunError(reply.text)
+        if self.over:  # somebody stopped it meanwhile
+            await child.end()
+            return
         self._child, self.trouble = child, ""
         self._learn(reply.summary)
 
