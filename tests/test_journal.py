@@ -4,11 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from sqlalchemy import event
 
+from atoll.database import Durability
 from atoll.errors import RunError
 from atoll.history import Record
 from atoll.journal import (
     Checkpoint,
+    DatabaseJournal,
     Journal,
     discard_checkpoints,
     locked,
@@ -86,3 +89,21 @@ def test_a_directory_is_held_by_one_at_a_time(tmp_path: Path) -> None:
         pass
     with locked(tmp_path):
         pass
+
+
+@pytest.mark.parametrize(("durability", "level"), [("process", 1), ("power", 2)])
+def test_how_durable_a_journal_is_is_an_option(tmp_path: Path, durability: Durability, level: int) -> None:
+    journal = open_journal(tmp_path, durability)
+    assert isinstance(journal, DatabaseJournal)
+    with journal._engine.connect() as line:
+        assert line.exec_driver_sql("PRAGMA synchronous").scalar() == level
+
+
+def test_a_full_disk_is_told_as_one(tmp_path: Path) -> None:
+    """A run over sites waits for room then, and does not pause."""
+    journal = open_journal(tmp_path)
+    assert isinstance(journal, DatabaseJournal)
+    event.listen(journal._engine, "connect", lambda line, record: line.execute("PRAGMA max_page_count=3"))
+    with pytest.raises(OSError, match="full"):
+        for _ in range(100):
+            journal.append("round", {"text": "x" * 4096})

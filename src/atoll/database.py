@@ -3,7 +3,8 @@
 SQLite writes to a write-ahead log; PostgreSQL is reached through psycopg. What is durable when a transaction has
 returned is an option:
 
-    "process"   survives that the process is killed (SQLite: synchronous=NORMAL; PostgreSQL: synchronous_commit=off)
+    "process"   survives that the process is killed (SQLite: synchronous=NORMAL; PostgreSQL: synchronous_commit=off,
+                with which PostgreSQL's own processes must not be killed)
     "power"     survives that the machine, or the database's, loses power (synchronous=FULL; synchronous_commit=on)
 
 A database's password stands in its address and nowhere else: errors and logs name it by `shown`.
@@ -52,6 +53,8 @@ def parsed(address: str) -> sql.URL:
     except (ArgumentError, ValueError):
         raise InvalidArgument(f"the database must be {allowed}; what was given is none.") from None
     kind = url.get_backend_name()
+    if "@" in (url.host or ""):
+        raise InvalidArgument("the database's host holds an @: in a user's name or a password it is written %40.")
     if kind in ("postgres", "postgresql"):
         return url.set(drivername="postgresql+psycopg")
     if kind != "sqlite":
@@ -67,7 +70,7 @@ def shown(address: str) -> str:
     if url.get_backend_name() == "sqlite":
         return str(url.database)
     user = f"{url.username}@" if url.username else ""
-    port = f":{url.port}" if url.port else ""
+    port = f":{number}" if (number := url.port or url.query.get("port")) else ""
     host = url.host or str(url.query.get("host", ""))
     return f"postgresql://{user}{host}{port}/{url.database or ''}"
 
@@ -77,11 +80,39 @@ def complete(address: str) -> str:
 
     Raises:
         InvalidArgument: it is no address.
+        RunError: psycopg is missing.
     """
     url = parsed(address)
-    if url.get_backend_name() == "postgresql" and url.password is None and "PGPASSWORD" in os.environ:
-        url = url.set(password=os.environ["PGPASSWORD"])
+    if url.get_backend_name() != "postgresql":
+        return url.render_as_string(hide_password=False)
+    parts = {"user": "username", "password": "password", "host": "host", "port": "port", "dbname": "database"}
+    for option in _psycopg().pq.Conninfo.get_defaults():
+        name, value = option.keyword.decode(), os.environ.get((option.envvar or b"").decode())
+        if not value or name in url.query or (name in parts and getattr(url, parts[name])):
+            continue
+        if name in (
+            "user",
+            "password",
+            "dbname",
+        ):  # a host may be a folder, which has no place before an address's path
+            changed: dict[str, Any] = {parts[name]: value}
+            url = url.set(**changed)
+        else:
+            url = url.update_query_dict({name: value})
     return url.render_as_string(hide_password=False)
+
+
+def _psycopg() -> Any:
+    """The library that speaks to PostgreSQL.
+
+    Raises:
+        RunError: it is missing.
+    """
+    try:
+        import psycopg  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise RunError("PostgreSQL needs psycopg: pip install 'atoll[postgresql]'.") from error
+    return psycopg
 
 
 def connect(address: str, durability: Durability = "process") -> sql.Engine:
@@ -110,10 +141,7 @@ def connect(address: str, durability: Durability = "process") -> sql.Engine:
             connection.execute(f"PRAGMA synchronous={SYNCHRONOUS[durability]}")
 
     else:
-        try:
-            import psycopg  # noqa: F401  # pyright: ignore[reportUnusedImport, reportMissingImports]
-        except ImportError as error:
-            raise RunError("PostgreSQL needs psycopg: pip install 'atoll[postgresql]'.") from error
+        _psycopg()
         line = {
             "application_name": f"atoll {socket.gethostname()[:40]} {os.getpid()}", "connect_timeout": 10,
             "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3,

@@ -14,13 +14,16 @@ from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from atoll.errors import RunError
 from atoll.history import Record
+
+if TYPE_CHECKING:  # a run in memory need not open a database
+    from atoll.database import Durability
 
 KEEP = 2
 """Checkpoints kept: the newest may be damaged by a failing disk, then the one before it is used."""
@@ -71,16 +74,17 @@ class DatabaseJournal(Journal):
 
     Args:
         url: of the database as SQLAlchemy writes it, for instance `sqlite:///runs/a/journal.sqlite`.
+        durability: of what is written.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, durability: "Durability" = "process") -> None:
         import sqlalchemy as sql
         from sqlalchemy.exc import DatabaseError
 
         from atoll.database import connect, reason, shown
 
         super().__init__()
-        self._engine = connect(url)
+        self._engine, self._shown = connect(url, durability), shown(url)
         columns = (
             sql.Column("number", sql.Integer, primary_key=True, autoincrement=True),
             sql.Column("time", sql.Float, nullable=False),
@@ -92,12 +96,19 @@ class DatabaseJournal(Journal):
         try:
             metadata.create_all(self._engine)
         except DatabaseError as error:
-            raise RunError(f"{shown(url)} is not a journal: {reason(error)}. Choose another directory.") from error
+            raise RunError(f"{self._shown} is not a journal: {reason(error)}. Choose another directory.") from error
 
     def append(self, kind: str, body: dict[str, Any]) -> None:
-        """Add an event; it is durable against a kill of the process when this returns."""
+        """Add an event; it is durable when this returns, as far as `durability` says.
+
+        Raises:
+            RunError: the database is damaged.
+            OSError: it has no room, or refuses for another reason.
+        """
+        from atoll.database import refusals
+
         row = {"time": time.time(), "kind": kind, "body": json.dumps(body, allow_nan=False)}
-        with self._engine.begin() as connection:
+        with refusals(self._shown), self._engine.begin() as connection:
             connection.execute(self._table.insert().values(**row))
 
     def events(self, kind: str | None = None) -> Iterator[Event]:
@@ -114,12 +125,17 @@ class DatabaseJournal(Journal):
         self._engine.dispose()
 
 
-def open_journal(directory: Path | None) -> Journal:
-    """The journal of a run directory, made if there is none; in memory without a directory."""
+def open_journal(directory: Path | None, durability: "Durability" = "process") -> Journal:
+    """The journal of a run directory, made if there is none; in memory without a directory.
+
+    Args:
+        directory: of the run.
+        durability: of what is written.
+    """
     if directory is None:
         return Journal()
     directory.mkdir(parents=True, exist_ok=True)
-    return DatabaseJournal(f"sqlite:///{directory / 'journal.sqlite'}")
+    return DatabaseJournal(f"sqlite:///{directory / 'journal.sqlite'}", durability)
 
 
 def read_journal(directory: Path) -> Journal:

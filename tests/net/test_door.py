@@ -112,6 +112,20 @@ def test_a_replay_is_refused_and_kept_for_the_audit(house: House, listening: lis
     assert any(isinstance(e, enrolment.Refused) and "replay" in e.why for e in house.hub.roster.entries())
 
 
+def test_whoever_is_refused_is_told_so_although_the_roster_cannot_be_written(
+    house: House, listening: list[Any]
+) -> None:
+    body, nonce = calls.encode(calls.ListRuns()), f"{house.door.fresh.epoch}.1.p.1"
+    with house.hub.state.engine.begin() as line:
+        line.exec_driver_sql("UPDATE atoll_journals SET records = 1")
+
+    async def knock() -> None:
+        assert (await house.send("admin", body, nonce=nonce)).status_code == 200
+        assert (await house.send("admin", body, nonce=nonce)).status_code == 409
+
+    run(knock())
+
+
 def test_a_request_to_an_earlier_life_of_the_server_is_told_the_epoch(house: House, listening: list[Any]) -> None:
     answer = run(house.send("admin", calls.encode(calls.ListRuns()), nonce="old.1.p.1"))
     assert problem(answer) == calls.Problem("epoch", "sign with this epoch.", house.door.fresh.epoch)

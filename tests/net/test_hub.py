@@ -13,7 +13,7 @@ from atoll.net.children import Happen, HostCall, Summary, Told
 from atoll.net.enrolment import Member
 from atoll.net.hub import Hub, Run
 from atoll.net.state import State
-from atoll.net.storage import state_of
+from atoll.net.storage import Disk, state_of
 
 pytestmark = pytest.mark.usefixtures("unsynced")
 
@@ -151,3 +151,63 @@ def test_a_run_that_could_not_be_kept_never_began(tmp_path: Path, monkeypatch: p
     full[0] = False
     asyncio.run(made._submit("admin", charter, "code"))
     assert list(made.runs) == ["r"] and list(made.state.documents("charter")) == ["r"]
+
+
+def test_a_run_whose_folder_is_gone_says_so_and_can_be_stopped(tmp_path: Path) -> None:
+    made = Hub(tmp_path, "f" * 64, "localhost:1")
+    run = Run(tmp_path / "runs" / "r", Charter("r", "0" * 64, {}), made.agenda, made.roster.members.get, made.state)
+    made.runs["r"] = run
+
+    async def stopped() -> None:
+        with pytest.raises(OSError):
+            await run.load()
+        assert run.view({}).phase == "broken" and "No such file" in run.view({}).reason
+        await made._control(Member("admin", "admin", "", 0.0), "r", "stop", "it is lost")
+
+    asyncio.run(stopped())
+    assert run.over and list(made.state.documents("final")) == ["r"]
+
+
+def test_the_folder_of_a_run_is_durable_before_the_run_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced, real = set[Path](), Disk._sync
+
+    def sync(self: Disk, path: Path) -> None:
+        synced.add(path)
+        real(self, path)
+
+    async def load(self: Run) -> None:
+        runs = tmp_path / "server" / "runs"
+        code = control.content_hash(b"code")
+        names = {runs.parent, runs, runs / "r", runs / "r" / "objects"}
+        assert names <= synced and (runs / "r" / "objects" / code).read_bytes() == b"code"
+
+    monkeypatch.setattr(Disk, "_sync", sync)
+    monkeypatch.setattr(Run, "load", load)
+    monkeypatch.setattr(Run, "keep", lambda self: None)
+    (tmp_path / "server").mkdir()
+    made = Hub(tmp_path / "server", "f" * 64, "localhost:1")
+    charter = Charter("r", control.content_hash(b"code"), {}, least=1)
+    asyncio.run(made._submit("admin", charter, "code"))
+
+
+def test_a_run_that_was_stopped_while_its_process_began_has_none_and_stays_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Hub(tmp_path, "f" * 64, "localhost:1")
+    run = Run(tmp_path / "runs" / "r", Charter("r", "0" * 64, {}), made.agenda, made.roster.members.get, made.state)
+    run.folder.mkdir()
+
+    class Slow(Process):
+        async def call(self, call: HostCall, replies: Any, blobs: Any = (), **more: Any) -> tuple[Told, bytes]:
+            run.abandon("it is lost")
+            return Told(self.told), b""
+
+    process = Slow(summary("collecting"))
+
+    async def start(*_: Any, **more: Any) -> Slow:
+        return process
+
+    monkeypatch.setattr(hub.Child, "start", start)
+    asyncio.run(run.load())
+    assert not process.alive and run._child is None
+    assert run.summary is not None and run.summary.phase == "stopped"

@@ -15,7 +15,7 @@ from sqlalchemy import event
 from world import Crash
 from world import Disk as Simulated
 
-from atoll.database import sqlite
+from atoll.database import complete, shown, sqlite
 from atoll.errors import InvalidArgument, RunError
 from atoll.net.state import State
 from atoll.net.storage import Disk, Journal, state_of
@@ -401,13 +401,16 @@ def test_a_state_is_one_servers(state: Open) -> None:
         state().belongs("b" * 64)
 
 
-def test_a_journal_that_is_forgotten_is_gone(state: Open) -> None:
+def test_a_journal_that_is_forgotten_is_gone_and_no_other(state: Open) -> None:
     mine = state()
-    for name in "ab":
+    others = ["b", "runs/A_%/journal", "runs/ab%/journal", "runs/a_/journal", "x/runs/a_%/journal"]
+    for name in ("a", "runs/a_%/journal", *others):
         with closing(mine.journal(name)) as journal:
             journal.append(name.encode())
-    mine.forget("a")
-    assert list(mine.records("a")) == [] and list(mine.records("b")) == [b"b"]
+    for scope in ("a", "runs/a_%/"):
+        mine.forget(scope)
+    assert list(mine.records("a")) == list(mine.records("runs/a_%/journal")) == []
+    assert all(list(mine.records(name)) == [name.encode()] for name in others)
     assert list(mine.journal("a")) == []
 
 
@@ -449,6 +452,41 @@ def test_a_password_may_come_from_the_environment_and_is_handed_on(
         monkeypatch.delenv("PGPASSWORD")
         State(made.address).close()
         assert postgres.password not in made.shown
+
+
+def test_what_the_environment_says_of_a_database_is_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it, the process of a run would speak to another database, or to this one without TLS."""
+    pytest.importorskip("psycopg")
+    told = {
+        "HOST": "/run/pg",
+        "PORT": "6000",
+        "USER": "u",
+        "PASSWORD": "a@/b",
+        "SSLMODE": "require",
+        "PASSFILE": "/x y",
+    }
+    for name, value in told.items():
+        monkeypatch.setenv(f"PG{name}", value)
+    whole = complete("postgresql:///d")
+    more = complete("postgresql://v:w@h:1/e?sslmode=verify-full")
+    for name in told:
+        monkeypatch.delenv(f"PG{name}")
+    assert complete(whole) == whole and shown(whole) == "postgresql://u@/run/pg:6000/d"
+    assert "a%40" not in repr(sql.make_url(whole)) and "a@" not in repr(sql.make_url(whole))
+    url = sql.make_url(whole)
+    _, found = url.get_dialect()().create_connect_args(url)
+    assert found == {
+        "host": "/run/pg", "port": "6000", "user": "u", "password": "a@/b", "dbname": "d", "sslmode": "require",
+        "passfile": "/x y",
+    }  # fmt: skip
+    assert (sql.make_url(more).host, sql.make_url(more).password) == ("h", "w"), "what was named goes before it"
+    assert sql.make_url(more).query["sslmode"] == "verify-full" and "port" not in sql.make_url(more).query
+
+
+def test_half_a_password_is_not_taken_for_a_host() -> None:
+    with pytest.raises(InvalidArgument, match="%40") as refusal:
+        State("postgresql://u:secret@half@h/d")
+    assert "half" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("address", ["", "nothing", "sqlite://", "sqlite:///:memory:", "mysql://u:p@h/d", "oracle://h"])

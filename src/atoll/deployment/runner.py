@@ -48,7 +48,7 @@ from atoll.net.children import (
 from atoll.net.frames import Limits
 from atoll.net.packing import pack_report
 from atoll.net.service import Service
-from atoll.net.state import State
+from atoll.net.state import Overtaken, State
 from atoll.net.storage import Disk, scope, write_durably
 from atoll.result import Result
 from atoll.rounds import Process
@@ -79,7 +79,7 @@ class Runner:
         self.largest = _largest(self.process)
         table = experiment.data
         self.agreement = Agreement(table, self.plan.least, Disk(self.folder)) if isinstance(table, Table) else None
-        self._journal: Journal = open_journal(self.folder)
+        self._journal: Journal = open_journal(self.folder, host.durability)
         self._last, self._given = time.monotonic(), ""
         state = State(host.state, durability=host.durability, patience=PATIENCE)
         self.service = Service(
@@ -309,6 +309,9 @@ def main(arguments: Sequence[str]) -> None:
                 else:
                     answer = runner.carry_out(call, blob)
                 channel.reply(Told(runner.summary()), answer)
+            except Overtaken as error:  # what is known here is not what is written: a new process begins with that
+                channel.reply(Broken(type(error).__name__, str(error)))
+                return
             except (AtollError, OSError, control.MessageError, msgspec.MsgspecError) as error:
                 channel.reply(Broken(type(error).__name__, str(error)[:2000]))
             except Exception as error:  # the author's code may raise anything; the server is told, and lives on

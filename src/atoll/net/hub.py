@@ -50,7 +50,7 @@ from atoll.net.children import (
 from atoll.net.control import Answer, Ask, Deliver, Ended, Refused, Request, Say, Wait
 from atoll.net.enrolment import Invite, Member, Roster, encode
 from atoll.net.news import News
-from atoll.net.storage import scope, state_of, write_file
+from atoll.net.storage import Disk, scope, state_of, write_durably
 
 if TYPE_CHECKING:  # what a command imports to start a server need not open a database
     from atoll.net.state import State
@@ -130,8 +130,12 @@ class Run:
     async def _load(self) -> None:
         if self._child is not None and self._child.alive:
             return
-        (self.folder / "uploads").mkdir(exist_ok=True)
-        child = await Child.start(RUNNER, log=self.folder / "process.log", cwd=self.folder)
+        try:
+            (self.folder / "uploads").mkdir(exist_ok=True)
+            child = await Child.start(RUNNER, log=self.folder / "process.log", cwd=self.folder)
+        except OSError as error:  # with a reason it can be stopped
+            self._broken(f"its process cannot be started: {error}")
+            raise
         state = self._state
         host = Host(str(self.folder.resolve()), self.charter, time.time(), state.address, state.durability)
         try:
@@ -143,6 +147,9 @@ class Run:
             await child.end()
             self._broken(reply.text)
             raise RunError(reply.text)
+        if self.over:  # somebody stopped it meanwhile
+            await child.end()
+            return
         self._child, self.trouble = child, ""
         self._learn(reply.summary)
 
@@ -441,7 +448,7 @@ class Hub:
         self.agenda = News()
         self.seen: dict[str, float] = {}
         self.runs: dict[str, Run] = {}
-        (folder / "runs").mkdir(exist_ok=True)
+        Disk(folder / "runs", durability=self.state.durability)  # made durably
         finals = self.state.documents("final")
         for name, content in self.state.documents("charter").items():
             charter = msgspec.json.decode(content, type=Charter)
@@ -564,8 +571,8 @@ class Hub:
         if folder.exists():
             raise invalid("--name", charter.run, "new", f"{folder} exists.")
         self.state.forget(scope(charter.run))  # of one that never began, and could not be forgotten then
-        (folder / "objects").mkdir(parents=True)
-        write_file(folder / "objects" / charter.code, content)
+        # The disk syncs the names of the folders that it makes.
+        write_durably(Disk(folder, durability=self.state.durability), f"objects/{charter.code}", content)
         run = Run(folder, charter, self.agenda, self.roster.members.get, self.state)
         try:
             await run.load()

@@ -99,6 +99,7 @@ class Door:
         self._tries: dict[str, tuple[float, float]] = {}
         self._written: dict[str, float] = {}
         self.trusted: set[tuple[str, int]] = set()
+        self.failed: RunError | None = None
         self.app = Starlette(
             routes=[
                 Route("/v1/authority", self._own, methods=["GET"]),
@@ -113,12 +114,16 @@ class Door:
 
     @contextlib.asynccontextmanager
     async def _life(self, app: Starlette) -> AsyncGenerator[None]:
-        await self.hub.start()
         told = None
         if self._metrics is not None:
             from atoll.net.exposition import Exposition  # a library that a server without metrics need not load
 
-            told, _ = Exposition(self.hub).start(*self._metrics)
+            try:
+                told, _ = Exposition(self.hub).start(*self._metrics)
+            except RunError as error:
+                self.failed = error
+                raise
+        await self.hub.start()
         try:
             yield
         finally:
@@ -153,7 +158,7 @@ class Door:
         except (EnrolmentError, InvalidArgument) as error:
             self._note(control.plain(name), f"enrolment refused: {error}", of="strangers")
             return self._refused(seen, Problem("invite", str(error)))
-        except OSError as error:
+        except (OSError, RunError) as error:
             return self._unkept(seen, error)
         log.info("%s joined as %s", member.name, member.role)
         self.hub.agenda.tell()
@@ -303,13 +308,13 @@ class Door:
             log.warning("%s: %s", name, why)
             try:
                 self.hub.roster.note(name, control.plain(why), now=time.time())
-            except OSError as error:  # whoever is refused is refused all the same
+            except (OSError, RunError) as error:  # whoever is refused is refused all the same
                 log.error("the disk or the database refuses: %s", error)
 
     def _refused(self, seen: signing.Request, problem: Problem) -> Response:
         return self._answer(seen, STATUS[problem.kind], calls.encode(problem))
 
-    def _unkept(self, seen: signing.Request, error: OSError) -> Response:
+    def _unkept(self, seen: signing.Request, error: OSError | RunError) -> Response:
         log.error("the disk or the database refuses: %s", error)
         return self._refused(seen, Problem("busy", "the server's disk refuses: try again later."))
 
@@ -462,13 +467,13 @@ def opened(folder: Path, database: str | None, durability: "Durability") -> "tup
 
     Raises:
         InvalidArgument: what is no address of a database.
-        RunError: it is elsewhere; it cannot be reached, or is no state.
+        RunError: it is elsewhere, or gone; it cannot be reached, or is no state.
     """
-    from atoll.database import shown, sqlite
+    from atoll.database import complete, shown, sqlite
     from atoll.net.state import State
 
     own = folder / "state.sqlite"
-    place, note = own.name if database is None else shown(database), folder / "database"
+    place, note = own.name if database is None else shown(complete(database)), folder / "database"
     if (folder / "authority.pem").exists() and note.exists() and (before := note.read_text()) != place:
         raise RunError(
             f"the state of {folder} is in {before}, not in {place}: name it with --database (or ATOLL_DATABASE). If it "
@@ -476,8 +481,15 @@ def opened(folder: Path, database: str | None, durability: "Durability") -> "tup
         )
     try:
         state = State(database or sqlite(own), durability=durability, patience=LETTING_GO)
+        lost = (folder / "admin" / "identity.json").exists() and state.owner() is None
     except OSError as error:
         raise RunError(f"the database cannot be used: {error.strerror}") from None
+    if lost:
+        state.close()
+        raise RunError(
+            f"{folder} is of a server that has served, and its state in {state.shown} is gone, with members and runs: "
+            "restore it from a backup. To begin anew, name another folder."
+        )
     return state, lambda: write_file(note, place.encode())
 
 
@@ -528,7 +540,12 @@ def serve(
         config = configured(door, folder)
         told(home.identity.address, home.identity.fingerprint, state.shown)
         server = _Server(config)
-        server.run(sockets=[listener])
+        try:
+            server.run(sockets=[listener])
+        except SystemExit:  # uvicorn's word for a start that failed, whose reason it tells its own log alone
+            if door.failed is None:
+                raise
+            raise door.failed from None
 
 
 def configured(door: Door, folder: Path) -> uvicorn.Config:

@@ -73,6 +73,10 @@ class Taken(RunError):
     """Another process writes to a journal."""
 
 
+class Overtaken(RunError):
+    """A journal is not as its writer left it."""
+
+
 class State:
     """The tables of a database, which are made if there are none.
 
@@ -122,6 +126,11 @@ class State:
                 f"{self.shown} holds state of schema version {found!r}; this Atoll reads version {SCHEMA!r}: start the "
                 "Atoll that wrote it, or name another database."
             )
+
+    def owner(self) -> str | None:
+        """Whose the state is; None: nobody's yet."""
+        with refusals(self.shown), self.engine.connect() as line:
+            return line.execute(sql.select(_meta.c.value).where(_meta.c.key == "owner")).scalar()
 
     def belongs(self, owner: str) -> None:
         """Make the state somebody's for good.
@@ -194,7 +203,7 @@ class State:
     def forget(self, scope: str) -> None:
         """Remove the journals whose names begin so, to which nobody writes."""
         with refusals(self.shown), self.engine.begin() as line:
-            ours = _journals.c.name.startswith(scope, autoescape=True)
+            ours = sql.func.substr(_journals.c.name, 1, len(scope)) == scope  # SQLite's LIKE does not tell a from A
             line.execute(_records.delete().where(_records.c.journal.in_(sql.select(_journals.c.id).where(ours))))
             line.execute(_journals.delete().where(ours))
 
@@ -325,7 +334,7 @@ class SqlJournal(Records):
         """Add a record; it is durable when this returns.
 
         Raises:
-            RunError: another process wrote to the journal.
+            Overtaken: another process wrote to the journal, or its end is lost.
             OSError: the record is not in the journal; after a crash it may be.
         """
         after = _chained(self._head, record)
@@ -358,9 +367,9 @@ class SqlJournal(Records):
         same = (_journals.c.id == self._id) & (_journals.c.records == before[0]) & (_journals.c.head == before[1])
         done = line.execute(_journals.update().where(same).values(records=after[0], head=after[1]))
         if done.rowcount != 1:
-            raise RunError(
-                f"another process wrote to the journal {self._name} in {self._state.shown}: this one writes no more. "
-                "Stop one of the two."
+            raise Overtaken(
+                f"another process wrote to the journal {self._name} in {self._state.shown}, or the database lost the "
+                "last of it: this process writes no more. Stop the other one, if there is one, and start this again."
             )
 
     def _held(self) -> sql.Connection:

@@ -1,0 +1,48 @@
+"""The process of a run, without a process."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from atoll.deployment import runner
+from atoll.errors import RunError
+from atoll.net.calls import Charter
+from atoll.net.children import Broken, Do, Host, Told
+from atoll.net.state import Overtaken
+
+
+def test_a_process_whose_journal_was_overtaken_ends_so_that_a_new_one_begins_with_what_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = [Host(str(tmp_path), Charter("r", "0" * 64, {}), 0.0, "sqlite:////nowhere"), Do(1.0), Do(2.0), Do(3.0)]
+    replies: list[Any] = []
+    works = [RunError("later"), Overtaken("the journal was overtaken"), None]
+
+    class Line:
+        def __init__(self, descriptor: int) -> None:
+            self.said = [(runner.msgspec.json.encode(call), b"") for call in said]
+
+        def receive(self) -> tuple[bytes, bytes] | None:
+            return self.said.pop(0) if self.said else None
+
+        def reply(self, reply: Any, *blobs: bytes) -> None:
+            replies.append(reply)
+
+    class Run:
+        def __init__(self, host: Host) -> None:
+            pass
+
+        def carry_out(self, call: Any, blob: bytes) -> bytes:
+            if (error := works.pop(0)) is not None:
+                raise error
+            return b""
+
+        def summary(self) -> str:
+            return ""
+
+    monkeypatch.setattr(runner, "Channel", Line)
+    monkeypatch.setattr(runner, "Runner", Run)
+    runner.main(["0"])
+    assert [type(reply) for reply in replies] == [Told, Broken, Broken]
+    assert (replies[1].text, replies[2].text) == ("later", "the journal was overtaken")
