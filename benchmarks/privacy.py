@@ -247,8 +247,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "on the hospitals' test patients. No setting was tuned for any row.",
             "FLamby's setting: its preprocessing and split, fedavg of 15 rounds of 100 steps with batches of 4, "
             "learning rate 0.001; here clip norm 1.1, Poisson batches, seeds 42 to 46, and accuracy over all test "
-            "patients. FLamby's own clip norm and mean are not told where its figures are published, so that the "
-            "columns stand beside each other and nothing is held to them.",
+            "patients. FLamby's own clip norm, and which mean its figures are, were not at hand, so that the columns "
+            "stand beside each other and nothing is held to them.",
             f"Seeds {', '.join(map(str, seeds))}: of data and cohorts; private noise, and private cohorts, have none.",
         ],
         tables=[
