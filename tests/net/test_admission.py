@@ -19,6 +19,7 @@ from atoll.net.admission import Finding, Rules, examine
 from atoll.net.control import Deliver
 from atoll.net.frames import content_hash, encode
 from atoll.net.packing import pack_report, report_schema
+from atoll.net.storage import Content
 from atoll.rounds import Process
 
 KIND = MODELS["perceptron"]
@@ -53,7 +54,7 @@ def found(
     content = tensors if isinstance(tensors, bytes) else encode(tensors)
     claim = Deliver("r", "a", 0, 1, "0" * 64, content_hash(content), len(content), process.parts, 9)
     claim = Deliver(**{n: getattr(claim, n) for n in claim.__struct_fields__} | more)
-    return examine(process, task, claim, content, report_schema(process, task), rules or Rules())
+    return examine(process, task, claim, Content(content), report_schema(process, task), rules or Rules())
 
 
 @pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)

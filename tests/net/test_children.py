@@ -18,7 +18,7 @@ import os, sys, time
 from atoll.net.children import Channel, Ready, limit
 channel = Channel(int(sys.argv[1]))
 said = channel.receive()
-what = said[1].decode()
+what = bytes(said[1]).decode()
 if what == "die": os.kill(os.getpid(), 9)
 if what == "exit": sys.exit(3)
 if what == "hang": time.sleep(100)
@@ -27,8 +27,7 @@ if what == "fork":
         open(sys.argv[0] + ".forked", "w").write(str(os.getpid())); time.sleep(100)
     time.sleep(100)
 def raw(first, second, content):
-    channel._file.write(first.to_bytes(8, "little") + second.to_bytes(8, "little") + content)
-    channel._file.flush()
+    channel._line.sendall(first.to_bytes(8, "little") + second.to_bytes(8, "little") + content)
 if what == "long": raw(2**62, 2**62, b""); time.sleep(100)
 if what == "blob": channel.reply(Ready("", False, None), b"x" * 1000)
 if what == "short": raw(5, 0, b"{}"); sys.exit(0)
@@ -104,7 +103,8 @@ from pathlib import Path
 from atoll.net.children import Child, Survey, worker_replies
 async def once():
     child = await Child.start("childish", log=Path("log"), cwd=Path("."))
-    print(os.getpid(), (await child.call(Survey(), worker_replies, (b"fine",), seconds=60.0, largest=100))[1])
+    reply, blob = await child.call(Survey(), worker_replies, (b"fine",), seconds=60.0, largest=100)
+    print(os.getpid(), bytes(blob))
 asyncio.run(once())
 """
 

@@ -18,7 +18,7 @@ from atoll.net.keys import public_text
 from atoll.net.masker import Masker
 from atoll.net.peers import Peers
 from atoll.net.spool import Spool
-from atoll.net.storage import Disk
+from atoll.net.storage import Content, Disk
 from atoll.net.sums import Machine
 from atoll.secagg import SecAggError, messages
 
@@ -366,7 +366,7 @@ def test_a_machine_made_anew_says_the_same(step: Step, tmp_path: Path) -> None:
     for each in STEPS:
         for name, (claim, frame) in table.answers().items():
             if claim.size:
-                spool.put(claim, frame)
+                spool.put(claim, Content(frame))
             said.append(claim)
             table.machine.take(name, claim, frame)
             if each == step:

@@ -1,6 +1,7 @@
 """Objects on their way: by signed chunks, taken up where they broke off, and never more than can be."""
 
 import asyncio
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +55,18 @@ def there(house: House, site: str = "s") -> bytes:
     return path.read_bytes() if path.exists() else b""
 
 
+def append(house: House, site: str, sha256: str, size: int, offset: int, chunk: bytes) -> int:
+    with closing(hosted(house).taking(site, sha256, size, offset, len(chunk))) as taking:
+        taking.take(chunk)
+        return taking.received
+
+
 def test_an_upload_arrives_whole_and_an_object_is_fetched(house: House) -> None:
     (hosted(house).folder / "objects" / SHA256).write_bytes(CONTENT)
 
     async def both() -> bytes:
         line = house.client("s")
-        await line.upload("r", CONTENT)
+        await line.upload("r", CONTENT, SHA256)
         return await line.fetch("r", SHA256, limit=10_000)
 
     assert run(both()) == CONTENT and there(house) == CONTENT
@@ -90,13 +97,13 @@ def test_an_upload_is_taken_up_where_it_broke_off(house: House, every: int, afte
     line._http = httpx.AsyncClient(
         transport=Breaking(httpx.ASGITransport(app=house.door.app), every, after), base_url="https://h:1"
     )
-    run(line.upload("r", CONTENT))
+    run(line.upload("r", CONTENT, SHA256))
     assert there(house) == CONTENT
 
 
 def test_an_upload_that_another_program_began_is_gone_on_with(house: House) -> None:
-    assert hosted(house).append("s", SHA256, len(CONTENT), 0, CONTENT[:3500]) == 3500
-    run(house.client("s").upload("r", CONTENT))
+    assert append(house, "s", SHA256, len(CONTENT), 0, CONTENT[:3500]) == 3500
+    run(house.client("s").upload("r", CONTENT, SHA256))
     assert there(house) == CONTENT
 
 
@@ -105,7 +112,7 @@ def test_a_line_that_never_gets_on_is_given_up(house: House) -> None:
     line._http = httpx.AsyncClient(
         transport=Breaking(httpx.ASGITransport(app=house.door.app), 1, False), base_url="https://h:1"
     )
-    for work in (line.upload("r", CONTENT), line.fetch("r", SHA256, limit=10_000)):
+    for work in (line.upload("r", CONTENT, SHA256), line.fetch("r", SHA256, limit=10_000)):
         with pytest.raises(Unreachable, match="cannot be reached"):
             run(work)
 
@@ -152,23 +159,23 @@ def test_a_chunk_that_cannot_be_is_refused_and_nothing_is_kept(
     house: House, size: int, offset: int, chunk: bytes, kind: str
 ) -> None:
     with pytest.raises(Denied) as refused:
-        hosted(house).append("s", SHA256, size, offset, chunk)
+        append(house, "s", SHA256, size, offset, chunk)
     assert refused.value.problem.kind == kind and not there(house)
 
 
 def test_chunks_come_once_and_in_order(house: House) -> None:
-    hosted(house).append("s", SHA256, 10, 0, b"abc")
+    append(house, "s", SHA256, 10, 0, b"abc")
     for offset in (0, 1, 4):
         with pytest.raises(Denied) as refused:
-            hosted(house).append("s", SHA256, 10, offset, b"abc")
+            append(house, "s", SHA256, 10, offset, b"abc")
         assert refused.value.problem.received == 3
-    assert hosted(house).append("s", SHA256, 10, 3, b"defghij") == 10 and there(house) == b"abcdefghij"
+    assert append(house, "s", SHA256, 10, 3, b"defghij") == 10 and there(house) == b"abcdefghij"
 
 
 def test_a_site_has_one_report_on_its_way_and_no_others(house: House) -> None:
-    hosted(house).append("s", "1" * 64, 10, 0, b"old")
-    hosted(house).append("t", SHA256, 10, 0, b"others")
-    hosted(house).append("s", SHA256, 10, 0, b"new")
+    append(house, "s", "1" * 64, 10, 0, b"old")
+    append(house, "t", SHA256, 10, 0, b"others")
+    append(house, "s", SHA256, 10, 0, b"new")
     assert there(house) == b"new" and there(house, "t") == b"others"
     assert len(list((hosted(house).folder / "uploads").iterdir())) == 2
 
@@ -181,10 +188,60 @@ def test_size_and_offset_must_be_numbers(house: House, query: str) -> None:
     assert problem(answer).kind == "argument"
 
 
-def test_a_chunk_that_changed_on_the_way_is_refused(house: House) -> None:
-    path = f"/v1/uploads/r/{SHA256}?size=3&offset=0"
-    answer = run(house.send("s", b"abc", path=path, method="PUT", sent=b"abd"))
-    assert problem(answer).kind == "signature" and not there(house)
+def test_of_two_requests_that_bring_the_same_report_the_later_one_does(house: House) -> None:
+    run_ = hosted(house)
+    with closing(run_.taking("s", SHA256, 6, 0, 6)) as first:
+        first.take(b"ab")
+        with closing(run_.taking("s", SHA256, 6, 2, 4)) as second:
+            with pytest.raises(Denied) as refused:
+                first.take(b"XY")
+            assert refused.value.problem.kind == "partial"
+            first.close()
+            second.take(b"cd")
+        with closing(run_.taking("s", SHA256, 6, 4, 2)) as third:
+            third.take(b"e")
+            with pytest.raises(Denied, match="more bytes"):
+                third.take(b"fg")
+    assert there(house) == b"abcde"
+
+
+def test_nothing_is_added_to_a_report_that_is_looked_at_or_gone(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, looked = hosted(house), list[Any]()
+
+    async def ask(call: Any, blob: bytes = b"") -> bytes:
+        looked.append(call.upload)
+        return control.encode(control.Received("r", 0, 1, None))
+
+    monkeypatch.setattr(made, "ask", ask)
+    deliver = control.Deliver("r", "s", 0, 1, "0" * 64, SHA256, 3, (1, 0, 0), 0)
+    with closing(made.taking("s", SHA256, 3, 0, 3)) as taking:
+        taking.take(b"abc")
+        run(made.receive("s", deliver))
+        with pytest.raises(Denied):
+            taking.take(b"")
+    with closing(made.taking("s", SHA256, 3, 0, 3)) as taking:
+        run_ = made.taking("s", "1" * 64, 3, 0, 3)  # a site has one report on its way
+        run_.close()
+        with pytest.raises(Denied):
+            taking.take(b"abc")
+    assert looked == [made.upload("s", SHA256).name] and not there(house)
+
+
+@pytest.mark.parametrize("length", ["", "-5", "1e3", "x"])
+def test_a_server_that_does_not_say_how_long_an_object_is(house: House, length: str) -> None:
+    (hosted(house).folder / "objects" / SHA256).write_bytes(CONTENT)
+    line = house.client("s")
+    real = line._http.send
+
+    async def send(request: httpx.Request, **more: Any) -> httpx.Response:
+        answer = await real(request, **more)
+        if answer.status_code == 200:
+            answer.headers["content-length"] = length
+        return answer
+
+    line._http.send = send  # type: ignore[method-assign]
+    with pytest.raises(Unreachable, match="how long"):
+        run(line.fetch("r", SHA256, limit=10_000))
 
 
 # --- questions that are held back -------------------------------------------------------------------------------------
@@ -219,4 +276,4 @@ def test_a_run_that_is_over_tells_what_it_counted(house: House) -> None:
     assert told == control.Ended("r", 2, "done", (1, 3))
     assert run(house.client("t").say(control.Ask("r", "t"))).counted is None
     with pytest.raises(Turned):
-        run(house.client("s").upload("r", CONTENT))
+        run(house.client("s").upload("r", CONTENT, SHA256))

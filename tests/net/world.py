@@ -180,6 +180,11 @@ class Disk:
             raise FileNotFoundError(path)
         return bytes(self.names_now[path].now[offset : None if length < 0 else offset + length])
 
+    def into(self, path: str, offset: int, buffer: memoryview) -> int:
+        part = self.read(path, offset, len(buffer))
+        buffer[: len(part)] = part
+        return len(part)
+
     def size(self, path: str) -> int:
         return len(self.names_now[path].now) if path in self.names_now else -1
 

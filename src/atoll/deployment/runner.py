@@ -29,6 +29,7 @@ from atoll.errors import AtollError, RunError
 from atoll.history import Record
 from atoll.journal import Journal, locked, open_journal
 from atoll.net import control, coordinator
+from atoll.net.buffers import Buffer
 from atoll.net.calls import Closed
 from atoll.net.children import (
     Answered,
@@ -49,7 +50,7 @@ from atoll.net.frames import Limits
 from atoll.net.packing import pack_report
 from atoll.net.service import Service
 from atoll.net.state import Overtaken, State
-from atoll.net.storage import Disk, scope, write_durably
+from atoll.net.storage import Content, Disk, scope, write_durably
 from atoll.result import Result
 from atoll.rounds import Process
 from atoll.spec import digest, identity
@@ -82,10 +83,11 @@ class Runner:
         self._journal: Journal = open_journal(self.folder, host.durability)
         self._last, self._given = time.monotonic(), ""
         state = State(host.state, durability=host.durability, patience=PATIENCE)
+        self._files = Disk(self.folder, state=state, scope=scope(host.charter.run), durability=host.durability)
         self.service = Service(
             self.process,
             self.plan,
-            Disk(self.folder, state=state, scope=scope(host.charter.run), durability=host.durability),
+            self._files,
             now=host.now,
             rules=rules_of(self.process, host.charter),
             limits=Limits(bytes=self.largest),
@@ -97,7 +99,7 @@ class Runner:
 
     # --- what it is told ----------------------------------------------------------------------------------------------
 
-    def carry_out(self, call: HostCall, blob: bytes) -> bytes:
+    def carry_out(self, call: HostCall, blob: Buffer) -> bytes:
         """Do what the server says; the answer to a site, if there is one."""
         service = self.service
         match call:
@@ -107,7 +109,7 @@ class Runner:
                 self._happen(_event(event, site, reason, key), now)
             case Answered(site, stage):
                 if self.agreement is not None:
-                    self.agreement.answered(site, stage, blob)
+                    self.agreement.answered(site, stage, bytes(blob))
                     if self.agreement.fault:
                         self._noticed(self.agreement.fault)
             case Tick(now):
@@ -121,10 +123,8 @@ class Runner:
                 raise RunError("this process has a run already.")
         return b""
 
-    def _received(self, site: str, message: bytes, upload: str, now: float) -> bytes:
-        content = b""
-        if upload:
-            content = (self.folder / "uploads" / upload).read_bytes()
+    def _received(self, site: str, message: Buffer, upload: str, now: float) -> bytes:
+        content = Content(files=self._files, path=f"uploads/{upload}") if upload else Content()
         answer, frame = self.service.receive(site, message, content, now)
         if isinstance(answer, control.Work):
             self._offered(answer.base, frame)

@@ -15,6 +15,7 @@ from atoll.deployment.prepare import experiment_of, identity_of, process_of
 from atoll.deployment.survey import agreed, first_answer, second_answer
 from atoll.errors import DataError, RunError
 from atoll.net.agent import Trainer
+from atoll.net.buffers import Buffer
 from atoll.net.children import (
     Begin,
     Broken,
@@ -50,15 +51,15 @@ class Worker:
         recipe = isinstance(self._experiment.data, Table)
         self.ready = Ready(identity_of(self._process), recipe, summing(self._process))
 
-    def carry_out(self, call: WorkerCall, blob: bytes) -> tuple[WorkerReply, tuple[bytes, ...]]:
+    def carry_out(self, call: WorkerCall, blob: Buffer) -> tuple[WorkerReply, tuple[Buffer, ...]]:
         """Do what the agent says."""
         match call:
             case Survey():
                 return self.ready, (first_answer(self._raw()),)
             case Spread():
-                return self.ready, (second_answer(self._raw(), blob),)
+                return self.ready, (second_answer(self._raw(), bytes(blob)),)
             case Prepare():
-                self._trainer = Trainer(self._process, self._bound(blob))
+                self._trainer = Trainer(self._process, self._bound(bytes(blob)))
                 self._cells = None
                 return self.ready, ()
             case Train(work, length):
@@ -107,7 +108,7 @@ def main(arguments: Sequence[str]) -> None:
         try:
             call = worker_calls.decode(content)
             reply: WorkerReply
-            blobs: tuple[bytes, ...] = ()
+            blobs: tuple[Buffer, ...] = ()
             if isinstance(call, Begin) and worker is None:
                 worker = Worker(call)
                 reply = worker.ready

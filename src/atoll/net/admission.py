@@ -1,6 +1,7 @@
 """What is looked at in an update before it may count. Pure: the same bytes always have the same finding."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,10 +10,11 @@ import torch
 from torch import Tensor
 
 from atoll.errors import CompositionError, invalid
-from atoll.messages import Task
+from atoll.messages import Report, Task
 from atoll.net.control import Deliver
 from atoll.net.frames import FrameError, Limits, Schema
-from atoll.net.packing import unpack_report
+from atoll.net.reading import BLOCK, Reading, in_columns
+from atoll.net.storage import Content
 from atoll.random import client_keys
 from atoll.rounds import Process
 from atoll.transforms.chain import keys_of
@@ -78,10 +80,12 @@ def examine(
     process: Process,
     task: Task,
     claim: Deliver,
-    content: bytes,
+    content: Content,
     schema: Schema,
     rules: Rules,
     limits: Limits | None = None,
+    *,
+    block: int = BLOCK,
 ) -> Finding:
     """What an update's content is.
 
@@ -93,48 +97,62 @@ def examine(
         schema: from `packing.report_schema`.
         rules: bounds.
         limits: of the frame.
+        block: coordinates that are looked at together, where each counts for itself.
+
+    Raises:
+        OSError: it cannot be read.
     """
+    if claim.parts != process.parts:
+        return Finding("content", f"the update's parts are {claim.parts}, expected {process.parts}.")
+    if claim.size != content.size:
+        return Finding("transport", f"{claim.size} bytes were announced, {content.size} came.")
+    if content.size > (limits or Limits()).bytes:
+        return Finding("content", f"it has {content.size} bytes, more than the limit of {(limits or Limits()).bytes}.")
+    reading = Reading(content, claim, schema, limits or Limits())
+    found = _found(process, task, reading, rules, block)
+    if not reading.genuine():  # bytes that somebody else may have put there are not the sender's fault
+        return Finding("transport", "the content is not what was announced: its SHA-256 differs.")
+    return found
+
+
+def _found(process: Process, task: Task, reading: Reading, rules: Rules, block: int) -> Finding:
     try:
-        report = unpack_report(process, schema, claim, content, limits)
+        reading.locate()
     except FrameError as error:
-        announced = len(content) == claim.size and error.reason != "hash"
-        return Finding("content" if announced else "transport", str(error))
-    loss, examples = report.metrics[0].tolist()
+        return Finding("content", str(error))
+    weights, claim = reading.small["weight"], reading.claim
+    loss, examples = reading.small["metrics"][0].tolist()
     if not math.isfinite(loss) or not 0 <= examples < math.inf:
         return Finding("content", "its loss or number of examples is not finite, or negative.")
     weight = 0.0
-    if report.weight.numel():
-        weight = float(report.weight)
+    if weights.numel():
+        weight = float(weights)
         if not 0 <= weight < math.inf:
             return Finding("content", "its weight is not finite, or negative.")
         cap = min(process.aggregator.cap, math.inf if rules.weight_cap is None else rules.weight_cap)
         if weight > cap:
             return Finding("content", f"its weight {weight:g} is above the cap of {cap:g}.")
-    if isinstance(report.wire, dict):
-        for name, code in report.wire.items():
-            if code.is_floating_point() and not bool(torch.isfinite(code).all()):
-                return Finding("content", f"{name} is not finite.")
     if claim.bytes > claim.size:
         return Finding("content", "it claims more bytes than it has.")
+    square = 0.0
     try:
-        partial = process.combine(task, report)
-        row = partial.total
-        if row is not None:
-            keys = keys_of(task.seed, task.round, client_keys(()), process.split)
-            row = process.chain.decode_sum(row, task.shared, process.length, keys)
+        if in_columns(process):
+            for a in range(0, max(1, process.length), block):
+                fault, more = _judged(process, task, reading.columns(process, a, min(a + block, process.length)))
+                if fault:
+                    return Finding("content", fault)
+                square += more
+        else:
+            fault, square = _judged(process, task, reading.report(process))
+            if fault:
+                return Finding("content", fault)
+    except OSError:
+        raise
+    except FrameError as error:
+        return Finding("content", str(error))
     except Exception as error:  # hostile codes may break a decoder in any way, and must break nothing else
         return Finding("content", f"it cannot be decoded ({type(error).__name__}).")
-    for told in partial.refused.values():
-        return Finding("content", f"{told['reason']}.")
-    if partial.broken:
-        return Finding("content", "it is not finite.")
-    norm = 0.0
-    if partial.rows is not None:
-        norm = _norm(partial.rows[0])
-    elif row is not None:
-        split = process.split
-        counted = float(partial.weight)  # what the row was multiplied by, which need not be what the client claims
-        norm = math.hypot(_norm(row[:split]) / (counted or 1.0), _norm(row[split:]))
+    norm = math.sqrt(square)
     if not math.isfinite(norm):
         return Finding("content", "its norm is not finite.")
     if rules.norm_bound is not None and norm > rules.norm_bound:
@@ -142,6 +160,31 @@ def examine(
     return Finding("", "", weight, norm)
 
 
-def _norm(row: Tensor) -> float:
-    """The L2 norm of a row; not finite when a number in it is not."""
-    return float(torch.linalg.vector_norm(row, dtype=torch.float64)) if row.numel() else 0.0
+def _judged(process: Process, task: Task, report: Report) -> tuple[str, float]:
+    """What speaks against a report, or against a block of its columns; and the square of its norm."""
+    if isinstance(report.wire, Mapping):
+        for name, code in report.wire.items():
+            if code.is_floating_point() and not bool(torch.isfinite(code).all()):
+                return f"{name} is not finite.", 0.0
+    partial = process.combine(task, report)
+    for told in partial.refused.values():
+        return f"{told['reason']}.", 0.0
+    if partial.broken:
+        return "it is not finite.", 0.0
+    if partial.rows is not None:
+        return "", _square(partial.rows[0])
+    row = partial.total
+    if row is None:
+        return "", 0.0
+    split = report.parts[0] + report.parts[1]
+    if not in_columns(process):
+        keys = keys_of(task.seed, task.round, client_keys(()), split)
+        row = process.chain.decode_sum(row, task.shared, process.length, keys)
+    counted = float(partial.weight) or 1.0  # what the row was multiplied by, which need not be what the client claims
+    return "", _square(row[:split]) / counted**2 + _square(row[split:])
+
+
+def _square(row: Tensor) -> float:
+    """The square of a row's L2 norm; not finite when a number in it is not."""
+    norm = float(torch.linalg.vector_norm(row, dtype=torch.float64)) if row.numel() else 0.0
+    return norm * norm

@@ -20,10 +20,12 @@ import msgspec
 import numpy as np
 import torch
 
+from atoll.aggregators.rows import finite_rows
 from atoll.errors import NonFiniteError, RunError
 from atoll.memory import ClientMemory
 from atoll.messages import Clear, Scaled
 from atoll.net import party
+from atoll.net.buffers import Buffer
 from atoll.net.control import Abstain, Answer, Deliver, Request, Stamp, Turn, Work, content_hash
 from atoll.net.frames import FrameError, Limits, TensorSpec, decode, encode
 from atoll.net.masker import Masker
@@ -46,21 +48,23 @@ class Done:
         parts: lengths of the averaged part, the averaged buffers and the summed part.
         sent: bytes the pipeline counts.
         memory: what the client remembers if the update counts; empty: nothing.
+        sha256: `content_hash` of the frame; "": nobody has taken it yet.
     """
 
-    frame: bytes
+    frame: Buffer
     parts: tuple[int, int, int]
     sent: int
-    memory: bytes
+    memory: Buffer
+    sha256: str = ""
 
 
-Training = Callable[[Work, bytes, bytes], Done]
+Training = Callable[[Work, Buffer, bytes], Done]
 """(message, frame of the task, memory) -> what training gave; the memory is empty for a client that has none yet."""
 
 HARMLESS = (NonFiniteError, FrameError, RunError)
 """Errors whose text says nothing about a site's data."""
 
-Out = tuple[Request, bytes]
+Out = tuple[Request, Buffer]
 """A message and the frame beside it, which may be empty."""
 
 
@@ -93,7 +97,7 @@ class Agent:
         self._notice = notice or (lambda text: None)
         self._log = files.journal("journal")
         self.state = party.replay(site, run, [_decoder.decode(r) for r in self._log])
-        self._todo: tuple[Work, bytes] | None = None
+        self._todo: tuple[Work, Buffer] | None = None
         self._done: Done | None = None
         self.wake = 0.0
         self._tidy()
@@ -117,7 +121,7 @@ class Agent:
         """`wake` seconds have passed."""
         return self._happen(party.Due())
 
-    def heard(self, answer: Answer, content: bytes = b"") -> list[Out]:
+    def heard(self, answer: Answer, content: Buffer = b"") -> list[Out]:
         """The server answered; beside a `Work` its frame."""
         return self._happen(party.Heard(answer), content)
 
@@ -127,7 +131,7 @@ class Agent:
         return self._done
 
     @property
-    def task(self) -> tuple[Work, bytes]:
+    def task(self) -> tuple[Work, Buffer]:
         """The task that waits: its message and its frame."""
         assert self._todo is not None
         return self._todo
@@ -168,23 +172,26 @@ class Agent:
 
     def _stored(self, work: Work, done: Done) -> Deliver:
         """Make a report and its memory durable; its message."""
-        name = _name((work.round, work.attempt))
+        name = _name(_stamp(work))
         write_durably(self._files, f"memory/{name}", done.memory)
         write_durably(self._files, f"reports/{name}", done.frame)
-        leaves = done.frame, done.parts, done.sent
+        leaves = done.sha256 or content_hash(done.frame), len(done.frame), done.parts, done.sent
         if self._masker is not None:  # it is trained: not a number that the author's code chose goes with that word
-            leaves = b"", (0, 0, 0), 0
-        frame, parts, sent = leaves
-        return Deliver(
-            work.run, self.state.site, work.round, work.attempt, work.base, content_hash(frame), len(frame), parts, sent
-        )  # fmt: skip
+            leaves = content_hash(), 0, (0, 0, 0), 0
+        return Deliver(work.run, self.state.site, work.round, work.attempt, work.base, *leaves)
+
+    def _sent(self, claim: Deliver) -> Buffer:
+        """The report of a message; the one that was finished just now is still at hand."""
+        if self._done is not None and self._todo is not None and _stamp(self._todo[0]) == _stamp(claim):
+            return self._done.frame
+        return self._files.read(f"reports/{_name(_stamp(claim))}")
 
     def _report(self) -> bytes:
         """The report that is kept."""
         assert self.state.stamp is not None
         return self._files.read(f"reports/{_name(self.state.stamp)}")
 
-    def _happen(self, event: party.Event, content: bytes = b"") -> list[Out]:
+    def _happen(self, event: party.Event, content: Buffer = b"") -> list[Out]:
         after, effects = party.handle(self.state, event, self._pace)
         out: list[Out] = []
         recorded = not any(isinstance(e, party.Record) for e in effects)
@@ -194,9 +201,9 @@ class Agent:
                     self._log.append(msgspec.json.encode(entry))
                     self.state, recorded = after, True
                 case party.Send(message):
-                    frame = b""
+                    frame: Buffer = b""
                     if isinstance(message, Deliver) and message.size:
-                        frame = self._files.read(f"reports/{_name((message.round, message.attempt))}")
+                        frame = self._sent(message)
                     out.append((message, frame))
                 case party.Add(turn):
                     out += self._added(turn, after)
@@ -220,10 +227,9 @@ class Agent:
 
     def _settle(self) -> None:
         """Let go of a task that is done, or over without this site."""
-        if self._todo is not None:
-            stamp = (self._todo[0].round, self._todo[0].attempt)
-            if self.state.phase is not party.Phase.TRAINING or self.state.stamp != stamp:
-                self._todo = self._done = None
+        training = self.state.phase is party.Phase.TRAINING
+        if self._todo is not None and not (training and self.state.stamp == _stamp(self._todo[0])):
+            self._todo = self._done = None
 
     def _tidy(self) -> None:
         """Remove what no restart will need; what cannot be removed now is the next time."""
@@ -256,8 +262,8 @@ class Trainer:
         self._template = process.open(start, (self._site,), 1, kind="evaluate")  # for what it is made of alone
         self._layout, self._dtype = start.memory.layout, process.model.dtype
 
-    def __call__(self, work: Work, content: bytes, memory: bytes) -> Done:
-        """Train on a task.
+    def __call__(self, work: Work, content: Buffer, memory: Buffer) -> Done:
+        """Train on a task; the content is used up.
 
         Raises:
             FrameError: a task that is not of this experiment, or a memory that is not this process's.
@@ -282,12 +288,16 @@ class Trainer:
             frame = pack_report(report)
         wire = report.wire.rows if isinstance(report.wire, Clear | Scaled) else report.wire
         fine = bool(report.finite.all() and torch.isfinite(report.metrics).all())
-        if not fine or (isinstance(wire, torch.Tensor) and not bool(torch.isfinite(wire).all())):
+        if not fine or (isinstance(wire, torch.Tensor) and not bool(finite_rows(wire).all())):
             raise NonFiniteError(f"round {task.round + 1}: training became non-finite.")
         return Done(frame, report.parts, report.bytes, encode({"memory": report.memory.to(self._dtype)}))
 
 
 _decoder: msgspec.json.Decoder[party.Entry] = msgspec.json.Decoder(party.Entry)
+
+
+def _stamp(message: Work | Deliver) -> Stamp:
+    return message.round, message.attempt
 
 
 def _name(stamp: Stamp) -> str:

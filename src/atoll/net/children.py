@@ -21,6 +21,7 @@ import msgspec
 from msgspec import Meta
 
 from atoll.errors import RunError
+from atoll.net.buffers import Buffer, room
 from atoll.net.calls import Charter, Closed
 from atoll.net.control import Count, Name, PublicKey, Stamp, Terms, Work
 
@@ -29,9 +30,13 @@ HEADER = 2**25
 
 ENVIRONMENT = (
     "PATH", "HOME", "LANG", "LC_ALL", "TZ", "TMPDIR", "PYTHONPATH", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "ATOLL_DATA",
-    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES",
+    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "GLIBC_TUNABLES",
 )  # fmt: skip
 """Variables that a child is given."""
+
+TUNED = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+"""Variables that are set for a child unless they are already: whole models are made and let go of in every round, and
+memory that comes in large pages costs a third of what it costs page by page."""
 
 
 class _Said(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
@@ -260,10 +265,8 @@ class ChildDied(RunError):
 class Child:
     """A process, as its parent has it; calls are answered one after the other."""
 
-    def __init__(
-        self, process: asyncio.subprocess.Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        self._process, self._reader, self._writer = process, reader, writer
+    def __init__(self, process: asyncio.subprocess.Process, line: socket.socket) -> None:
+        self._process, self._line = process, line
 
     @staticmethod
     async def start(module: str, *, log: Path, cwd: Path) -> "Child":
@@ -273,25 +276,25 @@ class Child:
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-P", "-m", module, str(theirs.fileno()),
                 stdin=asyncio.subprocess.DEVNULL, stdout=out, stderr=out, cwd=cwd, pass_fds=(theirs.fileno(),),
-                start_new_session=True, env={n: os.environ[n] for n in ENVIRONMENT if n in os.environ},
+                start_new_session=True, env=TUNED | {n: os.environ[n] for n in ENVIRONMENT if n in os.environ},
             )  # fmt: skip
-        reader, writer = await asyncio.open_unix_connection(sock=ours)
-        return Child(process, reader, writer)
+        ours.setblocking(False)
+        return Child(process, ours)
 
     @property
     def alive(self) -> bool:
         """Whether it can be called."""
-        return self._process.returncode is None and not self._writer.is_closing()
+        return self._process.returncode is None and self._line.fileno() >= 0
 
     async def call(
         self,
         call: Any,
         replies: "msgspec.json.Decoder[_T]",
-        blobs: Sequence[bytes] = (),
+        blobs: Sequence[Buffer] = (),
         *,
         seconds: float | None,
         largest: int = 0,
-    ) -> tuple[_T, bytes]:
+    ) -> tuple[_T, Buffer]:
         """Make a call; the reply and its blob.
 
         Args:
@@ -308,23 +311,22 @@ class Child:
             async with asyncio.timeout(seconds):
                 header = msgspec.json.encode(call)
                 lengths = len(header).to_bytes(8, "little") + sum(map(len, blobs)).to_bytes(8, "little")
-                for part in (lengths, header, *blobs):
-                    self._writer.write(part)
-                    await self._writer.drain()
-                head = await self._reader.readexactly(16)
+                loop = asyncio.get_running_loop()
+                for part in (lengths + header, *blobs):
+                    await loop.sock_sendall(self._line, part)
+                head = await self._received(16)
                 first, second = int.from_bytes(head[:8], "little"), int.from_bytes(head[8:], "little")
                 if first > HEADER or second > largest:
                     raise ValueError(f"it announced {first} + {second} bytes, limit {HEADER} + {largest}")
-                content = await self._reader.readexactly(first)
-                blob = await self._reader.readexactly(second)
-                return replies.decode(content), blob
+                content = await self._received(first)
+                return replies.decode(content), await self._received(second)
         except TimeoutError:
             await self.end()
             raise ChildDied(f"the task's process was ended: it had not answered after {seconds:g} seconds.") from None
         except (ValueError, msgspec.MsgspecError, RecursionError) as error:
             await self.end()
             raise ChildDied("the task's process was ended: its answer could not be read.") from error
-        except (OSError, asyncio.IncompleteReadError) as error:
+        except (OSError, EOFError) as error:
             with suppress(TimeoutError):  # how it ended is worth a moment
                 await asyncio.wait_for(asyncio.shield(self._process.wait()), 1.0)
             await self.end()
@@ -335,11 +337,21 @@ class Child:
             await self.end()
             raise
 
+    async def _received(self, length: int) -> Buffer:
+        """So many bytes of what it says."""
+        loop, into, at = asyncio.get_running_loop(), room(length), 0
+        while at < length:
+            got = await loop.sock_recv_into(self._line, into[at:])
+            if not got:
+                raise EOFError
+            at += got
+        return into
+
     async def end(self) -> None:
         """End it, with everything it started."""
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._writer.close()
+        self._line.close()
         await asyncio.shield(self._process.wait())
 
 
@@ -356,25 +368,32 @@ class Channel:
     def __init__(self, descriptor: int) -> None:
         end_with_parent()
         os.set_inheritable(descriptor, False)
-        self._file = socket.socket(fileno=descriptor).makefile("rwb")
+        self._line = socket.socket(fileno=descriptor)
 
-    def receive(self) -> tuple[bytes, bytes] | None:
+    def receive(self) -> tuple[Buffer, Buffer] | None:
         """The next call and its blob; None when the parent is gone."""
-        head = self._file.read(16)
-        if len(head) < 16:
+        try:
+            head = self._received(16)
+            first, second = int.from_bytes(head[:8], "little"), int.from_bytes(head[8:], "little")
+            return self._received(first), self._received(second)
+        except (EOFError, ConnectionError):
             return None
-        first, second = int.from_bytes(head[:8], "little"), int.from_bytes(head[8:], "little")
-        content, blob = self._file.read(first), self._file.read(second)
-        return (content, blob) if len(content) == first and len(blob) == second else None
 
-    def reply(self, reply: Any, *blobs: bytes) -> None:
+    def _received(self, length: int) -> Buffer:
+        into, at = room(length), 0
+        while at < length:
+            got = self._line.recv_into(into[at:])
+            if not got:
+                raise EOFError
+            at += got
+        return into
+
+    def reply(self, reply: Any, *blobs: Buffer) -> None:
         """Reply to the call at hand."""
         header = msgspec.json.encode(reply)
-        self._file.write(len(header).to_bytes(8, "little") + sum(map(len, blobs)).to_bytes(8, "little"))
-        self._file.write(header)
-        for blob in blobs:
-            self._file.write(blob)
-        self._file.flush()
+        lengths = len(header).to_bytes(8, "little") + sum(map(len, blobs)).to_bytes(8, "little")
+        for part in (lengths + header, *blobs):
+            self._line.sendall(part)
 
 
 def end_with_parent(parent: int | None = None) -> None:

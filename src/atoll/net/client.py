@@ -5,6 +5,7 @@ whose hash was asked for, or nothing.
 """
 
 import ipaddress
+import re
 import ssl
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -15,13 +16,14 @@ import httpx
 
 from atoll.errors import AtollError, InvalidArgument, RunError
 from atoll.net import calls, control, enrolment
+from atoll.net.buffers import Buffer, room
 from atoll.net.calls import Problem
 from atoll.net.control import content_hash
 from atoll.net.home import Home, Identity, settle
 from atoll.net.keys import authority_key, client_context, fingerprint, key_at, public_text
 from atoll.net.signing import Numbers, SignatureError, sign_request, verify_answer
 
-CHUNK = 2**22
+CHUNK = 2**24
 """Bytes of an object that are sent at a time."""
 ATTEMPTS = 5
 """How often a transfer is taken up again without a byte more than the time before."""
@@ -90,45 +92,57 @@ class Client:
         except control.MessageError as error:
             raise Unreachable(f"the server's answer cannot be read: {error}") from error
 
-    async def fetch(self, run: str, sha256: str, *, limit: int) -> bytes:
+    async def fetch(self, run: str, sha256: str, *, limit: int) -> Buffer:
         """An object of a run, by its hash; taken up again where it broke off.
 
         Raises:
             Unreachable: it did not come whole.
             Turned: it is not there, or longer than the limit.
         """
-        content, without = bytearray(), 0
+        content, at, without = room(0), 0, 0
         while True:
-            before = len(content)
+            before = at
             try:
                 async with self._stream(f"/v1/objects/{run}/{sha256}", before) as answer:
-                    length = int(answer.headers["content-length"])
-                    if before + length > limit:
-                        raise Turned(Problem("large", f"the server offers {before + length} bytes, limit {limit}."))
+                    told = answer.headers.get("content-length", "")
+                    if not re.fullmatch("[0-9]{1,18}", told):
+                        raise Unreachable("the server does not say how long an object is.")
+                    whole = before + int(told)
+                    if whole > limit:
+                        raise Turned(Problem("large", f"the server offers {whole} bytes, limit {limit}."))
+                    if before and whole != len(content):
+                        raise Unreachable("an object has another length than before.")
+                    content = content if before else room(whole)
                     async for part in answer.aiter_raw():
-                        content += part
-                        if len(content) > before + length:
+                        if at + len(part) > whole:
                             raise Unreachable("the server sent more than it announced.")
+                        content[at : at + len(part)] = part
+                        at += len(part)
             except httpx.HTTPError as error:
-                without = 0 if len(content) > before else without + 1
+                without = 0 if at > before else without + 1
                 if without >= ATTEMPTS:
                     raise Unreachable(_told(error)) from error
                 continue
-            if content_hash(content) != sha256:
+            if content_hash(content[:at]) != sha256:
                 raise Unreachable("an object is not the one that was announced: its SHA-256 differs.")
-            return bytes(content)
+            return content
 
-    async def upload(self, run: str, content: bytes) -> None:
+    async def upload(self, run: str, content: Buffer, sha256: str) -> None:
         """Bring an object to the server; taken up again where it broke off.
+
+        Args:
+            run: whose.
+            content: of the object.
+            sha256: its `content_hash`.
 
         Raises:
             Turned, Unreachable: as for `call`.
         """
-        sha256, at, without = content_hash(content), 0, 0
+        at, without = 0, 0
         while at < len(content):
             path = f"/v1/uploads/{run}/{sha256}?size={len(content)}&offset={at}"
             try:
-                answer = await self._ask("PUT", path, content[at : at + CHUNK])
+                answer = await self._ask("PUT", path, bytes(content[at : at + CHUNK]), digest=False)
                 received = self._read(calls.Received, answer).received
             except Turned as turned:
                 if turned.problem.kind != "partial":
@@ -148,12 +162,14 @@ class Client:
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
-    async def _ask(self, method: str, path: str, body: bytes, seconds: float | None = None) -> bytes:
+    async def _ask(
+        self, method: str, path: str, body: bytes, seconds: float | None = None, *, digest: bool = True
+    ) -> bytes:
         """The content of the server's answer to one request, which is sent a second time at most: with the epoch that
-        the server told.
+        the server told. Without a digest the content is held to the hash in its path, once it is whole.
         """
         for again in (True, False):
-            request = self._signed(method, path, body)
+            request = self._signed(method, path, body, digest=digest)
             if seconds is not None:
                 request.extensions["timeout"] = httpx.Timeout(seconds, connect=10.0).as_dict()
             try:
@@ -194,9 +210,10 @@ class Client:
                 continue
             _raise(problem)
 
-    def _signed(self, method: str, path: str, body: bytes | None) -> httpx.Request:
+    def _signed(self, method: str, path: str, body: bytes | None, *, digest: bool = True) -> httpx.Request:
         request = self._http.build_request(method, path, content=body)
-        sign_request(self.home.key, self.home.identity.name, _Plain(request), self._numbers.next(), body)
+        covered = body if digest else None
+        sign_request(self.home.key, self.home.identity.name, _Plain(request), self._numbers.next(), covered)
         return request
 
     def _check(self, answer: httpx.Response, content: bytes | None) -> None:

@@ -12,6 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from atoll.errors import InvalidArgument
+from atoll.net.buffers import Buffer
 
 Name = Annotated[str, Meta(min_length=1, max_length=200, pattern=r"\A[A-Za-z0-9][A-Za-z0-9._@ -]*\Z")]
 """Of a run or a site: A-z 0-9 . _ @ - and blanks, at most 200 characters."""
@@ -256,9 +257,12 @@ def encode(message: Request | Answer) -> bytes:
     return msgspec.json.encode(message)
 
 
-def content_hash(content: "bytes | bytearray | memoryview") -> str:
-    """What messages call a content by: SHA-256 in hexadecimal digits."""
-    return hashlib.sha256(content).hexdigest()
+def content_hash(*parts: Buffer) -> str:
+    """What messages call a content by, given in one or more parts: SHA-256 in hexadecimal digits."""
+    state = hashlib.sha256()
+    for part in parts:
+        state.update(part)
+    return state.hexdigest()
 
 
 def plain(text: str) -> str:

@@ -18,6 +18,7 @@ from msgspec import Meta
 from torch import Tensor
 
 from atoll.errors import InvalidArgument
+from atoll.net.buffers import Buffer
 from atoll.net.control import content_hash
 
 Reason = Literal["truncated", "limit", "header", "name", "dtype", "shape", "layout", "schema", "value", "hash"]
@@ -144,11 +145,12 @@ def encode(tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def decode(
-    content: "bytes | bytearray | memoryview",
+    content: Buffer,
     schema: Schema,
     limits: Limits | None = None,
     *,
     sha256: str | None = None,
+    copy: bool = True,
 ) -> dict[str, Tensor]:
     """The tensors of a frame, in the schema's order.
 
@@ -157,6 +159,7 @@ def decode(
         schema: the tensors that are expected.
         limits: default `Limits()`.
         sha256: the announced `content_hash`; None: nothing was announced.
+        copy: whether the tensors are copies; else they lie in the content, where it can be written to.
 
     Raises:
         FrameError: for whatever is not exactly that; nothing else is ever raised.
@@ -171,12 +174,12 @@ def decode(
     view = memoryview(content)
     for spec in schema:
         place = places[spec.name]
-        out[spec.name] = tensor(view[place.begin : place.end], place.dtype).view(place.shape)
+        out[spec.name] = tensor(view[place.begin : place.end], place.dtype, copy=copy).view(place.shape)
     return out
 
 
-def tensor(content: "bytes | bytearray | memoryview", dtype: torch.dtype) -> Tensor:
-    """A flat tensor [n] of raw bytes, which are copied.
+def tensor(content: Buffer, dtype: torch.dtype, *, copy: bool = True) -> Tensor:
+    """A flat tensor [n] of raw bytes, which are copied, if asked for or if they cannot be written to.
 
     Raises:
         FrameError: a length that is no multiple of the type's, or truth values that are neither 0 nor 1.
@@ -186,7 +189,8 @@ def tensor(content: "bytes | bytearray | memoryview", dtype: torch.dtype) -> Ten
         raise FrameError("layout", f"{len(content)} bytes are no whole number of {dtype}.")
     if not len(content):
         return torch.empty(0, dtype=dtype)
-    raw = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    view = memoryview(content)
+    raw = torch.frombuffer(bytearray(view) if copy or view.readonly else view, dtype=torch.uint8)
     if dtype == torch.bool and int(raw.max()) > 1:
         raise FrameError("value", "a truth value is neither 0 nor 1.")
     return raw.view(dtype)
@@ -248,7 +252,7 @@ def locate(start: bytes, size: int, schema: Schema, limits: Limits | None = None
     }
 
 
-def declared(content: "bytes | bytearray | memoryview", limits: Limits | None = None) -> Schema:
+def declared(content: Buffer, limits: Limits | None = None) -> Schema:
     """The tensors that a frame's header names, for whoever does not know what to expect; `decode` checks the frame.
 
     Raises:

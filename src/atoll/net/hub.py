@@ -31,6 +31,7 @@ import msgspec
 
 from atoll.errors import InvalidArgument, RunError, invalid
 from atoll.net import calls, control
+from atoll.net.buffers import Buffer
 from atoll.net.calls import Charter, Closed, Errand, Errands, Problem, SiteView, Standing, View
 from atoll.net.children import (
     Answered,
@@ -106,6 +107,7 @@ class Run:
         self.notices: deque[str] = deque(maxlen=NOTICES)
         self.refusals: dict[str, str] = {}
         self._child: Child | None = None
+        self._taking: dict[str, Taking] = {}
         self._turn = asyncio.Lock()
         self._keeper: asyncio.Task[None] | None = None
         if final:
@@ -249,7 +251,7 @@ class Run:
             if isinstance(reply, Broken):
                 raise RunError(reply.text)
             self._learn(reply.summary)
-            return answer
+            return bytes(answer)
         finally:
             self._turn.release()
 
@@ -323,6 +325,7 @@ class Run:
             path = self.upload(site, request.sha256)
             if path.exists() and path.stat().st_size == request.size:
                 upload = path.name
+                self._taking.pop(upload, None)  # nothing is added to what is being looked at
         told = await self.ask(Receive(site, upload, time.time()), control.encode(request))
         answer = control.decode_answer(told)
         if isinstance(answer, Refused):
@@ -344,11 +347,18 @@ class Run:
         owner = hashlib.sha256(site.encode()).hexdigest()[:32]
         return self.folder / "uploads" / f"{owner}.{sha256}"
 
-    def append(self, site: str, sha256: str, size: int, offset: int, chunk: bytes) -> int:
-        """Take a chunk of a report whose digest was checked; how many bytes of it are there.
+    def taking(self, site: str, sha256: str, size: int, offset: int, length: int) -> "Taking":
+        """Begin to take some bytes of a report, the last of which are held to its hash.
+
+        Args:
+            site: whose.
+            sha256: its `content_hash`.
+            size: in bytes.
+            offset: of the first of them.
+            length: how many are to come.
 
         Raises:
-            Denied: larger than a report can be, or not the next chunk.
+            Denied: larger than a report can be, or not the next bytes.
         """
         if self.over or self.summary is None:
             raise Denied("busy" if not self.over else "unknown", "the run takes no reports now.")
@@ -359,17 +369,18 @@ class Run:
         for other in path.parent.glob(f"{owner}.*"):  # a site has one report on its way
             if other != path:
                 other.unlink(missing_ok=True)
+                self._taking.pop(other.name, None)
         there = path.stat().st_size if path.exists() else 0
         if there > size:
             path.unlink()
             there = 0
         if offset != there:
             raise Denied("partial", f"{there} bytes are there.", received=there)
-        if offset + len(chunk) > size:
+        if offset + length > size:
             raise Denied("large", "more bytes than were announced.")
-        with open(path, "ab") as file:
-            file.write(chunk)
-        return there + len(chunk)
+        taking = Taking(path, there, there + length, self._taking)
+        self._taking[path.name] = taking
+        return taking
 
     # --- what is shown ------------------------------------------------------------------------------------------------
 
@@ -429,6 +440,46 @@ class Run:
 
 def _without_notices(summary: Summary) -> Summary:
     return msgspec.structs.replace(summary, notices=[], closed=[])
+
+
+class Taking:
+    """Bytes of a report that are coming in, each written where it belongs or not at all.
+
+    Attributes:
+        received: bytes of the report that are there.
+
+    Args:
+        path: the file they are added to.
+        at: its length.
+        end: its length when all have come.
+        newest: of every file who adds to it: whoever began last.
+    """
+
+    def __init__(self, path: Path, at: int, end: int, newest: dict[str, "Taking"]) -> None:
+        self.received, self._end, self._path, self._newest = at, end, path, newest
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115
+
+    def take(self, part: Buffer) -> None:
+        """Take the next ones.
+
+        Raises:
+            Denied: too many, or another request adds to the report by now, or it is being looked at.
+            OSError: they cannot be written.
+        """
+        if self.received + len(part) > self._end:
+            raise Denied("large", "more bytes than were announced.")
+        if self._newest.get(self._path.name) is not self:
+            raise Denied("partial", f"{self.received} bytes are there.", received=self.received)
+        view = memoryview(part)
+        while view:
+            view = view[self._file.write(view) :]
+        self.received += len(part)
+
+    def close(self) -> None:
+        """No more will come."""
+        self._file.close()
+        if self._newest.get(self._path.name) is self:
+            del self._newest[self._path.name]
 
 
 class Hub:

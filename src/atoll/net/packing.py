@@ -11,6 +11,7 @@ from torch import Tensor
 
 from atoll.errors import RunError
 from atoll.messages import Clear, Report, Scaled, Task
+from atoll.net.buffers import Buffer
 from atoll.net.control import LONGEST_TEXT, Deliver, Value, Work
 from atoll.net.frames import FrameError, Limits, Schema, TensorSpec, decode, encode, schema_of
 from atoll.rounds import Process, State
@@ -47,20 +48,20 @@ def _held(values: dict[str, Value], what: str) -> dict[str, Value]:
     return values
 
 
-def unpack_task(template: Task, work: Work, content: bytes, limits: Limits | None = None) -> Task:
+def unpack_task(template: Task, work: Work, content: Buffer, limits: Limits | None = None) -> Task:
     """The task of a message and its frame.
 
     Args:
         template: any task of the same process: what it is made of.
         work: the message.
-        content: the frame.
+        content: the frame, in which the tensors stay where it can be written to.
         limits: of the frame.
 
     Raises:
         FrameError: the frame or the values are not those of such a task.
     """
     tensors, values = _split(template)
-    found: dict[str, Any] = dict(decode(content, schema_of(tensors), limits, sha256=work.base))
+    found: dict[str, Any] = dict(decode(content, schema_of(tensors), limits, sha256=work.base, copy=False))
     if work.values.keys() != values.keys():
         odd = ", ".join(sorted(work.values.keys() ^ values.keys())[:5])
         raise FrameError("schema", f"the task's values are not those of this experiment: {odd}.")
@@ -108,23 +109,6 @@ def report_schema(process: Process, task: Task) -> Schema:
     )
 
 
-def unpack_report(
-    process: Process, schema: Schema, claim: Deliver, content: bytes, limits: Limits | None = None
-) -> Report:
-    """The report of a message and its frame, as if its client had been at work here.
-
-    Raises:
-        FrameError: the frame is not that of such a report.
-    """
-    expected = process.parts
-    if claim.parts != expected:
-        raise FrameError("schema", f"the update's parts are {claim.parts}, expected {expected}.")
-    if claim.size != len(content):
-        raise FrameError("truncated", f"{claim.size} bytes were announced, {len(content)} came.")
-    tensors = decode(content, schema, limits, sha256=claim.sha256)
-    return report_of(process, claim, tensors)
-
-
 def report_of(process: Process, claim: Deliver, tensors: Mapping[str, Tensor]) -> Report:
     """A report of one client from its decoded tensors."""
     wire: Tensor | dict[str, Tensor] | Clear
@@ -161,8 +145,8 @@ def _split(task: Task) -> tuple[dict[str, Tensor], dict[str, Value]]:
 PARTS = ("algorithm", "buffers", "transforms", "aggregator", "private", "downlink")
 
 
-def pack_state(state: State) -> bytes:
-    """A checkpoint: the values as JSON behind their length, then the frame of the tensors.
+def pack_state(state: State) -> tuple[bytes, bytes]:
+    """A checkpoint in two parts: the values as JSON behind their length; the frame of the tensors.
 
     Raises:
         RunError: a value that is not finite, and would not come back as it was.
@@ -172,7 +156,7 @@ def pack_state(state: State) -> bytes:
     own = {"seed": state.seed, "round": state.round, "served": state.served}
     values = msgspec.json.encode(own | {f"/{n}": v for n, v in plain.items()})
     frame = encode({n: v for n, v in every.items() if isinstance(v, Tensor)})
-    return len(values).to_bytes(8, "little") + values + frame
+    return len(values).to_bytes(8, "little") + values, frame
 
 
 def unpack_state(template: State, content: bytes) -> State:

@@ -22,6 +22,7 @@ import msgspec
 import torch
 
 from atoll.errors import InvalidArgument, RunError, invalid
+from atoll.net.buffers import Buffer
 from atoll.net.calls import Charter
 from atoll.net.control import Hash, Line, Step
 from atoll.net.frames import FrameError, Limits, declared, decode
@@ -199,7 +200,11 @@ def departed(records: Iterable[bytes]) -> Iterator[Left]:
     return (msgspec.json.decode(record, type=Left) for record in records)
 
 
-def inspect(frame: bytes, largest: int) -> list[Sent]:
+PIECE = 2**18
+"""Numbers that are looked at together: a wide copy of all of a model would not stay in the cache."""
+
+
+def inspect(frame: Buffer, largest: int) -> list[Sent]:
     """What a report is made of, when it is one: nothing but a client's codes, its weight and two sums, all finite.
 
     Args:
@@ -211,7 +216,7 @@ def inspect(frame: bytes, largest: int) -> list[Sent]:
     """
     limits = Limits(bytes=largest)
     try:
-        tensors = decode(frame, declared(frame, limits), limits)
+        tensors = decode(frame, declared(frame, limits), limits, copy=False)
     except FrameError as error:
         raise InvalidArgument(f"the report is no frame: {error}") from error
     names = [n for n in tensors if n not in ("weight", "metrics")]
@@ -223,7 +228,7 @@ def inspect(frame: bytes, largest: int) -> list[Sent]:
         raise InvalidArgument("the report's weight and sums are not one number and two.")
     sent: list[Sent] = []
     for name, tensor in tensors.items():
-        norm = float(torch.linalg.vector_norm(tensor.double())) if tensor.numel() else 0.0
+        norm = math.hypot(*(float(torch.linalg.vector_norm(p.double())) for p in tensor.reshape(-1).split(PIECE)))
         if not math.isfinite(norm):
             raise InvalidArgument(f"{name} is not finite.")
         sent.append(Sent(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), norm))

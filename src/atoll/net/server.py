@@ -5,7 +5,7 @@
     POST /v1/call                               a `calls.Call`
     POST /v1/message                            a `control.Request` of a site
     GET  /v1/objects/RUN/SHA256                 what sites fetch, from an offset on (Range)
-    PUT  /v1/uploads/RUN/SHA256?size=&offset=   the next chunk of a report
+    PUT  /v1/uploads/RUN/SHA256?size=&offset=   the next bytes of a report, which as a whole is held to its hash
 
 A request is looked at from the outside in: how large it says it is, whose signature it has (over headers that hold the
 content's digest), whether it is fresh, whether its sender may do this; only then is a byte of its content kept. Every
@@ -51,8 +51,8 @@ if TYPE_CHECKING:  # a database is opened when the server starts
     from atoll.database import Durability
     from atoll.net.state import State
 
-CHUNK = 2**22
-"""Bytes of an upload's chunk at most."""
+CHUNK = 2**26
+"""Bytes of an upload that come with one request at most."""
 SMALL = 2**14
 """Bytes a newcomer may send."""
 HEADERS = 2**14
@@ -107,7 +107,7 @@ class Door:
                 Route("/v1/call", self._heard(self._call, calls.LONGEST), methods=["POST"]),
                 Route("/v1/message", self._heard(self._message, calls.LONGEST), methods=["POST"]),
                 Route("/v1/objects/{run}/{sha256}", self._heard(self._object, None), methods=["GET"]),
-                Route("/v1/uploads/{run}/{sha256}", self._heard(self._upload, CHUNK), methods=["PUT"]),
+                Route("/v1/uploads/{run}/{sha256}", self._heard(self._upload, None), methods=["PUT"]),
             ],
             lifespan=self._life,
         )
@@ -179,7 +179,12 @@ class Door:
     def _heard(
         self, handle: Callable[[Request, Member, bytes], Awaitable[Any]], largest: int | None
     ) -> Callable[[Request], Awaitable[Response]]:
-        """A handler that is reached by members alone; None: a request has no content."""
+        """A handler that is reached by members alone.
+
+        Args:
+            handle: it.
+            largest: bytes of a content, whose digest is signed; None: there is none, or the handler reads it.
+        """
 
         async def handler(request: Request) -> Response:
             seen = _seen(request)
@@ -284,7 +289,11 @@ class Door:
         numbers = [request.query_params.get(n, "") for n in ("size", "offset")]
         if not all(re.fullmatch(r"[0-9]{1,18}", n) for n in numbers):
             raise Denied("argument", "size and offset must be numbers.")
-        return calls.encode(Received(run.append(member.name, sha256, int(numbers[0]), int(numbers[1]), body)))
+        taking = run.taking(member.name, sha256, int(numbers[0]), int(numbers[1]), _length(request, CHUNK))
+        with contextlib.closing(taking):
+            async for part in _parts_of(request):
+                taking.take(part)
+        return calls.encode(Received(taking.received))
 
     def _named(self, request: Request) -> tuple[Any, str]:
         sha256 = request.path_params["sha256"]
@@ -346,21 +355,42 @@ async def _read(request: Request, largest: int) -> bytes:
     Raises:
         Denied: it does not.
     """
+    _length(request, largest)
+    return b"".join([part async for part in _parts_of(request)])
+
+
+def _length(request: Request, largest: int) -> int:
+    """How long a request says its content is.
+
+    Raises:
+        Denied: it does not say, or longer than it may be.
+    """
     length = request.headers.get("content-length", "")
     if not re.fullmatch(r"[0-9]{1,18}", length):
         raise Denied("argument", "the content's length must be said.")
     if int(length) > largest:
         raise Denied("large", f"a content of {length} bytes; at most {largest} are taken here.")
-    body, began = bytearray(), time.monotonic()
+    return int(length)
+
+
+async def _parts_of(request: Request) -> AsyncIterator[bytes]:
+    """A request's content as it comes, if it gets on.
+
+    Raises:
+        Denied: it does not.
+    """
+    had, began = 0, time.monotonic()
     stream = request.stream()
     try:
         while True:
-            part = await asyncio.wait_for(anext(stream, None), STALL)
+            async with asyncio.timeout(STALL):
+                part = await anext(stream, None)
             if part is None:
-                return bytes(body)
-            body += part
-            if len(body) < SLOWEST * (time.monotonic() - began - STALL):
+                return
+            had += len(part)
+            if had < SLOWEST * (time.monotonic() - began - STALL):
                 raise TimeoutError
+            yield part
     except TimeoutError:
         raise Denied("slow", "the content does not get on.") from None
     except ClientDisconnect:

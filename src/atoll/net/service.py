@@ -22,6 +22,7 @@ from atoll.errors import AtollError, CompositionError, NonFiniteError, RunError,
 from atoll.messages import Task
 from atoll.net import coordinator as core
 from atoll.net.admission import Finding, Rules, examine
+from atoll.net.buffers import Buffer
 from atoll.net.control import (
     Abstain,
     Answer,
@@ -41,8 +42,9 @@ from atoll.net.control import (
 from atoll.net.coordinator import Entry, Plan
 from atoll.net.frames import Limits, Schema
 from atoll.net.packing import PARTS, pack_state, pack_task, report_schema, unpack_state
-from atoll.net.spool import BLOCK, Spool, reduce, reduce_sum
-from atoll.net.storage import FileSystem, write_durably
+from atoll.net.reading import BLOCK
+from atoll.net.spool import Spool, reduce, reduce_sum
+from atoll.net.storage import Content, FileSystem, write_durably
 from atoll.net.sums import Machine, summing, task_hash
 from atoll.rounds import Process, State
 from atoll.secagg import SecAggError, Void
@@ -140,19 +142,20 @@ class Service:
         """Whether `work` has something to do now; after a disk refused, not before the next `tick`."""
         return bool(self._todo) and not self._full
 
-    def receive(self, site: str, message: bytes, content: bytes, now: float) -> Told:
+    def receive(self, site: str, message: Buffer, content: Content | bytes, now: float) -> Told:
         """Answer a site's message.
 
         Args:
             site: whose it is, as the transport has authenticated it.
             message: as it came.
-            content: the frame beside it.
+            content: the frame beside it; one that lies in a file of the run's folder is moved to where it is kept.
             now: seconds.
 
         Raises:
             MessageError: it is no message.
         """
-        request = decode_request(message)
+        request = decode_request(bytes(message))
+        content = content if isinstance(content, Content) else Content(content)
         event: core.Event
         if isinstance(request, Ask):
             event = core.Asked(site, request.at)
@@ -176,7 +179,11 @@ class Service:
             # Whether its content matters at all is known before it is looked at.
             _, effects = core.handle(self.plan, self.state, event, self.state.now)
             if any(isinstance(e, core.Record) for e in effects):
-                event = core.Submitted(site, request, self._examined(request, content))
+                try:
+                    event = core.Submitted(site, request, self._examined(request, content))
+                except OSError as error:
+                    self._notice(f"the disk refuses: {error}")
+                    return self._busy(site, request)
         try:
             told = self.happen(event, now, content)
         except OSError as error:
@@ -217,7 +224,7 @@ class Service:
         if self._todo and self._todo[0] is effect:
             self._todo.popleft()
 
-    def happen(self, event: core.Event, now: float, content: bytes = b"") -> Told | None:
+    def happen(self, event: core.Event, now: float, content: Content | None = None) -> Told | None:
         """Handle an event and carry out its effects; the answer, if it has one.
 
         Raises:
@@ -228,6 +235,7 @@ class Service:
         for effect in effects:
             match effect:
                 case core.Store(claim):
+                    assert content is not None
                     self._spool.put(claim, content)
                 case core.Record(entry):
                     self._log.append(msgspec.json.encode(entry))
@@ -274,7 +282,7 @@ class Service:
         )  # fmt: skip
         return work, self._frame
 
-    def _examined(self, claim: Deliver, content: bytes) -> Finding:
+    def _examined(self, claim: Deliver, content: Content) -> Finding:
         if self._task is None:
             return Finding("transport", "the task is being made again.")
         if self._terms is not None:
@@ -313,13 +321,13 @@ class Service:
             self._notice(f"the sum of round {self.state.round + 1} cannot go on: {error}")
             return False
 
-    def _heard(self, site: str, claim: Say, content: bytes) -> Finding:
+    def _heard(self, site: str, claim: Say, content: Content) -> Finding:
         """What an answer was found to be; one without a fault the machine has taken."""
-        raw = content if claim.size else claim.content
-        if len(content) != claim.size or content_hash(raw) != claim.sha256:
+        beside = content.whole()
+        if len(beside) != claim.size or content_hash(beside if claim.size else claim.content) != claim.sha256:
             return Finding("transport" if claim.size else "content", "the answer is not the one that was announced.")
         try:
-            self._turn().take(site, claim, content)
+            self._turn().take(site, claim, bytes(beside))
         except SecAggError as error:
             return Finding("content", str(error)[:500])
         return Finding()
@@ -433,9 +441,9 @@ class Service:
         return closed
 
     def _saved(self, model: State) -> str:
-        content = pack_state(model)
-        write_durably(self.files, _model_path(model.round), content)
-        return content_hash(content)
+        parts = pack_state(model)
+        write_durably(self.files, _model_path(model.round), *parts)
+        return content_hash(*parts)
 
     def _loaded(self, state: core.State) -> State:
         path = _model_path(state.round)

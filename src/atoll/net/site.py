@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from atoll.errors import AtollError, InvalidArgument, RunError, invalid
 from atoll.net import calls, control, party
 from atoll.net.agent import Agent, Done, Out
+from atoll.net.buffers import Buffer
 from atoll.net.calls import Errand, Standing
 from atoll.net.children import (
     Begin,
@@ -277,6 +278,7 @@ class Part:
         self._training: asyncio.Task[None] | None = None
         self._unheard = float("-inf")
         self._delivering = asyncio.Lock()
+        self._last = ""
 
     async def go(self) -> None:
         """From approval to the end of the run.
@@ -332,7 +334,7 @@ class Part:
     def _adds(self, turn: Turn, content: bytes, report: bytes) -> None:
         """Enter what leaves in a step of a secure sum; of a masked vector also what is under the mask."""
         tensors = inspect(report, len(report)) if report else []
-        self._leaves(turn.step, turn.round + 1, turn.attempt, content, tensors)
+        self._leaves(turn.step, turn.round + 1, turn.attempt, len(content), content_hash(content), tensors)
 
     async def _withdrawn(self) -> None:
         """For as long as the approval holds."""
@@ -383,20 +385,21 @@ class Part:
             if errand.stage not in answered:
                 call = Survey() if errand.stage == "survey" else Spread()
                 _, answer = await self._asked(call, errand.question.encode())
-                self._leaves(errand.stage, 0, 0, answer, [])
-                await self.client.call(calls.Statistic(self.run, errand.stage, answer.decode(errors="replace")))
+                self._leaves(errand.stage, 0, 0, len(answer), content_hash(answer), [])
+                told = bytes(answer).decode(errors="replace")
+                await self.client.call(calls.Statistic(self.run, errand.stage, told))
                 answered.add(errand.stage)
             if self.site.told.version == version:
                 await self.site.told.wait(30.0)
 
     # --- the author's process -----------------------------------------------------------------------------------------
 
-    async def _asked(self, call: WorkerCall, blob: bytes = b"") -> tuple[WorkerReply, bytes]:
+    async def _asked(self, call: WorkerCall, blob: bytes = b"") -> tuple[WorkerReply, Buffer]:
         """Have the author's process do something before the first round."""
         child = await self._loaded()
         return await self._replied(child, call, blob)
 
-    async def _replied(self, child: Child, call: WorkerCall, blob: bytes = b"") -> tuple[WorkerReply, bytes]:
+    async def _replied(self, child: Child, call: WorkerCall, blob: bytes = b"") -> tuple[WorkerReply, Buffer]:
         try:
             reply, answer = await child.call(call, worker_replies, (blob,), seconds=LOADING, largest=ANSWER)
         except ChildDied as error:
@@ -482,12 +485,16 @@ class Part:
                 log.warning("run %s: the disk refuses: %s", self.run, error)
             self._look(agent)
 
-    async def _sent(self, message: Request, frame: bytes) -> tuple[Answer, bytes]:
+    async def _sent(self, message: Request, frame: Buffer) -> tuple[Answer, Buffer]:
         if isinstance(message, Deliver | Say):
             async with self._delivering:  # one way of a report at a time: whoever waits finds it delivered
+                new, self._last = frame and message.sha256 != self._last, message.sha256
+                if new:  # of one that was sent before, the server may have all it needs
+                    with contextlib.suppress(Turned):  # the answer to the message says why
+                        await self.client.upload(self.run, frame, message.sha256)
                 answer = await self.client.say(message)
-                if isinstance(answer, Refused) and answer.cause == "transport" and frame:
-                    await self.client.upload(self.run, frame)
+                if isinstance(answer, Refused) and answer.cause == "transport" and frame and not new:
+                    await self.client.upload(self.run, frame, message.sha256)
                     answer = await self.client.say(message)
                 return answer, b""
         answer = await self.client.say(message)
@@ -531,7 +538,7 @@ class Part:
             await asyncio.sleep(LOOK)
         await self._exchange(agent, out)
 
-    async def _trained(self, work: Work, content: bytes, memory: bytes) -> Done:
+    async def _trained(self, work: Work, content: Buffer, memory: bytes) -> Done:
         """What the author's process gives, looked at as a stranger's, and entered in the site's journal."""
         try:
             child = await self._ready_child()
@@ -549,20 +556,18 @@ class Part:
             await self._drop()
             raise RunError("the task's process answered with something else than a report.")
         frame = blob[: reply.frame]
-        tensors = inspect(frame, largest)
+        tensors, sha256 = inspect(frame, largest), content_hash(frame)
         assert self._ready is not None
         if self._ready.sums is None:  # else it stays here, and what is made of it in a sum is entered then
-            self._leaves("update", work.round + 1, work.attempt, frame, tensors)
-        return Done(frame, reply.parts, reply.sent, blob[reply.frame :])
+            self._leaves("update", work.round + 1, work.attempt, len(frame), sha256, tensors)
+        return Done(frame, reply.parts, reply.sent, blob[reply.frame :], sha256)
 
-    def _leaves(self, what: What, round: int, attempt: int, content: bytes, tensors: list[Sent]) -> None:
+    def _leaves(self, what: What, round: int, attempt: int, size: int, sha256: str, tensors: list[Sent]) -> None:
         """Enter in the site's journal what is about to leave."""
-        self.site.outgoing.write(
-            Left(time.time(), self.run, what, round, attempt, len(content), content_hash(content), tensors)
-        )
+        self.site.outgoing.write(Left(time.time(), self.run, what, round, attempt, size, sha256, tensors))
 
 
-def _elsewhere(work: Work, content: bytes, memory: bytes) -> Done:
+def _elsewhere(work: Work, content: Buffer, memory: bytes) -> Done:
     raise AssertionError("tasks are worked on by the author's process")
 
 

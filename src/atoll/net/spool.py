@@ -12,24 +12,20 @@ order, whatever order they came in, by the process's own `combine` and `Collecto
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import accumulate
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from atoll.collecting import Collected
-from atoll.errors import RunError
+from atoll.errors import CompositionError, InvalidArgument, NonFiniteError, RunError
 from atoll.messages import Partial, Report, Task
 from atoll.net.control import Deliver, Say, content_hash
-from atoll.net.frames import FrameError, Limits, Place, Schema, locate, tensor
-from atoll.net.packing import clear, report_of
-from atoll.net.storage import FileSystem, write_durably
+from atoll.net.frames import FrameError, Limits, Schema
+from atoll.net.reading import BLOCK, Reading, in_columns
+from atoll.net.storage import Content, FileSystem, write_durably
 from atoll.rounds import Process, State
 from atoll.transforms.channel import Group
-
-BLOCK = 2**20
-"""Coordinates that are combined at a time."""
 
 
 class SpoolError(RunError):
@@ -47,13 +43,27 @@ class Spool:
     def __init__(self, files: FileSystem, folder: str = "spool") -> None:
         self.files, self._folder = files, folder
 
-    def put(self, claim: Deliver | Say, content: bytes) -> None:
+    def put(self, claim: Deliver | Say, content: Content) -> None:
         """Make an update or a masked vector durable.
 
         Raises:
             OSError: it is not.
         """
-        write_durably(self.files, self.path(claim), content)
+        content.keep(self.files, self.path(claim))
+
+    def reading(self, claim: Deliver, schema: Schema, limits: Limits) -> Reading:
+        """An update, to be read.
+
+        Raises:
+            SpoolError: it is gone, or not what was accepted.
+            OSError: it cannot be read.
+        """
+        try:
+            reading = Reading(Content(files=self.files, path=self.path(claim)), claim, schema, limits)
+            reading.locate()
+        except (FrameError, FileNotFoundError) as error:
+            raise _damaged(claim) from error
+        return reading
 
     def read(self, claim: Say) -> bytes:
         """A masked vector, as it came.
@@ -108,63 +118,8 @@ class Spool:
                 self.files.remove(f"{self._folder}/{folder}")
 
 
-class Stored:
-    """An update on disk, checked to be what was accepted; tensors are read when they are asked for.
-
-    Args:
-        spool: where it is.
-        claim: its message.
-        schema: of its frame.
-        limits: of its frame.
-
-    Raises:
-        SpoolError: the file is gone or changed.
-    """
-
-    def __init__(self, spool: Spool, claim: Deliver, schema: Schema, limits: Limits) -> None:
-        self.claim, self._files, self._path = claim, spool.files, spool.path(claim)
-        if self._files.size(self._path) != claim.size:
-            raise SpoolError(f"the update of {claim.site} in round {claim.round + 1} is gone or has another length.")
-        state = hashlib.sha256()
-        for a in range(0, claim.size, 2**24):
-            state.update(self._files.read(self._path, a, 2**24))
-        if state.hexdigest() != claim.sha256:
-            raise SpoolError(f"the update of {claim.site} in round {claim.round + 1} is damaged on disk.")
-        try:
-            self._places: dict[str, Place] = locate(
-                self._files.read(self._path, 0, 8 + limits.header), claim.size, schema, limits
-            )
-        except FrameError as error:
-            raise SpoolError(f"the update of {claim.site} does not fit this experiment: {error}") from error
-        self.small = {n: self.read(n) for n in ("weight", "metrics")}
-
-    def read(self, name: str, a: int = 0, b: int | None = None) -> Tensor:
-        """A tensor, or of one that is a row [1, L] the columns from a to b."""
-        place = self._places[name]
-        width = place.dtype.itemsize
-        end = place.end if b is None else place.begin + b * width
-        begin = place.begin + a * width
-        flat = tensor(self._files.read(self._path, begin, end - begin), place.dtype)
-        return flat.view(place.shape) if b is None else flat[None]
-
-    def report(self, process: Process) -> Report:
-        """The whole report."""
-        return report_of(process, self.claim, {n: self.read(n) for n in self._places})
-
-    def block(self, process: Process, a: int, b: int) -> Report:
-        """The report as if the row had only the columns from a to b."""
-        report = report_of(process, self.claim, {"wire": self.read("wire", a, b), **self.small})
-        ends = list(accumulate(self.claim.parts))
-        first, second, third = (
-            max(0, min(b, end) - max(a, end - length)) for end, length in zip(ends, self.claim.parts, strict=True)
-        )
-        wire = report.wire
-        if process.adds_rows:
-            wire = clear(self.read("wire", a, b), first)
-        return Report(
-            report.clients, wire, (first, second, third), report.weight, report.metrics, report.finite, report.memory,
-            report.bytes,
-        )  # fmt: skip
+def _damaged(claim: Deliver) -> SpoolError:
+    return SpoolError(f"the update of {claim.site} in round {claim.round + 1} is gone, or damaged on disk.")
 
 
 def reduce(
@@ -197,27 +152,46 @@ def reduce(
         CompositionError, InvalidArgument, NonFiniteError: as from `Collector`.
         OSError: the disk cannot be read, or has no room for a matrix.
     """
-    updates = [Stored(spool, claim, schema, limits or Limits()) for claim in claims]
-    if process.aggregator.rule is None and _in_columns(process):
+    updates = [spool.reading(claim, schema, limits or Limits()) for claim in claims]
+    try:
+        return _reduced(process, state, task, spool, updates, expected, block)
+    except FrameError as error:
+        raise SpoolError(f"an update of round {task.round + 1} is damaged on disk: {error}") from error
+    except (CompositionError, InvalidArgument, NonFiniteError):
+        _check(updates)  # what is damaged on disk is not the fault of whoever sent it
+        raise
+
+
+def _reduced(
+    process: Process,
+    state: State,
+    task: Task,
+    spool: Spool,
+    updates: Sequence[Reading],
+    expected: float | None,
+    block: int,
+) -> Collected:
+    if process.aggregator.rule is None and in_columns(process):
         width = sum(process.parts[:2])
         mean = torch.empty(width, dtype=process.model.dtype)
         sums = torch.empty(process.parts[2], dtype=process.row_dtype)
         found: Collected | None = None
         for a in range(0, max(1, process.length), block):
             b = min(a + block, process.length)
-            found = _collected(process, state, task, (u.block(process, a, b) for u in updates), expected)
+            found = _collected(process, state, task, (u.columns(process, a, b) for u in updates), expected)
             if found.count:
                 mean[a : a + len(found.mean)] = found.mean
                 start = max(a, width) - width
                 sums[start : start + len(found.sums)] = found.sums
         assert found is not None
+        _check(updates)
         return replace(found, mean=mean, sums=sums) if found.count else found
     if process.aggregator.rule is None or not updates:
-        return _collected(process, state, task, (u.report(process) for u in updates), expected)
+        return _collected(process, state, task, (_whole(process, u) for u in updates), expected)
     matrix: Tensor | None = None
     seen: list[Partial] = []
     for i, update in enumerate(updates):
-        partial = process.combine(task, update.report(process))
+        partial = process.combine(task, _whole(process, update))
         assert partial.rows is not None
         if matrix is None:
             matrix = spool.files.matrix(len(updates), partial.rows.shape[1], partial.rows.dtype)
@@ -274,11 +248,21 @@ def reduce_sum(
     return collector.finish(expected)
 
 
-def _in_columns(process: Process) -> bool:
-    """Whether every coordinate of what travels is a coordinate of the row, for itself."""
-    chain, size = process.chain, (process.length, process.split)
-    undone = any(s.decode_each is not None or s.decode_sum is not None or s.gives == "codes" for s in chain.stages)
-    return not chain.channel.sums_only and not undone and set(chain.sizes(*size)) == {size}
+def _whole(process: Process, update: Reading) -> Report:
+    """An update's report.
+
+    Raises:
+        SpoolError: it is not what was accepted.
+    """
+    report = update.report(process)
+    _check([update])
+    return report
+
+
+def _check(updates: Sequence[Reading]) -> None:
+    for update in updates:
+        if not update.genuine():
+            raise _damaged(update.claim)
 
 
 def _collected(

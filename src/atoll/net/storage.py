@@ -10,6 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from atoll.net.buffers import Buffer, room
+
 if TYPE_CHECKING:  # a server's own process keeps files, and has no tensors
     import torch
     from torch import Tensor
@@ -49,11 +51,11 @@ class Journal(Protocol):
 class FileSystem(Protocol):
     """What is asked of a file system; paths are relative, with forward slashes. Every method may raise OSError."""
 
-    def write(self, path: str, content: bytes) -> None:
+    def write(self, path: str, content: Buffer) -> None:
         """Make a file with this content, or replace what it holds."""
         ...
 
-    def append(self, path: str, content: bytes) -> None:
+    def append(self, path: str, content: Buffer) -> None:
         """Add to the end of a file, which is made if there is none."""
         ...
 
@@ -75,6 +77,14 @@ class FileSystem(Protocol):
 
     def read(self, path: str, offset: int = 0, length: int = -1) -> bytes:
         """Some bytes of a file, or all from an offset on.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+        """
+        ...
+
+    def into(self, path: str, offset: int, buffer: memoryview) -> int:
+        """Read bytes of a file from an offset on into a buffer; how many there were, fewer only at the file's end.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -127,11 +137,11 @@ class Disk:
         for folder in made:
             self._sync(folder.parent)
 
-    def write(self, path: str, content: bytes) -> None:
+    def write(self, path: str, content: Buffer) -> None:
         """Make a file with this content, or replace what it holds."""
         self._at(path).write_bytes(content)
 
-    def append(self, path: str, content: bytes) -> None:
+    def append(self, path: str, content: Buffer) -> None:
         """Add to the end of a file, which is made if there is none."""
         with open(self._at(path), "ab") as file:
             file.write(content)
@@ -161,6 +171,15 @@ class Disk:
         with open(self._root / path, "rb") as file:
             file.seek(offset)
             return file.read(length)
+
+    def into(self, path: str, offset: int, buffer: memoryview) -> int:
+        """Read bytes of a file from an offset on into a buffer; how many there were, fewer only at the file's end."""
+        at = 0
+        with open(self._root / path, "rb", buffering=0) as file:
+            file.seek(offset)
+            while at < len(buffer) and (got := file.readinto(buffer[at:])):
+                at += got
+        return at
 
     def size(self, path: str) -> int:
         """Length of a file in bytes; -1 where there is none."""
@@ -233,15 +252,80 @@ def state_of(folder: Path, *, durability: "Durability" = "power") -> "State":
     return State(sqlite(folder / "state.sqlite"), durability=durability)
 
 
-def write_durably(files: FileSystem, path: str, content: bytes) -> None:
+class Content:
+    """Bytes that came beside a message: in memory, or in a file of the same file system.
+
+    Args:
+        held: the bytes.
+        files: instead, where they lie in a file.
+        path: of the file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+
+    def __init__(self, held: Buffer = b"", files: FileSystem | None = None, path: str = "") -> None:
+        self._held, self._files, self._path = memoryview(held), files, path
+        self.size = len(held) if files is None else files.size(path)
+        if self.size < 0:
+            raise FileNotFoundError(path)
+
+    def part(self, begin: int, end: int, room: memoryview | None = None) -> memoryview:
+        """The bytes from `begin` to `end`.
+
+        Args:
+            begin: from the first byte.
+            end: likewise.
+            room: memory that they are read into, if they lie in a file; default new memory.
+
+        Raises:
+            OSError: they cannot be read.
+        """
+        if self._files is None:
+            return self._held[begin:end]
+        into = (memoryview(bytearray(end - begin)) if room is None else room)[: end - begin]
+        return into[: self._files.into(self._path, begin, into)]
+
+    def whole(self) -> memoryview:
+        """All of them.
+
+        Raises:
+            OSError: they cannot be read.
+        """
+        return self.part(0, self.size, None if self._files is None else room(self.size))
+
+    def keep(self, files: FileSystem, path: str) -> None:
+        """Have them durable in a file of that name, in the place of what has it: what lay in a file is moved there.
+
+        Raises:
+            OSError: they are not.
+        """
+        if self._files is None:
+            write_durably(files, path, self._held)
+            return
+        assert files is self._files
+        files.sync(self._path)
+        files.rename(self._path, path)
+        files.sync_folder(path.rpartition("/")[0])
+        self._path = path
+
+
+def write_durably(files: FileSystem, path: str, *parts: Buffer) -> None:
     """Write a file whole or not at all; it is durable when this returns.
+
+    Args:
+        files: where.
+        path: of the file.
+        parts: its content, one after the other.
 
     Raises:
         OSError: nothing of that name was changed.
     """
     temporary = f"{path}.part"
     try:
-        files.write(temporary, content)
+        files.write(temporary, parts[0])
+        for part in parts[1:]:
+            files.append(temporary, part)
         files.sync(temporary)
     except OSError:
         files.remove(temporary)  # a full disk needs the room
@@ -250,6 +334,6 @@ def write_durably(files: FileSystem, path: str, content: bytes) -> None:
     files.sync_folder(path.rpartition("/")[0])
 
 
-def write_file(path: Path, content: bytes) -> None:
+def write_file(path: Path, content: Buffer) -> None:
     """Write a file of the machine whole or not at all; it is durable when this returns."""
     write_durably(Disk(path.parent), path.name, content)
