@@ -16,7 +16,7 @@ import typer
 
 from atoll.cli.guard import console
 from atoll.errors import AtollError
-from atoll.net.client import TIMEOUTS, local
+from atoll.net.client import line
 from atoll.net.home import Home, home_for
 from atoll.net.keys import client_context
 
@@ -93,8 +93,8 @@ def _line(home: Home) -> Iterator[Finding]:
 async def _date(home: Home) -> float | None:
     address = home.identity.address
     context = client_context(home.authority)
-    async with httpx.AsyncClient(verify=context, timeout=TIMEOUTS, trust_env=not local(address)) as http:
-        answer = await http.get(f"https://{address}/v1/authority")
+    async with line(address, context) as http:
+        answer = await http.get("/v1/authority")
     told = answer.headers.get("date")
     return None if told is None else parsedate_to_datetime(told).timestamp()
 

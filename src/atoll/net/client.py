@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, cast
+from urllib.request import getproxies, proxy_bypass
 
 import httpx
 
@@ -21,6 +22,7 @@ from atoll.net.calls import Problem
 from atoll.net.control import content_hash
 from atoll.net.home import Home, Identity, settle
 from atoll.net.keys import authority_key, client_context, fingerprint, key_at, public_text
+from atoll.net.lines import Lines
 from atoll.net.signing import Numbers, SignatureError, sign_request, verify_answer
 
 CHUNK = 2**24
@@ -30,6 +32,8 @@ ATTEMPTS = 5
 
 SUBMISSION = 660.0
 """Seconds a submission may take."""
+
+BUSY = "the server takes no more newcomers from this address now: try again in a minute."
 
 # Every one of them is about progress, not about the whole: a slow link may take its time.
 TIMEOUTS = httpx.Timeout(connect=10.0, read=60.0, write=60.0, pool=10.0)
@@ -57,7 +61,7 @@ class Client:
     def __init__(self, home: Home) -> None:
         self.home = home
         self._numbers = Numbers(home.live())
-        self._http = _line(home.identity.address, client_context(home.authority))
+        self._http = line(home.identity.address, client_context(home.authority))
 
     async def close(self) -> None:
         """Hang up."""
@@ -252,11 +256,13 @@ def _told(error: httpx.HTTPError) -> str:
     return f"the server cannot be reached ({type(error).__name__}{': ' + str(error) if str(error) else ''})"[:300]
 
 
-def _line(address: str, context: ssl.SSLContext) -> httpx.AsyncClient:
-    return httpx.AsyncClient(
-        base_url=f"https://{address}", verify=context, timeout=TIMEOUTS, trust_env=not local(address),
-        limits=httpx.Limits(max_connections=64, max_keepalive_connections=16, keepalive_expiry=30.0),
-    )  # fmt: skip
+def line(address: str, context: ssl.SSLContext) -> httpx.AsyncClient:
+    """Connections to a server, straight or by the proxy that the environment names."""
+    base = f"https://{address}"
+    if not local(address) and getproxies().get("https") and not proxy_bypass(address.rpartition(":")[0].strip("[]")):
+        return httpx.AsyncClient(base_url=base, verify=context, timeout=TIMEOUTS)
+    lines = Lines(context, most=64, kept=16, seconds=30.0)
+    return httpx.AsyncClient(base_url=base, transport=lines, timeout=TIMEOUTS, trust_env=False)
 
 
 def local(address: str) -> bool:
@@ -282,11 +288,13 @@ async def authority_of(address: str, expected: str) -> bytes:
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # what comes is held against the fingerprint
     try:
-        async with _line(address, context) as http:
+        async with line(address, context) as http:
             answer = await http.get("/v1/authority")
             pem = answer.content
     except httpx.HTTPError as error:
         raise Unreachable(_told(error)) from error
+    if answer.status_code == 503:
+        raise Unreachable(BUSY)
     try:
         if answer.status_code != 200 or fingerprint(authority_key(pem)) != expected:
             raise InvalidArgument("another key")
@@ -320,7 +328,7 @@ async def join(invite: enrolment.Invite, folder: Path) -> Home:
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     key = key_at(folder / "key", make=True)
     body = calls.encode(calls.Enrol(invite.name, public_text(key.public_key()), invite.token))
-    async with _line(invite.address, client_context(authority)) as http:
+    async with line(invite.address, client_context(authority)) as http:
         request = http.build_request("POST", "/v1/enrol", content=body)
         sign_request(key, invite.name, _Plain(request), Numbers(0).next(), body)
         try:
@@ -330,6 +338,8 @@ async def join(invite: enrolment.Invite, folder: Path) -> Home:
     try:
         verify_answer(answer, authority_key(authority), answer.content)
     except SignatureError as error:
+        if answer.status_code == 503:
+            raise Unreachable(BUSY) from error
         raise Unreachable(f"what answered with status {answer.status_code} is not the server.") from error
     if answer.status_code != 200:
         problem = calls.decode(Problem, answer.content)
