@@ -99,13 +99,13 @@ def no_secret_is_written(found: Place, words: list[str]) -> None:
 
 
 POINTS: dict[str, tuple[str, str, str]] = {
-    "the server when it offers a task": ("server", "program", "atoll-server/runs/heart/objects/*"),
-    "the run's process when it offers a task": ("server", "child", "atoll-server/runs/heart/objects/*"),
+    "the server when it offers a task": ("server", "program", "atoll-server/runs/heart/task/*"),
+    "the run's process when it offers a task": ("server", "child", "atoll-server/runs/heart/task/*"),
     "the server when an update is accepted": ("server", "program", "atoll-server/runs/heart/spool/*/*"),
     "the run's process when an update is accepted": ("server", "child", "atoll-server/runs/heart/spool/*/*"),
     "the server when a model is written": ("server", "program", "atoll-server/runs/heart/models/*"),
     "a site when its report is written": ("hospital-a", "program", "atoll-hospital-a/runs/heart/reports/*"),
-    "a site's process while it trains": ("hospital-b", "child", "atoll-server/runs/heart/objects/*"),
+    "a site's process while it trains": ("hospital-b", "child", "atoll-server/runs/heart/task/*"),
     "a site when the server has its report": ("hospital-b", "program", "atoll-server/runs/heart/spool/*/*"),
 }
 

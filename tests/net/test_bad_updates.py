@@ -77,7 +77,8 @@ def served(
     for name, centre in CENTRES.items():
         mine = Trainer(process(), quadratics((1.0,), (centre,), names=[name]))
         agent = Agent(name, "r", mine, Disk(tmp_path / name))
-        agent.heard(*server.receive(name, control.encode(control.Ask("r", name)), b"", 0.0))
+        answer, content = server.receive(name, control.encode(control.Ask("r", name)), b"", 0.0)
+        agent.heard(answer, content.whole())
         for message, content in agent.train():
             assert isinstance(message, control.Deliver)
             claim, frame = {n: getattr(message, n) for n in message.__struct_fields__}, content

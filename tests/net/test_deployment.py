@@ -190,7 +190,7 @@ def test_on_a_real_disk_and_from_a_cold_start_at_every_step(tmp_path: Path) -> N
             agent = site(name)
             for message, frame in agent.due():
                 answer, content = server().receive(name, control.encode(message), frame, 0.0)
-                agent.heard(answer, content)
+                agent.heard(answer, content.whole())
                 if agent.busy:
                     agent.train()
         if all(site(name).state.memory == (1, 1) for name in DATA.clients):
@@ -244,13 +244,13 @@ def test_a_site_whose_code_raises_declines_and_stays_up(tmp_path: Path) -> None:
     heard: list[str] = []
     agent = Agent("a", "r", breaks, Disk(tmp_path / "a"), notice=heard.append)
     work, content = server.receive("a", control.encode(agent.due()[0][0]), b"", 0.0)
-    agent.heard(work, content)
+    agent.heard(work, content.whole())
     ((decline, _),) = agent.train()
     assert decline == control.Decline("r", "a", 0, 1, "ZeroDivisionError"), "the text stays at the site"
     assert "secret of a patient" in heard[0]
     server.receive("a", control.encode(decline), b"", 0.0)
     assert server.state.excluded == {"a": "ZeroDivisionError"}
-    agent.heard(work, content)
+    agent.heard(work, content.whole())
     assert not agent.busy, "it does not try the same task again"
 
 
@@ -259,7 +259,8 @@ def test_a_task_of_another_experiment_is_refused_by_the_site(tmp_path: Path) -> 
     data = quadratics((1.0,), (1.0,), names=["a"])
     other = Trainer(scalar(scaffold(local_sgd(0.1, steps=1, batch_size=None))), data)
     agent = Agent("a", "r", other, Disk(tmp_path / "a"))
-    agent.heard(*server.receive("a", control.encode(control.Ask("r", "a")), b"", 0.0))
+    answer, content = server.receive("a", control.encode(control.Ask("r", "a")), b"", 0.0)
+    agent.heard(answer, content.whole())
     ((decline, _),) = agent.train()
     assert isinstance(decline, control.Decline) and "missing" in decline.reason
 
@@ -267,7 +268,7 @@ def test_a_task_of_another_experiment_is_refused_by_the_site(tmp_path: Path) -> 
 def test_asking_in_anothers_name_is_refused(tmp_path: Path) -> None:
     server, notices = begun(tmp_path)
     answer, content = server.receive("a", control.encode(control.Ask("r", "b")), b"", 0.0)
-    assert isinstance(answer, control.Refused) and answer.cause == "identity" and not content
+    assert isinstance(answer, control.Refused) and answer.cause == "identity" and not content.size
     assert "in the name of b" in notices[-1]
     answer, _ = server.receive("a", control.encode(control.Ask("s", "a")), b"", 0.0)
     assert isinstance(answer, control.Refused) and answer.cause == "run"
@@ -290,7 +291,8 @@ def collected(tmp_path: Path, files: Disk | None = None, algorithm: Any = None) 
     for name in "ab":
         mine = Trainer(scalar(algorithm), quadratics((1.0,), (1.0,), names=[name]))
         agent = Agent(name, "r", mine, Disk(tmp_path / name))
-        agent.heard(*server.receive(name, control.encode(control.Ask("r", name)), b"", 0.0))
+        answer, content = server.receive(name, control.encode(control.Ask("r", name)), b"", 0.0)
+        agent.heard(answer, content.whole())
         for message, frame in agent.train():
             server.receive(name, control.encode(message), frame, 0.0)
     assert server.state.phase is Phase.REDUCING

@@ -38,7 +38,7 @@ def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> House:
     monkeypatch.setattr(client, "CHUNK", 1000)
     house = House(tmp_path)
     folder = tmp_path / "server" / "runs" / "r"
-    for name in ("objects", "uploads"):
+    for name in ("task", "uploads"):
         (folder / name).mkdir(parents=True)
     made = Run(folder, Charter("r", "0" * 64, {}), News(), lambda name: False, house.hub.state)
     made.summary = summary()
@@ -62,7 +62,7 @@ def append(house: House, site: str, sha256: str, size: int, offset: int, chunk: 
 
 
 def test_an_upload_arrives_whole_and_an_object_is_fetched(house: House) -> None:
-    (hosted(house).folder / "objects" / SHA256).write_bytes(CONTENT)
+    (hosted(house).folder / "task" / SHA256).write_bytes(CONTENT)
 
     async def both() -> bytes:
         line = house.client("s")
@@ -118,7 +118,7 @@ def test_a_line_that_never_gets_on_is_given_up(house: House) -> None:
 
 
 def test_a_download_is_taken_up_and_held_against_its_hash(house: House) -> None:
-    (hosted(house).folder / "objects" / SHA256).write_bytes(CONTENT)
+    (hosted(house).folder / "task" / SHA256).write_bytes(CONTENT)
     line = house.client("s")
     real, calls = line._http.send, list[str]()
 
@@ -139,7 +139,7 @@ def test_a_download_is_taken_up_and_held_against_its_hash(house: House) -> None:
     line._http.send = send  # type: ignore[method-assign]
     assert run(line.fetch("r", SHA256, limit=10_000)) == CONTENT
     assert calls[-1].startswith("bytes=") and len(set(calls)) > 3
-    (hosted(house).folder / "objects" / SHA256).write_bytes(CONTENT[:-1] + b"?")
+    (hosted(house).folder / "task" / SHA256).write_bytes(CONTENT[:-1] + b"?")
     with pytest.raises(Unreachable, match="SHA-256 differs"):
         run(house.client("s").fetch("r", SHA256, limit=10_000))
     with pytest.raises(Turned, match="limit 100"):
@@ -229,7 +229,7 @@ def test_nothing_is_added_to_a_report_that_is_looked_at_or_gone(house: House, mo
 
 @pytest.mark.parametrize("length", ["", "-5", "1e3", "x"])
 def test_a_server_that_does_not_say_how_long_an_object_is(house: House, length: str) -> None:
-    (hosted(house).folder / "objects" / SHA256).write_bytes(CONTENT)
+    (hosted(house).folder / "task" / SHA256).write_bytes(CONTENT)
     line = house.client("s")
     real = line._http.send
 

@@ -484,8 +484,8 @@ class World:
             if isinstance(answer, control.Received):
                 self.acknowledged.add((site, answer.round, answer.attempt))
             self.busy()
-            encoded = control.encode(answer)
-            self.carry(lambda: self.reach_site(site, encoded, content), f"to {site}: {answer}"[:150])
+            encoded, beside = control.encode(answer), bytes(content.whole())
+            self.carry(lambda: self.reach_site(site, encoded, beside), f"to {site}: {answer}"[:150])
 
         self.guarded(SERVER, do)
 

@@ -5,7 +5,8 @@ to the network; when it dies, a new one goes on where the run's journal ends. In
 
     spool/, models/             of the service, whose journal is in the server's database
     journal.sqlite, result.*    the run as `atoll runs`, `atoll report` and `atoll compare` read it
-    objects/SHA256              what sites fetch: the app file, the frame of the task at work
+    objects/SHA256              what sites fetch: the app file
+    task/SHA256                 likewise: the frame of the task at work
     uploads/                    reports that are on their way
     survey/, spread/            what sites answered about their tables
 """
@@ -125,23 +126,10 @@ class Runner:
 
     def _received(self, site: str, message: Buffer, upload: str, now: float) -> bytes:
         content = Content(files=self._files, path=f"uploads/{upload}") if upload else Content()
-        answer, frame = self.service.receive(site, message, content, now)
-        if isinstance(answer, control.Work):
-            self._offered(answer.base, frame)
+        answer, _ = self.service.receive(site, message, content, now)
+        if isinstance(answer, control.Work) and answer.base != self._given:
+            self._given, self._last = answer.base, time.monotonic()
         return control.encode(answer)
-
-    def _offered(self, base: str, frame: bytes) -> None:
-        """Put the task's frame where sites fetch it, and take away that of the task before.
-
-        It need not be durable: after a restart the task is made again.
-        """
-        files = Disk(self.folder / "objects", durability="process")
-        if base != self._given:
-            write_durably(files, base, frame)
-            self._given, self._last = base, time.monotonic()
-            for name in files.names(""):
-                if name not in (base, self.charter.code):
-                    files.remove(name)
 
     def _happen(self, event: coordinator.Event, now: float) -> None:
         try:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 import torch
@@ -120,6 +120,15 @@ def encode(tensors: Mapping[str, Tensor]) -> bytes:
     Raises:
         FrameError: a name or a type that no frame can carry.
     """
+    return b"".join(pieces(tensors))
+
+
+def pieces(tensors: Mapping[str, Tensor]) -> list[Buffer]:
+    """The same, in pieces that follow one another: the tensors' own memory, wherever it can be.
+
+    Raises:
+        FrameError: as for `encode`.
+    """
     _check_machine()
     for name, tensor in tensors.items():
         if not _named_well(name, Limits().name):
@@ -136,12 +145,12 @@ def encode(tensors: Mapping[str, Tensor]) -> bytes:
         entries[name] = _Entry(CODES[tensor.dtype], list(tensor.shape), (at, at + size))
         at += size
     header = _header(entries)
-    parts: list[Any] = [len(header).to_bytes(8, "little") + header]
+    parts: list[Buffer] = [len(header).to_bytes(8, "little") + header]
     for name in entries:
         flat = tensors[name].detach().to("cpu").contiguous().reshape(-1)
         if flat.numel():
             parts.append(flat.view(torch.uint8).numpy().data)
-    return b"".join(parts)
+    return parts
 
 
 def decode(

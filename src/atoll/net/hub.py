@@ -347,6 +347,10 @@ class Run:
         owner = hashlib.sha256(site.encode()).hexdigest()[:32]
         return self.folder / "uploads" / f"{owner}.{sha256}"
 
+    def object(self, sha256: str) -> Path:
+        """Where what sites fetch may lie: the frame of the task at work, or the app file."""
+        return self.folder / ("objects" if sha256 == self.charter.code else "task") / sha256
+
     def taking(self, site: str, sha256: str, size: int, offset: int, length: int) -> "Taking":
         """Begin to take some bytes of a report, the last of which are held to its hash.
 

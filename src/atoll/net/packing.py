@@ -13,7 +13,7 @@ from atoll.errors import RunError
 from atoll.messages import Clear, Report, Scaled, Task
 from atoll.net.buffers import Buffer
 from atoll.net.control import LONGEST_TEXT, Deliver, Value, Work
-from atoll.net.frames import FrameError, Limits, Schema, TensorSpec, decode, encode, schema_of
+from atoll.net.frames import FrameError, Limits, Schema, TensorSpec, decode, encode, pieces, schema_of
 from atoll.rounds import Process, State
 from atoll.tree import leaves, rebuild
 from atoll.vectors import Change
@@ -21,8 +21,8 @@ from atoll.vectors import Change
 NAMES = ("message", "buffers", "private", "shared")
 
 
-def pack_task(task: Task) -> tuple[dict[str, Value], bytes]:
-    """The leaves of a task that are no tensors, by path, and the frame of those that are.
+def pack_task(task: Task) -> tuple[dict[str, Value], list[Buffer]]:
+    """The leaves of a task that are no tensors, by path, and the frame of those that are, in pieces.
 
     Raises:
         RunError: a value that cannot travel as it is.
@@ -33,7 +33,7 @@ def pack_task(task: Task) -> tuple[dict[str, Value], bytes]:
             raise RunError(
                 f"the task's {name} has {len(value)} characters, more than the {LONGEST_TEXT} that can travel."
             )
-    return _held(values, "task"), encode(tensors)
+    return _held(values, "task"), pieces(tensors)
 
 
 def _held(values: dict[str, Value], what: str) -> dict[str, Value]:
@@ -145,8 +145,8 @@ def _split(task: Task) -> tuple[dict[str, Tensor], dict[str, Value]]:
 PARTS = ("algorithm", "buffers", "transforms", "aggregator", "private", "downlink")
 
 
-def pack_state(state: State) -> tuple[bytes, bytes]:
-    """A checkpoint in two parts: the values as JSON behind their length; the frame of the tensors.
+def pack_state(state: State) -> list[Buffer]:
+    """A checkpoint in pieces: the values as JSON behind their length; the frame of the tensors.
 
     Raises:
         RunError: a value that is not finite, and would not come back as it was.
@@ -155,8 +155,8 @@ def pack_state(state: State) -> tuple[bytes, bytes]:
     plain = _held({n: v for n, v in every.items() if not isinstance(v, Tensor)}, "state")
     own = {"seed": state.seed, "round": state.round, "served": state.served}
     values = msgspec.json.encode(own | {f"/{n}": v for n, v in plain.items()})
-    frame = encode({n: v for n, v in every.items() if isinstance(v, Tensor)})
-    return len(values).to_bytes(8, "little") + values, frame
+    frame = pieces({n: v for n, v in every.items() if isinstance(v, Tensor)})
+    return [len(values).to_bytes(8, "little") + values, *frame]
 
 
 def unpack_state(template: State, content: bytes) -> State:

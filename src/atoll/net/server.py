@@ -271,7 +271,7 @@ class Door:
     async def _object(self, request: Request, member: Member, body: bytes) -> Response:
         _trains(member)
         run, sha256 = self._named(request)
-        path = run.folder / "objects" / sha256
+        path = run.object(sha256)
         try:
             size = path.stat().st_size
         except FileNotFoundError:

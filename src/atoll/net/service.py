@@ -2,6 +2,7 @@
 
     journal              the recorded events, each durable before an answer that depends on it leaves
     spool/ROUND/HASH     accepted updates; with a secure sum masked vectors, and the sum
+    task/HASH            the frame of the task at work; after a restart it is made again
     models/ROUND         checkpoints; a recorded event names the hash of the one that counts
 
 It has no clock, thread or socket: whoever owns those calls `receive` with what came, `tick` when time has passed, and
@@ -44,7 +45,7 @@ from atoll.net.frames import Limits, Schema
 from atoll.net.packing import PARTS, pack_state, pack_task, report_schema, unpack_state
 from atoll.net.reading import BLOCK
 from atoll.net.spool import Spool, reduce, reduce_sum
-from atoll.net.storage import Content, FileSystem, write_durably
+from atoll.net.storage import Content, FileSystem, write_durably, write_whole
 from atoll.net.sums import Machine, summing, task_hash
 from atoll.rounds import Process, State
 from atoll.secagg import SecAggError, Void
@@ -52,7 +53,7 @@ from atoll.spec import identity
 from atoll.transforms.chain import sent
 from atoll.tree import Leaf, leaves
 
-Told = tuple[Answer, bytes]
+Told = tuple[Answer, Content]
 """An answer and the frame beside it, which may be empty."""
 
 KEPT = 2
@@ -113,7 +114,7 @@ class Service:
         self._log = files.journal("journal")
         self._task: Task | None = None
         self._values: dict[str, Value] = {}
-        self._frame = b""
+        self._given = Content()
         self._schema: Schema | None = None
         self._next: tuple[State, str] | None = None
         self._machine: Machine | None = None
@@ -162,7 +163,7 @@ class Service:
             if request.site != site or request.run != self.plan.run:
                 cause: Cause = "run" if request.site == site else "identity"
                 self._notice(f"{site}: asked in the name of {request.site} for the run {request.run}")
-                return Refused(self.plan.run, 0, 0, cause, "", self.state.round, None), b""
+                return Refused(self.plan.run, 0, 0, cause, "", self.state.round, None), Content()
         elif isinstance(request, Decline):
             event = core.Declined(site, request)
         elif isinstance(request, Abstain):
@@ -196,7 +197,7 @@ class Service:
         at = (0, 0) if isinstance(request, Ask) else (request.round, request.attempt)
         known = self.state.sites.get(site)
         counted = None if known is None else known.counted
-        return Refused(self.plan.run, *at, "busy", "try again later.", self.state.round, counted), b""
+        return Refused(self.plan.run, *at, "busy", "try again later.", self.state.round, counted), Content()
 
     def tick(self, now: float) -> None:
         """Time has passed."""
@@ -241,7 +242,7 @@ class Service:
                     self._log.append(msgspec.json.encode(entry))
                     self._taken(after, event)
                 case core.Reply(_, answer):
-                    told = answer, b""
+                    told = answer, Content()
                 case core.Offer(_, counted):
                     told = self._offer(counted)
                 case core.Tell(name, counted):
@@ -277,10 +278,10 @@ class Service:
         if task is None or (task.round, task.clients) != (state.round, state.cohort):
             return None  # after a restart it is still to be made again
         work = Work(
-            self.plan.run, state.round, state.attempt, state.base, len(self._frame), task.kind, task.seed, task.clients,
+            self.plan.run, state.round, state.attempt, state.base, self._given.size, task.kind, task.seed, task.clients,
             task.population, self._values, counted,
         )  # fmt: skip
-        return work, self._frame
+        return work, self._given
 
     def _examined(self, claim: Deliver, content: Content) -> Finding:
         if self._task is None:
@@ -341,7 +342,7 @@ class Service:
         turn = Turn(
             self.plan.run, state.round, state.attempt, state.turn, machine.step, machine.says(site), keys, counted
         )  # fmt: skip
-        return turn, b""
+        return turn, Content()
 
     def _step_closed(self, effect: core.Close, now: float) -> None:
         state = self.state
@@ -382,13 +383,18 @@ class Service:
         except Exception as error:  # whatever an author's code raises, the run is paused and not lost
             self.happen(core.Failed(effect.round, effect.attempt, _told(error)), now)
             return
-        base = content_hash(frame)
+        base = content_hash(*frame)
         if effect.base and effect.base != base:
             raise RunError(
                 "the task of the round at work is not the one that sites were given: the experiment or the library has "
                 "changed under the run. Start the version it began with."
             )
-        self._task, self._values, self._frame = task, values, frame
+        path = f"task/{base}"
+        write_whole(self.files, path, *frame)
+        for name in self.files.names("task"):
+            if name != base:
+                self.files.remove(f"task/{name}")
+        self._task, self._values, self._given = task, values, Content(files=self.files, path=path)
         if not effect.base:
             self.happen(core.Opened(effect.round, effect.attempt, base), now)
 

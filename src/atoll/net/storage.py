@@ -5,7 +5,7 @@ then a crash may leave all, some or none of it.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -321,17 +321,31 @@ def write_durably(files: FileSystem, path: str, *parts: Buffer) -> None:
     Raises:
         OSError: nothing of that name was changed.
     """
+    _written(files, path, parts, durably=True)
+    files.sync_folder(path.rpartition("/")[0])
+
+
+def write_whole(files: FileSystem, path: str, *parts: Buffer) -> None:
+    """Write a file whole or not at all, for as long as the machine runs; arguments as of `write_durably`.
+
+    Raises:
+        OSError: nothing of that name was changed.
+    """
+    _written(files, path, parts, durably=False)
+
+
+def _written(files: FileSystem, path: str, parts: Sequence[Buffer], *, durably: bool) -> None:
     temporary = f"{path}.part"
     try:
         files.write(temporary, parts[0])
         for part in parts[1:]:
             files.append(temporary, part)
-        files.sync(temporary)
+        if durably:
+            files.sync(temporary)
     except OSError:
         files.remove(temporary)  # a full disk needs the room
         raise
     files.rename(temporary, path)
-    files.sync_folder(path.rpartition("/")[0])
 
 
 def write_file(path: Path, content: Buffer) -> None:
