@@ -183,17 +183,20 @@ class Runner:
         told = next(iter(self._journal.events("run")), None)
         if told is None:
             versions = {name: version(name) for name in ("atoll", "torch", "numpy")}
-            spec = self._spec()
+            spec = self._made()
             body = {
                 "spec": spec, "identity": identity(spec["experiment"]), "rounds": self.plan.rounds,
                 "versions": versions,
             }  # fmt: skip
             self._journal.append("run", body)
+        else:
+            spec = told.body["spec"]
+        self._spec: dict[str, Any] = spec
         for record in self._journal.history()[-100:]:
             if record.round <= self.service.state.round:
                 self._closed.append(_shown(record))
 
-    def _spec(self) -> dict[str, Any]:
+    def _made(self) -> dict[str, Any]:
         start = self.process.init(self.plan.seed, self.experiment.initial)
         return {
             "title": self.experiment.title or self.charter.run,
@@ -228,7 +231,7 @@ class Runner:
             vector=process.vector(state),
             buffers=state.buffers,
             history=[r for r in self._journal.history() if r.round <= self.service.state.round],
-            spec=self._spec(),
+            spec=self._spec,
             engine={"engine": "sites", "sites": self.charter.engine},
             notes=["Trained over sites: nothing was evaluated, since the examples stayed where they are."],
             directory=self.folder,

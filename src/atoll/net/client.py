@@ -7,7 +7,7 @@ whose hash was asked for, or nothing.
 import ipaddress
 import re
 import ssl
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +22,7 @@ from atoll.net.calls import Problem
 from atoll.net.control import content_hash
 from atoll.net.home import Home, Identity, settle
 from atoll.net.keys import authority_key, client_context, fingerprint, key_at, public_text
-from atoll.net.lines import Lines
+from atoll.net.lines import PIECE, Lines
 from atoll.net.signing import Numbers, SignatureError, sign_request, verify_answer
 
 CHUNK = 2**24
@@ -146,7 +146,7 @@ class Client:
         while at < len(content):
             path = f"/v1/uploads/{run}/{sha256}?size={len(content)}&offset={at}"
             try:
-                answer = await self._ask("PUT", path, bytes(content[at : at + CHUNK]), digest=False)
+                answer = await self._ask("PUT", path, memoryview(content)[at : at + CHUNK], digest=False)
                 received = self._read(calls.Received, answer).received
             except Turned as turned:
                 if turned.problem.kind != "partial":
@@ -167,7 +167,7 @@ class Client:
     # --- requests -----------------------------------------------------------------------------------------------------
 
     async def _ask(
-        self, method: str, path: str, body: bytes, seconds: float | None = None, *, digest: bool = True
+        self, method: str, path: str, body: Buffer, seconds: float | None = None, *, digest: bool = True
     ) -> bytes:
         """The content of the server's answer to one request, which is sent a second time at most: with the epoch that
         the server told. Without a digest the content is held to the hash in its path, once it is whole.
@@ -214,9 +214,13 @@ class Client:
                 continue
             _raise(problem)
 
-    def _signed(self, method: str, path: str, body: bytes | None, *, digest: bool = True) -> httpx.Request:
-        request = self._http.build_request(method, path, content=body)
-        covered = body if digest else None
+    def _signed(self, method: str, path: str, body: Buffer | None, *, digest: bool = True) -> httpx.Request:
+        if isinstance(body, memoryview):
+            length = {"content-length": str(len(body))}
+            request = self._http.build_request(method, path, content=_parts(body), headers=length)
+        else:
+            request = self._http.build_request(method, path, content=None if body is None else bytes(body))
+        covered = bytes(body) if body is not None and digest else None
         sign_request(self.home.key, self.home.identity.name, _Plain(request), self._numbers.next(), covered)
         return request
 
@@ -237,6 +241,12 @@ class Client:
 
     def _problem(self, content: bytes) -> Problem:
         return cast(Problem, self._read(Problem, content))
+
+
+async def _parts(content: memoryview) -> AsyncIterator[bytes]:
+    """A long content as it is sent, without a copy of it all."""
+    for at in range(0, len(content), PIECE):
+        yield bytes(content[at : at + PIECE])
 
 
 class _Plain:

@@ -86,7 +86,8 @@ class _Line(httpcore.AsyncNetworkStream):
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
         with _as(httpcore.ReadTimeout, httpcore.ReadError):
             async with asyncio.timeout(timeout):
-                return await self._reader.read(max_bytes)
+                # httpcore asks for 64 KiB, and takes as much as is there.
+                return await self._reader.read(max(max_bytes, PIECE))
 
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:
         view = memoryview(buffer)

@@ -18,6 +18,7 @@ import msgspec
 import torch
 from torch import Tensor
 
+from atoll.aggregators.rows import finite_rows
 from atoll.collecting import Collected
 from atoll.errors import AtollError, CompositionError, NonFiniteError, RunError, invalid
 from atoll.messages import Task
@@ -432,16 +433,13 @@ class Service:
                 block=self.block,
             )
         closed = process.close(self.model, task, collected)
-        if not bool(torch.isfinite(process.vector(closed)).all()):
-            raise NonFiniteError(
-                f"round {task.round + 1}: the server's step made the model non-finite although every update was "
-                "finite. Lower the server's lr, or bound the updates' norm."
-            )
         wild = [name for name, leaf in leaves({n: getattr(closed, n) for n in PARTS}) if not _finite(leaf)]
         if wild:
+            whole = bool(torch.isfinite(process.vector(closed)).all())
+            what = f"{', '.join(wild[:5])} of its state" if whole else "the model"
             raise NonFiniteError(
-                f"round {task.round + 1}: the server's step made {', '.join(wild[:5])} of its state non-finite "
-                "although every update was finite. Lower the server's lr, or bound the updates' norm."
+                f"round {task.round + 1}: the server's step made {what} non-finite although every update was finite. "
+                "Lower the server's lr, or bound the updates' norm."
             )
         self._closed(task.round, collected)
         return closed
@@ -478,7 +476,7 @@ def _model_path(round: int) -> str:
 
 def _finite(leaf: Leaf) -> bool:
     if isinstance(leaf, torch.Tensor):
-        return not leaf.is_floating_point() or bool(torch.isfinite(leaf).all())
+        return not leaf.is_floating_point() or bool(finite_rows(leaf.reshape(1, -1)))
     return not isinstance(leaf, float) or math.isfinite(leaf)
 
 

@@ -10,8 +10,11 @@ order, whatever order they came in, by the process's own `combine` and `Collecto
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -176,13 +179,15 @@ def _reduced(
         mean = torch.empty(width, dtype=process.model.dtype)
         sums = torch.empty(process.parts[2], dtype=process.row_dtype)
         found: Collected | None = None
-        for a in range(0, max(1, process.length), block):
-            b = min(a + block, process.length)
-            found = _collected(process, state, task, (u.columns(process, a, b) for u in updates), expected)
-            if found.count:
-                mean[a : a + len(found.mean)] = found.mean
-                start = max(a, width) - width
-                sums[start : start + len(found.sums)] = found.sums
+        with ThreadPoolExecutor(1) as reader:
+            for a in range(0, max(1, process.length), block):
+                b = min(a + block, process.length)
+                reports = _ahead(reader, [partial(u.columns, process, a, b) for u in updates])
+                found = _collected(process, state, task, reports, expected)
+                if found.count:
+                    mean[a : a + len(found.mean)] = found.mean
+                    start = max(a, width) - width
+                    sums[start : start + len(found.sums)] = found.sums
         assert found is not None
         _check(updates)
         return replace(found, mean=mean, sums=sums) if found.count else found
@@ -191,12 +196,12 @@ def _reduced(
     matrix: Tensor | None = None
     seen: list[Partial] = []
     for i, update in enumerate(updates):
-        partial = process.combine(task, _whole(process, update))
-        assert partial.rows is not None
+        given = process.combine(task, _whole(process, update))
+        assert given.rows is not None
         if matrix is None:
-            matrix = spool.files.matrix(len(updates), partial.rows.shape[1], partial.rows.dtype)
-        matrix[i] = partial.rows[0]
-        seen.append(replace(partial, rows=None))
+            matrix = spool.files.matrix(len(updates), given.rows.shape[1], given.rows.dtype)
+        matrix[i] = given.rows[0]
+        seen.append(replace(given, rows=None))
     clients = tuple(c for p in seen for c in p.clients)
     collector = process.collector(state, replace(task, clients=clients))
     collector.add(
@@ -246,6 +251,17 @@ def reduce_sum(
     collector = process.collector(state, task)
     collector.take(Group(members, {"ring": torch.from_numpy(signed)}), process.parts, sent * len(claims))
     return collector.finish(expected)
+
+
+def _ahead(reader: Executor, calls: Sequence[Callable[[], Report]]) -> Iterator[Report]:
+    """What the calls give, in order; the next one is read and hashed while the last one is added up."""
+    waiting = deque[Future[Report]]()
+    for call in calls:
+        waiting.append(reader.submit(call))
+        if len(waiting) > 1:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
 
 
 def _whole(process: Process, update: Reading) -> Report:
