@@ -38,6 +38,8 @@ PEERS = {10**6: (2.5, 5.0), 10**7: (3.5, 3.0), 5 * 10**7: (8.0, 1.5)}
 MODELS = 3.0
 """The server's memory is at most so many models, whatever the number of sites."""
 PIECE = 2**22
+LOOK = 0.5
+"""Seconds between two looks at a crowd."""
 
 APP = """
 import torch
@@ -300,17 +302,21 @@ async def connected(folder: Path, count: int, rounds: int) -> dict[str, Any]:
         began = time.perf_counter()
         sites = simulated(homes, app, settings)
         asking = [asyncio.ensure_future(each._ask()) for each in sites]
-        ready, view, most = 0.0, None, 0
+        ready, view, most, spent = 0.0, None, 0, [processors(server)]
         while view is None or not view.over:
             view = await client.call(calls.Watch("crowd", -1 if view is None else view.version))
             if not ready and sum(s.standing == "ready" for s in view.sites) == count:
                 ready = time.perf_counter() - began
-            most = max(most, connections(server))
+                spent.append(processors(server))
+            if len(view.closed) >= len(spent) - 1:
+                most = max(most, connections(server))
+                spent.append(processors(server))
+            await asyncio.sleep(LOOK)
         assert view.phase == "finished", view.reason
         found = {
             "sites": count, "ready": ready, "rounds": [c.seconds for c in view.closed],
             "updates": [c.clients for c in view.closed], "connections": most, "memory": peak(server),
-            "processor": processor(server), "seconds": time.perf_counter() - began,
+            "processor": spent, "seconds": time.perf_counter() - began,
         }  # fmt: skip
         for each in asking:
             each.cancel()
@@ -332,6 +338,12 @@ def processor(number: int) -> float:
     """Processor seconds of a process."""
     fields = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def processors(server: int) -> dict[str, float]:
+    """Processor seconds so far of the server's process, that of its run, and this one, in which the sites are."""
+    runs = sum(processor(n) for n, words in descendants(server).items() if "atoll.deployment.runner" in words)
+    return {"server": processor(server), "run": runs, "sites": processor(os.getpid())}
 
 
 def crowd(count: int, rounds: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import pytest
 
 from atoll.net import control, hub
 from atoll.net.calls import Charter
-from atoll.net.children import Happen, HostCall, Summary, Told
+from atoll.net.children import Happen, HostCall, Place, Summary, Told
 from atoll.net.enrolment import Member
 from atoll.net.hub import Hub, Run
 from atoll.net.state import State
@@ -17,7 +17,7 @@ from atoll.net.storage import Disk, state_of
 
 pytestmark = pytest.mark.usefixtures("unsynced")
 
-BLANK = Summary("", "", 0, 0, 0, 0, 0, 0, False, "", "", "", "", 0, [], [], {}, {}, {}, [], [])
+BLANK = Summary()
 
 
 def summary(phase: str, **more: Any) -> Summary:
@@ -35,7 +35,7 @@ class Process:
     async def call(self, call: HostCall, replies: Any, blobs: Any, **more: Any) -> tuple[Told, bytes]:
         self.heard.append(call)
         if isinstance(call, Happen) and call.event == "revoked":
-            self.told = hub.msgspec.structs.replace(self.told, sites={**self.told.sites, call.site: "revoked"})
+            self.told = hub.msgspec.structs.replace(self.told, sites={**self.told.sites, call.site: Place("revoked")})
         return Told(self.told), b""
 
     async def end(self) -> None:
@@ -89,7 +89,7 @@ def test_a_run_that_was_at_work_hears_later_that_a_site_was_shut_out(
     monkeypatch.setattr(hub, "HOLD", 0.05)
 
     async def both() -> None:
-        made, run, process = house(tmp_path, summary("collecting", sites={"s": "active", "t": "active"}))
+        made, run, process = house(tmp_path, summary("collecting", sites={"s": Place("active"), "t": Place("active")}))
         for name in "st":
             made.roster.members[name] = Member(name, "site", "k", 0.0)
         monkeypatch.setattr(made.roster, "_record", lambda entry: made.roster._take(entry))
@@ -119,7 +119,7 @@ def test_one_runs_trouble_is_not_the_others(tmp_path: Path, monkeypatch: pytest.
 
 def test_what_an_authors_code_says_is_plain_text_to_watchers(tmp_path: Path) -> None:
     _, run, _ = house(tmp_path, BLANK)
-    run._learn(summary("paused", title="a\x1b[2Jb", reason="c\x1b]0;d", notices=["e\nf"]))
+    run._learn(Told(summary("paused", title="a\x1b[2Jb", reason="c\x1b]0;d", notices=["e\nf"])))
     view = run.view({})
     assert all(text.isprintable() for text in (view.title, view.reason, *view.notices))
 

@@ -1,10 +1,13 @@
 """Signatures hold what they say, and a request is taken once."""
 
+import re
 from typing import Any
 
 import httpx
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from atoll.net import signing
 from atoll.net.signing import Fresh, Numbers, SignatureError
@@ -29,6 +32,14 @@ def test_a_request_tells_who_signed_it_and_its_number() -> None:
     signing.check_content(request.headers, b"body")
     with pytest.raises(SignatureError):
         signing.check_content(request.headers, b"bodY")
+
+
+def by_library(do: Any, *given: Any, **named: Any) -> Any:
+    """What is done where no message has our form."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(signing, "_plainly_signed", lambda *_: False)
+        patch.setattr(signing, "_plainly_verified", lambda *_, **__: None)
+        return do(*given, **named)
 
 
 def changed(**change: Any) -> signing.Request:
@@ -88,17 +99,21 @@ def test_clocks_play_no_part(monkeypatch: pytest.MonkeyPatch) -> None:
     from http_message_signatures import signatures
 
     for days in (-4000, 4000):
-        real = datetime.datetime
+        real, skewed = datetime.datetime, signing.time.time() + 86400 * days
 
         class Skewed(real):
             @classmethod
             def now(cls, tz: Any = None) -> Any:
-                return real.now(tz) + datetime.timedelta(days=days)
+                return real.fromtimestamp(skewed, tz)
 
-        with monkeypatch.context() as patch:
-            patch.setattr(signatures.datetime, "datetime", Skewed)
-            request = signed()
-        assert signing.verify_request(request, public, content=True)[0] == "hospital a"
+        for library in (False, True):
+            with monkeypatch.context() as patch:
+                patch.setattr(signatures.datetime, "datetime", Skewed)
+                patch.setattr(signing.time, "time", lambda: skewed)
+                request = by_library(signed) if library else signed()
+            assert f"created={int(skewed)};" in request.headers["signature-input"]
+            assert signing.verify_request(request, public, content=True)[0] == "hospital a"
+            assert by_library(signing.verify_request, request, public, content=True)[0] == "hospital a"
 
 
 def answered(request: signing.Request, body: bytes | None = b"answer", key: Ed25519PrivateKey = SERVER) -> Any:
@@ -130,6 +145,106 @@ def test_an_answer_without_a_digest_does_not_stand_for_a_content() -> None:
     signing.verify_answer(answer, SERVER.public_key(), None)
     with pytest.raises(SignatureError):
         signing.verify_answer(answer, SERVER.public_key(), b"anything")
+
+
+# --- messages of our form, and the library ----------------------------------------------------------------------------
+
+PATHS = st.text(st.sampled_from("azAZ09._~-!$&'()*+,;=:@/"), max_size=20).map(lambda t: f"/{t}")
+QUERIES = st.none() | st.text(st.sampled_from("az09=&-._~:@/"), max_size=20)
+BODIES = st.none() | st.binary(max_size=50)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.sampled_from(["GET", "POST", "PUT"]), PATHS, QUERIES, BODIES, BODIES, st.sampled_from([200, 206, 404, 503]),
+    st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9._@ -]{0,30}\Z"),
+)  # fmt: skip
+def test_the_library_signs_the_same_and_holds_the_same_to_be_signed(
+    method: str, path: str, query: str | None, body: bytes | None, content: bytes | None, status: int, name: str
+) -> None:
+    url = f"https://localhost:8443{path}{'' if query is None else f'?{query}'}"
+    requests, answers = list[signing.Request](), list[signing.Answer]()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(signing.time, "time", lambda: 1.7e9)
+        for do in (lambda f, *a: f(*a), by_library):
+            request = signing.Request(method, url, httpx.Headers())
+            do(signing.sign_request, KEY, name, request, "e.1.p.1", body)
+            answer = signing.Answer(status, {}, request)
+            do(signing.sign_answer, SERVER, answer, content)
+            requests.append(request)
+            answers.append(answer)
+    for request, answer in zip(requests, answers, strict=True):
+        assert _created(request.headers) == _created(requests[0].headers)
+        assert set(answer.headers) == set(answers[0].headers)
+        for do in (lambda f, *a, **k: f(*a, **k), by_library):
+            assert do(signing.verify_request, request, lambda n: KEY.public_key(), content=body is not None) == (
+                name, "e.1.p.1",
+            )  # fmt: skip
+            do(signing.verify_answer, answer, SERVER.public_key(), content)
+            with pytest.raises(SignatureError):
+                do(signing.verify_answer, answer, SERVER.public_key(), (content or b"") + b"x")
+
+
+def _created(headers: Any) -> dict[str, str]:
+    """Headers without the second in which they were signed, which the library takes from another clock."""
+    return {n: re.sub(r"created=\d+", "", v) for n, v in headers.items() if n != "signature"}
+
+
+def test_our_form_is_the_one_that_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the library was asked")
+
+    monkeypatch.setattr(signing.HTTPMessageSigner, "sign", broken)
+    monkeypatch.setattr(signing.HTTPMessageVerifier, "verify", broken)
+    for body in (None, b"", b"body"):
+        request = signed(body)
+        signing.verify_request(request, public, content=body is not None)
+        signing.verify_answer(answered(request, body), SERVER.public_key(), body)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_what_passes_for_our_form_passes_with_the_library(data: st.DataObject) -> None:
+    """Whatever is done to a signed message: if it is accepted, the library accepts it and reads the same out of it."""
+    request = signed(data.draw(st.sampled_from([None, b"body"])))
+    field = data.draw(st.sampled_from(["signature-input", "signature", "content-digest", "url", "method"]))
+    text = getattr(request, field) if field in ("url", "method") else request.headers.get(field, "")
+    at = data.draw(st.integers(0, len(text)))
+    to = data.draw(st.integers(at, min(len(text), at + 3)))
+    new = data.draw(st.text(st.sampled_from('aA0 ;,=:"()%?/\\\t@-'), max_size=3))
+    text = text[:at] + new + text[to:]
+    if field in ("url", "method"):
+        setattr(request, field, text)
+    else:
+        request.headers[field] = text
+    content = data.draw(st.booleans())
+    try:
+        plain = signing._plainly_verified(
+            request, public, signing.REQUEST, signing._of_request(request), content=content
+        )  # fmt: skip
+    except SignatureError:
+        with pytest.raises(SignatureError):
+            by_library(signing.verify_request, request, public, content=content)
+    else:
+        if plain is not None and plain[1]:
+            assert by_library(signing.verify_request, request, public, content=content) == plain
+
+
+def test_a_header_that_is_there_twice_has_not_our_form() -> None:
+    request = signed()
+    for name in ("signature", "signature-input", "content-digest"):
+        twice = httpx.Headers([*request.headers.multi_items(), (name, request.headers[name])])
+
+        class Both:
+            def items(self, twice: httpx.Headers = twice) -> Any:
+                return twice.multi_items()
+
+        given = signing.Request("POST", URL, Both())
+        assert (
+            signing._plainly_verified(given, public, signing.REQUEST, signing._of_request(given), content=True) is None
+        )
+        with pytest.raises(SignatureError):
+            signing.verify_request(given, public, content=True)
 
 
 # --- what is fresh ----------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from doors import House, problem, run
 
 from atoll.net import client, control
 from atoll.net.calls import Charter
-from atoll.net.children import Summary
+from atoll.net.children import Place, Summary, Told
 from atoll.net.client import Turned, Unreachable
 from atoll.net.control import content_hash
 from atoll.net.hub import Denied, Run
@@ -25,10 +25,8 @@ SHA256 = content_hash(CONTENT)
 
 def summary(**more: Any) -> Summary:
     blank: dict[str, Any] = {
-        "phase": "collecting", "reason": "", "round": 0, "rounds": 2, "attempt": 1, "wanted": 1, "least": 1,
-        "number": 1, "busy": False, "stage": "", "question": "", "identity": "", "title": "", "largest": 20_000,
-        "cohort": ["s"],
-        "accepted": [], "excluded": {}, "sites": {"s": "active"}, "counted": {}, "closed": [], "notices": [],
+        "phase": "collecting", "rounds": 2, "attempt": 1, "wanted": 1, "least": 1, "number": 1, "largest": 20_000,
+        "sites": {"s": Place("active", doing="asked")},
     }  # fmt: skip
     return Summary(**(blank | more))
 
@@ -262,8 +260,7 @@ def test_a_question_is_answered_when_there_is_news(house: House, monkeypatch: py
         for number, attempt in enumerate((1, 2, 3), 1):  # the first news is none for this site
             await asyncio.sleep(0.05)
             assert not held.done() and len(asked) == max(1, number - 1)
-            made.summary = summary(attempt=attempt, number=number)
-            made.news.tell()
+            made._learn(Told(summary(attempt=attempt, number=number)))
         return await asyncio.wait_for(held, 60.0)
 
     assert run(hold()) == answers[2] and len(asked) == 3
@@ -271,7 +268,8 @@ def test_a_question_is_answered_when_there_is_news(house: House, monkeypatch: py
 
 def test_a_run_that_is_over_tells_what_it_counted(house: House) -> None:
     made = hosted(house)
-    made.over, made.summary = True, summary(phase="finished", round=2, reason="done", counted={"s": (1, 3)})
+    made.over = True
+    made.summary = summary(phase="finished", round=2, reason="done", sites={"s": Place("active", (1, 3))})
     told = run(house.client("s").say(control.Ask("r", "s")))
     assert told == control.Ended("r", 2, "done", (1, 3))
     assert run(house.client("t").say(control.Ask("r", "t"))).counted is None

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -26,6 +26,7 @@ from atoll.collecting import Collected
 from atoll.data.table import Table
 from atoll.deployment.prepare import experiment_of, identity_of, plan_of, process_of, rules_of
 from atoll.deployment.survey import Agreement
+from atoll.deployment.telling import Teller
 from atoll.errors import AtollError, RunError
 from atoll.history import Record
 from atoll.journal import Journal, locked, open_journal
@@ -70,6 +71,8 @@ class Runner:
     """
 
     def __init__(self, host: Host) -> None:
+        self._teller = Teller()
+        self._stage: Literal["", "survey", "spread", "ready"] | None = None
         self._notices: list[str] = []
         self._closed: list[Closed] = []
         self.folder, self.charter = Path(host.folder), host.charter
@@ -140,13 +143,16 @@ class Runner:
 
     # --- what it tells ------------------------------------------------------------------------------------------------
 
-    def summary(self) -> Summary:
-        """The run now."""
-        state, agreement = self.service.state, self.agreement
-        turn = state.sum
+    def told(self) -> Told:
+        """The run now, and what of it is other than was told before."""
+        state, agreement, stage = self.service.state, self.agreement, self._stage
+        if stage != "ready":
+            stage = "" if agreement is None else agreement.stage
+        whole, new = self._stage is None, stage != self._stage  # what a stage asks is settled when it begins
+        self._stage = stage
         notices, self._notices = self._notices[-20:], []
         closed, self._closed = self._closed, []
-        return Summary(
+        summary = Summary(
             phase=state.phase.value,
             reason=state.reason,
             round=state.round,
@@ -156,23 +162,18 @@ class Runner:
             least=self.plan.least,
             number=state.number,
             busy=self.service.busy,
-            stage="" if agreement is None else agreement.stage,
-            question="" if agreement is None else agreement.question,
+            stage=stage or "",
+            question=agreement.question if new and agreement is not None else "",
             identity=self.identity,
             title=self.experiment.title,
             largest=self.largest,
-            cohort=list(state.cohort),
-            accepted=sorted(state.accepted),
-            excluded=dict(state.excluded),
-            sites={n: s.status for n, s in state.sites.items()},
-            counted={n: s.counted for n, s in state.sites.items() if s.counted is not None},
+            turn=state.turn,
+            step=state.sum.step if state.sum is not None else "",
+            sites=self._teller.tell(state),
             closed=closed,
             notices=notices,
-            turn=state.turn,
-            step=turn.step if turn else "",
-            awaited=turn.awaited if turn else [],
-            out=turn.out if turn else {},
         )
+        return Told(summary, whole)
 
     def _noticed(self, text: str) -> None:
         self._notices.append(control.plain(text))
@@ -299,7 +300,7 @@ def main(arguments: Sequence[str]) -> None:
                     raise RunError("there is no run yet.")
                 else:
                     answer = runner.carry_out(call, blob)
-                channel.reply(Told(runner.summary()), answer)
+                channel.reply(runner.told(), answer)
             except Overtaken as error:  # what is known here is not what is written: a new process begins with that
                 channel.reply(Broken(type(error).__name__, str(error)))
                 return

@@ -127,6 +127,22 @@ class Finish(_Said, frozen=True):
 HostCall = Host | Receive | Happen | Answered | Tick | Do | Finish
 
 
+class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A site in a run.
+
+    Attributes:
+        status: as the coordinator has it.
+        counted: round and attempt of its update that was counted last.
+        doing: in the round at work, as in `calls.SiteView`.
+        why: it is excluded, or out of the sum.
+    """
+
+    status: Literal["active", "paused", "left", "revoked"]
+    counted: Stamp | None = None
+    doing: Literal["", "asked", "delivered", "excluded", "out of the sum"] = ""
+    why: str = ""
+
+
 class Summary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A run between two events; names as in `coordinator.State`.
 
@@ -135,46 +151,71 @@ class Summary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         stage, question: of preparing, as in `calls.Errand`.
         identity: of what is trained.
         largest: bytes of a report at most.
-        sites: status of each, as the coordinator has it.
-        closed: rounds that were closed since this process began to tell.
-        notices: what came up since the last summary.
         turn: turns there were at this round's secure sum.
         step: of the turn at work; "": there is none.
-        awaited: sites that may still answer in it.
-        out: sites that take no more part in that turn, and why.
+        sites: by name.
+        closed: rounds that were closed since this process began to tell.
+        notices: what came up since the last summary.
     """
 
-    phase: str
-    reason: str
-    round: int
-    rounds: int
-    attempt: int
-    wanted: int
-    least: int
-    number: int
-    busy: bool
-    stage: Literal["", "survey", "spread", "ready"]
-    question: str
-    identity: str
-    title: str
-    largest: int
-    cohort: list[str]
-    accepted: list[str]
-    excluded: dict[str, str]
-    sites: dict[str, str]
-    counted: dict[str, Stamp]
-    closed: list[Closed]
-    notices: list[str]
+    phase: str = ""
+    reason: str = ""
+    round: int = 0
+    rounds: int = 0
+    attempt: int = 0
+    wanted: int = 0
+    least: int = 0
+    number: int = 0
+    busy: bool = False
+    stage: Literal["", "survey", "spread", "ready"] = ""
+    question: str = ""
+    identity: str = ""
+    title: str = ""
+    largest: int = 0
     turn: int = 0
     step: str = ""
-    awaited: list[str] = []
-    out: dict[str, str] = {}
+    sites: dict[str, Place] = {}
+    closed: list[Closed] = []
+    notices: list[str] = []
+
+
+SITES = 100_000
+"""Sites of a run."""
 
 
 class Told(_Said, frozen=True):
-    """The run after a call; the blob is the answer to a site, if there is one."""
+    """The run after a call; the blob is the answer to a site, if there is one.
+
+    Attributes:
+        summary: the run.
+        whole: whether all of it is told. Else `sites` are those alone that are other than this process told before, and
+            there is a `question` only where the stage is another.
+    """
 
     summary: Summary
+    whole: bool = True
+
+
+def merged(before: Summary | None, told: Told) -> tuple[Summary, frozenset[str]]:
+    """The run now, and the names of the sites that are other than they were.
+
+    Args:
+        before: the run as it was; where not all is told, its `sites` are taken over and changed in place.
+        told: by the run's process.
+
+    Raises:
+        RunError: it told of more sites than a run can have.
+    """
+    now = told.summary
+    known = {} if before is None else before.sites
+    new = {name: place for name, place in now.sites.items() if known.get(name) != place}
+    if len(known) + len(new.keys() - known.keys()) > SITES:
+        raise RunError(f"the run's process told of more than {SITES:,} sites.")
+    if told.whole or before is None:
+        return now, frozenset(new.keys() | (known.keys() - now.sites.keys()))
+    known |= new
+    question = before.question if now.stage == before.stage else now.question
+    return msgspec.structs.replace(now, question=question, sites=known), frozenset(new)
 
 
 HostReply = Told | Broken

@@ -12,8 +12,9 @@ and in the server's state, `state.sqlite` in its folder or a database elsewhere 
     newest, KEY          of each site the newest process that was heard
     runs/RUN/journal     a journal, written by the run's process
 
-All methods run on one event loop. What a run's process says changes what is known of the run, and wakes everybody who
-waits for news.
+All methods run on one event loop. What a run's process says changes what is known of the run: it wakes watchers, and of
+the questions that are held back those whose answer may be another now, so that what a round costs grows with the number
+of its sites and not with its square.
 """
 
 import asyncio
@@ -46,11 +47,13 @@ from atoll.net.children import (
     Receive,
     Summary,
     Tick,
+    Told,
     host_replies,
+    merged,
 )
 from atoll.net.control import Answer, Ask, Deliver, Ended, Refused, Request, Say, Wait
 from atoll.net.enrolment import Invite, Member, Roster, encode
-from atoll.net.news import News
+from atoll.net.news import Bells, News
 from atoll.net.storage import Disk, scope, state_of, write_durably
 
 if TYPE_CHECKING:  # what a command imports to start a server need not open a database
@@ -64,6 +67,10 @@ LOADING, WORKING = 600.0, 3600.0
 """Seconds a run's process may take to load a run, and to do anything."""
 NOTICES, ROUNDS = 20, 100
 """What of a run is shown."""
+GLANCE = 5e-4
+"""Seconds, for every site of a run, that a watcher is told later: what happens meanwhile it is told at once."""
+RESTS = ("paused", "finished", "stopped")
+"""Phases that a site's question is not held back over."""
 
 log = logging.getLogger("atoll.server")
 
@@ -110,9 +117,10 @@ class Run:
         self._taking: dict[str, Taking] = {}
         self._turn = asyncio.Lock()
         self._keeper: asyncio.Task[None] | None = None
+        self._bells, self._due = Bells(), News()
         if final:
             self.over = True
-            self._learn(msgspec.json.decode(final, type=Summary))
+            self._learn(Told(msgspec.json.decode(final, type=Summary)))
 
     def _shut_out(self, site: str) -> bool:
         member = self._member(site)
@@ -153,7 +161,7 @@ class Run:
             await child.end()
             return
         self._child, self.trouble = child, ""
-        self._learn(reply.summary)
+        self._learn(reply)
 
     def keep(self) -> None:
         """Keep the run going from now on."""
@@ -170,7 +178,7 @@ class Run:
                     pause = 1.0
                 before = self.summary
                 assert before is not None
-                for site in [s for s, status in before.sites.items() if status != "revoked" and self._shut_out(s)]:
+                for site in [s for s, p in before.sites.items() if p.status != "revoked" and self._shut_out(s)]:
                     await self.ask(Happen("revoked", site, "", time.time()))
                 if before.phase in ("finished", "stopped"):
                     await self._end()
@@ -182,7 +190,7 @@ class Run:
                     ticked = time.monotonic()
                     await self.ask(Tick(time.time()))
                 else:
-                    await self.news.wait(1.0)
+                    await self._due.wait(1.0)
             except (RunError, OSError) as error:  # a full disk, or no room for a process: there may be later
                 log.warning("run %s: %s", self.charter.run, error)
                 await asyncio.sleep(pause)
@@ -197,16 +205,17 @@ class Run:
             if self._child is not None:
                 await self._child.end()
                 self._child = None
+        self._bells.ring()
         self.agenda.tell()
         self.news.tell()
 
     def abandon(self, reason: str) -> None:
         """End a run whose process cannot be started: what its journal says stays as it is."""
-        blank = Summary("", "", 0, 0, 0, 0, 0, 0, False, "", "", "", "", 0, [], [], {}, {}, {}, [], [])
-        summary = msgspec.structs.replace(self.summary or blank, phase="stopped", reason=reason, busy=False)
-        self._state.put("final", self.charter.run, msgspec.json.encode(_without_notices(summary)))
+        summary = msgspec.structs.replace(self.summary or Summary(), phase="stopped", reason=reason, busy=False)
+        summary = msgspec.structs.replace(summary, notices=[], closed=[])
+        self._state.put("final", self.charter.run, msgspec.json.encode(summary))
         self.over, self.trouble = True, ""
-        self._learn(summary)
+        self._learn(Told(summary))
         self.agenda.tell()
 
     async def close(self) -> None:
@@ -246,11 +255,11 @@ class Run:
                 with suppress(ChildDied, asyncio.CancelledError):
                     reply, _ = await task
                     if not isinstance(reply, Broken):
-                        self._learn(reply.summary)
+                        self._learn(reply)
                 raise
             if isinstance(reply, Broken):
                 raise RunError(reply.text)
-            self._learn(reply.summary)
+            self._learn(reply)
             return bytes(answer)
         finally:
             self._turn.release()
@@ -258,18 +267,28 @@ class Run:
     def _broken(self, text: str) -> None:
         self.trouble = control.plain(text)
         self.notices.append(self.trouble)
+        self._due.tell()
         self.news.tell()
 
-    def _learn(self, summary: Summary) -> None:
-        before, self.summary = self.summary, summary
-        for text in summary.notices:
+    def _learn(self, told: Told) -> None:
+        before = self.summary
+        self.summary, others = merged(before, told)
+        now = self.summary
+        for text in now.notices:
             self.notices.append(control.plain(text))
             log.warning("run %s: %s", self.charter.run, text)
-        self.closed |= {c.round: c for c in summary.closed}
-        self.closed = dict(sorted(self.closed.items())[-ROUNDS:])
-        if before is None or (before.stage, before.question) != (summary.stage, summary.question):
+        if now.closed:
+            self.closed |= {c.round: c for c in now.closed}
+            self.closed = dict(sorted(self.closed.items())[-ROUNDS:])
+        if before is None or (before.stage, before.question) != (now.stage, now.question):
             self.agenda.tell()
-        if before is None or _without_notices(before) != _without_notices(summary) or summary.notices:
+        if before is None or _moment(before) != _moment(now):
+            self._bells.ring()
+        elif others:
+            self._bells.ring(others)
+        if before is None or (before.phase, before.busy) != (now.phase, now.busy):
+            self._due.tell()
+        if before is None or others or now.notices or _outline(before) != _outline(now):
             self.news.tell()
 
     # --- its sites ----------------------------------------------------------------------------------------------------
@@ -281,7 +300,8 @@ class Run:
             self.news.tell()
         if self.over or self.summary is None:
             return
-        known = self.summary.sites.get(site)
+        place = self.summary.sites.get(site)
+        known = None if place is None else place.status
         wanted: Literal["joined", "left"] | None = None
         if standing.status == "ready":
             wanted = "joined" if known != "active" else None
@@ -303,21 +323,32 @@ class Run:
         while True:
             if self.over:
                 return self._ended(site)
-            at = self._at(site)
+            at = self._at(site, request)
             answer = await self._received(site, request)
             held = isinstance(request, Ask) and isinstance(answer, Wait) and answer == (first or answer)
             first = first or answer
             if not held or time.monotonic() >= until:
                 return answer
-            while self._at(site) == at and (left := until - time.monotonic()) > 0:
-                await self.news.wait(left)
+            while self._at(site, request) == at and (left := until - time.monotonic()) > 0:
+                await self._bells.wait(site, left)
 
-    def _at(self, site: str) -> tuple[object, ...]:
-        """What a site's question depends on: while it stays the same, so does the answer."""
+    def _at(self, site: str, request: Request) -> tuple[object, ...]:
+        """What the answer to a site's question depends on: while it stays the same, so does the answer.
+
+        A question is asked anew when there is something to do for its site that it did not have, or when its update was
+        counted or was not, which the next round tells.
+        """
         s = self.summary
         if s is None:
             return (self.over,)
-        return (self.over, s.phase, s.round, s.attempt, s.turn, s.step, s.sites.get(site))
+        place, due = s.sites.get(site), ()
+        if place is not None and place.doing == "asked":
+            if s.phase == "summing":
+                due = s.attempt, s.turn, s.step
+            elif s.phase == "collecting" and not (isinstance(request, Ask) and request.at == (s.round, s.attempt)):
+                due = (s.attempt,)
+        standing = (None, None) if place is None else (place.status, place.counted)
+        return (self.over, s.phase if s.phase in RESTS else "", s.round, *standing, due)
 
     async def _received(self, site: str, request: Request) -> Answer:
         upload = ""
@@ -340,7 +371,9 @@ class Run:
     def _ended(self, site: str) -> Answer:
         summary = self.summary
         assert summary is not None
-        return Ended(self.charter.run, summary.round, control.plain(summary.reason), summary.counted.get(site))
+        place = summary.sites.get(site)
+        counted = None if place is None else place.counted
+        return Ended(self.charter.run, summary.round, control.plain(summary.reason), counted)
 
     def upload(self, site: str, sha256: str) -> Path:
         """Where a site's report is put together; no name of a site becomes a path."""
@@ -425,25 +458,25 @@ class Run:
         )
 
     def _site(self, name: str, seen: dict[str, float]) -> SiteView:
-        s, standing = self.summary, self.standings.get(name, Standing("left", "not heard of since the server started"))
-        doing = why = ""
-        if s is not None and not self.over:
-            if name in s.out:
-                doing, why = "out of the sum", s.out[name]
-            elif name in s.accepted:
-                doing = "asked" if name in s.awaited else "delivered"
-            elif name in s.excluded:
-                doing, why = "excluded", s.excluded[name]
-            elif name in s.cohort:
-                doing = "asked"
-        status = "revoked" if s is not None and s.sites.get(name) == "revoked" else standing.status
+        standing = self.standings.get(name, Standing("left", "not heard of since the server started"))
+        place = None if self.summary is None else self.summary.sites.get(name)
+        status, doing, why, counted = standing.status, "", "", None
+        if place is not None:
+            status, counted = "revoked" if place.status == "revoked" else status, place.counted
+            if not self.over:
+                doing, why = place.doing, place.why
         heard = time.monotonic() - seen[name] if name in seen else None
-        counted = s.counted.get(name) if s is not None else None
         return SiteView(name, status, standing.detail, doing, why or self.refusals.get(name, ""), counted, heard)
 
 
-def _without_notices(summary: Summary) -> Summary:
-    return msgspec.structs.replace(summary, notices=[], closed=[])
+def _moment(s: Summary) -> tuple[object, ...]:
+    """What concerns all sites."""
+    return (s.phase, s.round, s.attempt, s.turn, s.step)
+
+
+def _outline(s: Summary) -> Summary:
+    """What watchers see of the run beside its sites and notices."""
+    return msgspec.structs.replace(s, sites={}, notices=[], closed=[])
 
 
 class Taking:
@@ -559,6 +592,8 @@ class Hub:
                 watched = self.run(run)
                 if watched.news.version == known and not watched.over:
                     await watched.news.wait(HOLD)
+                    if watched.summary is not None and not watched.over:
+                        await asyncio.sleep(GLANCE * len(watched.summary.sites))
                 return watched.view(self.seen)
 
     async def _agenda(self, site: str, known: int, standings: dict[str, Standing]) -> Errands:

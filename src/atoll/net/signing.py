@@ -14,11 +14,16 @@ Fresh is what this server process has not seen. Every request carries `EPOCH.LIF
 Of one process a number is taken once. Clocks play no part.
 """
 
+import hashlib
+import re
 import secrets
-from collections.abc import Callable, Mapping
+import time
+from base64 import b64decode, b64encode
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from http_message_signatures.algorithms import ED25519  # pyright: ignore[reportPrivateImportUsage]
 from http_message_signatures.digests import ContentDigest
@@ -31,6 +36,7 @@ from atoll.errors import AtollError
 TAG = "atoll"
 REQUEST = ("@method", "@path", "@query")
 ANSWER = ("@status", '"@method";req', '"@path";req', '"@query";req', '"signature";req')
+DIGEST = "content-digest"
 SERVER = "server"
 """The server's name as a signer; nobody can be enrolled by it."""
 
@@ -88,6 +94,8 @@ def sign_request(key: Ed25519PrivateKey, name: str, message: Any, nonce: str, bo
         nonce: from `Numbers.next`.
         body: the content; None for a request without.
     """
+    if _plainly_signed(key, name, message, REQUEST, _of_request(message), body, nonce):
+        return
     signer = HTTPMessageSigner(signature_algorithm=ED25519, key_resolver=_Keys(_nobody, key))
     signer.sign(message, key_id=name, nonce=nonce, tag=TAG, label=TAG, covered_component_ids=REQUEST, body=body)
 
@@ -103,7 +111,10 @@ def verify_request(message: Any, public: Callable[[str], Ed25519PublicKey | None
     Raises:
         SignatureError: it is not signed as it must be.
     """
-    required = (*REQUEST, "content-digest") if content else REQUEST
+    plain = _plainly_verified(message, public, REQUEST, _of_request(message), content=content)
+    if plain is not None and plain[1]:
+        return plain
+    required = (*REQUEST, DIGEST) if content else REQUEST
     found = _verified(message, public, required, None)
     if not isinstance(found.nonce, str):
         raise SignatureError("the request has no number.")
@@ -116,8 +127,11 @@ def check_content(headers: Any, body: bytes) -> None:
     Raises:
         SignatureError: it is not.
     """
+    told = [v for n, v in headers.items() if n.lower() == DIGEST]
+    if told == [_digest(body)]:
+        return
     try:
-        ContentDigest.verify(", ".join(v for n, v in headers.items() if n.lower() == "content-digest"), body)
+        ContentDigest.verify(", ".join(told), body)
     except HTTPMessageSignaturesException as error:
         raise SignatureError("the content is not the one that was signed.") from error
 
@@ -130,6 +144,8 @@ def sign_answer(key: Ed25519PrivateKey, answer: Answer, body: bytes | None) -> N
         answer: its request is signed.
         body: the content; None where the receiver knows its hash already.
     """
+    if _plainly_signed(key, SERVER, answer, ANSWER, _of_answer(answer), body, ""):
+        return
     signer = HTTPMessageSigner(signature_algorithm=ED25519, key_resolver=_Keys(_nobody, key))
     signer.sign(answer, key_id=SERVER, tag=TAG, label=TAG, covered_component_ids=ANSWER, body=body)
 
@@ -145,8 +161,17 @@ def verify_answer(answer: Any, key: Ed25519PublicKey, body: bytes | None) -> Non
     Raises:
         SignatureError: it did not.
     """
-    required = ANSWER if body is None else (*ANSWER, "content-digest")
-    found = _verified(answer, lambda name: key if name == SERVER else None, required, body)
+
+    def public(name: str) -> Ed25519PublicKey | None:
+        return key if name == SERVER else None
+
+    plain = _plainly_verified(answer, public, ANSWER, _of_answer(answer), content=body is not None)
+    if plain is not None:
+        if body is not None:
+            check_content(answer.headers, body)
+        return
+    required = ANSWER if body is None else (*ANSWER, DIGEST)
+    found = _verified(answer, public, required, body)
     assert found.parameters["keyid"] == SERVER
 
 
@@ -161,6 +186,111 @@ def _verified(
     if len(found) != 1:
         raise SignatureError("there is more than one signature.")
     return found[0]
+
+
+# --- messages of one form ---------------------------------------------------------------------------------------------
+
+# All of ours have one form, which is signed and verified here without a parser: a server does that several times a
+# round for each of its sites. What has another form, the library signs and verifies; tests hold both to each other.
+
+_NAME = r"[A-Za-z0-9._@ -]{1,200}"
+_FORM = re.compile(
+    rf'{TAG}=(\(([a-z@;=" -]*)\);created=[0-9]{{1,12}};keyid="({_NAME})";alg="ed25519"'
+    rf'(?:;nonce="([A-Za-z0-9.-]{{1,200}})")?;tag="{TAG}")'
+)
+_SIGNATURE = re.compile(rf"{TAG}=:([A-Za-z0-9+/]{{86}}==):")
+_CHARACTERS = r"(?:[A-Za-z0-9._~\-!$&'()*+,;=:@/]|%[0-9A-Fa-f]{2})*"
+_URL = re.compile(rf"https://[A-Za-z0-9.-]+(?::[0-9]{{1,5}})?(/{_CHARACTERS})(?:\?({_CHARACTERS}))?")
+_HEADERS = ("signature-input", "signature", DIGEST)
+
+
+def _of_request(message: Any) -> tuple[str, ...] | None:
+    """Values of what a request's signature is over; None where it has another form."""
+    url = _URL.fullmatch(str(message.url))
+    if url is None or re.fullmatch("[A-Z]{1,20}", message.method) is None:
+        return None
+    return message.method, url[1], f"?{url[2] or ''}"
+
+
+def _of_answer(answer: Any) -> tuple[str, ...] | None:
+    asked = _of_request(answer.request)
+    signature = [v for n, v in answer.request.headers.items() if n.lower() == "signature"]
+    if asked is None or len(signature) != 1 or _SIGNATURE.fullmatch(signature[0]) is None:
+        return None
+    return str(answer.status_code), *asked, signature[0]
+
+
+def _quoted(component: str) -> str:
+    return component if component.startswith('"') else f'"{component}"'
+
+
+def _base(components: Sequence[str], values: Sequence[str], parameters: str) -> bytes:
+    """What is signed (RFC 9421, section 2.5)."""
+    lines = [f"{c}: {v}" for c, v in zip(components, values, strict=True)]
+    return "\n".join([*lines, f'"@signature-params": {parameters}']).encode("ascii")
+
+
+def _digest(body: bytes) -> str:
+    return f"sha-256=:{b64encode(hashlib.sha256(body).digest()).decode()}:"
+
+
+def _plainly_signed(
+    key: Ed25519PrivateKey, name: str, message: Any, over: Sequence[str], values: Sequence[str] | None,
+    body: bytes | None, nonce: str,
+) -> bool:  # fmt: skip
+    """Sign a message of our form; False: it has another."""
+    headers = message.headers
+    if values is None or re.fullmatch(_NAME, name) is None or re.fullmatch("[A-Za-z0-9.-]{0,200}", nonce) is None:
+        return False
+    if any(n.lower() in _HEADERS for n in headers):
+        return False
+    components = [_quoted(c) for c in over]
+    if body is not None:
+        headers["Content-Digest"] = digest = _digest(body)
+        components, values = [*components, f'"{DIGEST}"'], [*values, digest]
+    number = f';nonce="{nonce}"' if nonce else ""
+    parameters = f'({" ".join(components)});created={int(time.time())};keyid="{name}";alg="ed25519"{number};tag="{TAG}"'
+    signature = key.sign(_base(components, values, parameters))
+    headers["Signature-Input"] = f"{TAG}={parameters}"
+    headers["Signature"] = f"{TAG}=:{b64encode(signature).decode()}:"
+    return True
+
+
+def _plainly_verified(
+    message: Any, public: Callable[[str], Ed25519PublicKey | None], over: Sequence[str], values: Sequence[str] | None,
+    *, content: bool,
+) -> tuple[str, str] | None:  # fmt: skip
+    """Who signed a message of our form, and its nonce; None: it has another.
+
+    Raises:
+        SignatureError: it has this form, and the signature is wrong.
+    """
+    if values is None:
+        return None
+    found: dict[str, str] = {}
+    for name, value in message.headers.items():
+        if (name := name.lower()) in _HEADERS:
+            if name in found:
+                return None
+            found[name] = value
+    form = _FORM.fullmatch(found.get("signature-input", ""))
+    signature = _SIGNATURE.fullmatch(found.get("signature", ""))
+    if form is None or signature is None:
+        return None
+    parameters, listed, name, nonce = form.groups()
+    components = [_quoted(c) for c in over]
+    if listed == " ".join([*components, f'"{DIGEST}"']) and re.fullmatch(r"[!-~]{1,200}", found.get(DIGEST, "")):
+        components, values = [*components, f'"{DIGEST}"'], [*values, found[DIGEST]]
+    elif content or listed != " ".join(components):
+        return None
+    key = public(name)
+    if key is None:
+        raise SignatureError("the signature is missing or wrong.")
+    try:
+        key.verify(b64decode(signature[1]), _base(components, values, parameters))
+    except InvalidSignature as error:
+        raise SignatureError("the signature is missing or wrong.") from error
+    return name, nonce or ""
 
 
 # --- what is fresh ----------------------------------------------------------------------------------------------------
