@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import httpx
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from reporting import Findings, Table, finish, parser
@@ -254,12 +255,48 @@ def serving(folder: Path, port: int) -> Generator[int]:
         program.wait(60)
 
 
+class Line(httpx.AsyncBaseTransport):
+    """HTTP/1.1 over TLS and nothing more: what a site's own library does beyond costs as much as a server's answer."""
+
+    def __init__(self, address: str, context: ssl.SSLContext) -> None:
+        self.host, _, self.port = address.rpartition(":")
+        self.context, self.free = context, list[tuple[asyncio.StreamReader, asyncio.StreamWriter]]()
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        while self.free:
+            reader, writer = self.free.pop()
+            if not reader.at_eof():
+                break
+            writer.close()
+        else:
+            reader, writer = await asyncio.open_connection(self.host, int(self.port), ssl=self.context)
+        try:
+            lines = [f"{request.method} {request.url.raw_path.decode()} HTTP/1.1"]
+            lines += [f"{name}: {value}" for name, value in request.headers.items()]
+            writer.write("\r\n".join([*lines, "", ""]).encode() + request.content)
+            head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+            headers = [(n, v.strip()) for n, _, v in (line.partition(":") for line in head[1:-2])]
+            content = await reader.readexactly(int(dict(headers)["content-length"]))
+        except (OSError, EOFError, asyncio.CancelledError) as error:
+            writer.close()
+            if isinstance(error, asyncio.CancelledError):
+                raise
+            raise httpx.ReadError(str(error)) from error
+        self.free.append((reader, writer))
+        return httpx.Response(int(head[0].split()[1]), headers=headers, stream=httpx.ByteStream(content))
+
+    async def aclose(self) -> None:
+        for _, writer in self.free:
+            writer.close()
+
+
 def simulated(homes: Sequence[Any], app: Path, settings: Mapping[str, str]) -> list[Any]:
     """Sites of this process: all that a site's program does but for the author's process, whose work is done here."""
     from atoll.deployment.prepare import experiment_of, process_of
     from atoll.net import site
     from atoll.net.agent import Trainer
     from atoll.net.children import Ready
+    from atoll.net.keys import client_context
 
     experiment = experiment_of(app, settings)
     process, data = process_of(experiment, "loop"), experiment.data
@@ -277,7 +314,13 @@ def simulated(homes: Sequence[Any], app: Path, settings: Mapping[str, str]) -> l
             return trainers[name](work, content, memory)
 
     site.Part = Part
-    return [site.Site(home, "", durability="process") for home in homes]
+    site.LOOK = 60.0  # an owner of a thousand sites does not change his mind
+    made = [site.Site(home, "", durability="process") for home in homes]
+    context = client_context(homes[0].authority)
+    for each in made:
+        line = Line(each.home.identity.address, context)
+        each.client._http = httpx.AsyncClient(transport=line, base_url=f"https://{each.home.identity.address}")
+    return made
 
 
 async def connected(folder: Path, count: int, rounds: int) -> dict[str, Any]:
@@ -292,15 +335,14 @@ async def connected(folder: Path, count: int, rounds: int) -> dict[str, Any]:
     app.write_text(APP)
     settings = {"size": "1000", "rounds": str(rounds), "sites": str(count)}
     charter = Charter("crowd", content_hash(app.read_bytes()), settings, engine="loop", least=count)
-    with patch.object(os, "fsync"):  # what is made ready here need not outlive the machine
-        admin, homes, port = enrolled(folder, names)
-        for home in homes:
-            Approvals(home.folder).settle(charter, "approved")
+    admin, homes, port = enrolled(folder, names)
+    for home in homes:
+        Approvals(home.folder).settle(charter, "approved")
     with serving(folder, port) as server:
         client = Client(admin)
         await client.call(calls.Submit(charter, APP))
-        began = time.perf_counter()
         sites = simulated(homes, app, settings)
+        began = time.perf_counter()
         asking = [asyncio.ensure_future(each._ask()) for each in sites]
         ready, view, most, spent = 0.0, None, 0, [processors(server)]
         while view is None or not view.over:
@@ -350,7 +392,8 @@ def crowd(count: int, rounds: int) -> dict[str, Any]:
     """`connected`, in a folder that goes away."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    with tempfile.TemporaryDirectory() as folder:
+    # What the sites keep need not outlive the machine: it is not they who are measured.
+    with tempfile.TemporaryDirectory() as folder, patch.object(os, "fsync"):
         return asyncio.run(connected(Path(folder), count, rounds))
 
 
