@@ -8,7 +8,7 @@ import pytest
 from atoll.deployment import runner
 from atoll.errors import RunError
 from atoll.net.calls import Charter
-from atoll.net.children import Broken, Do, Host, Told
+from atoll.net.children import Broken, Do, Host, Summary, Told
 from atoll.net.state import Overtaken
 
 
@@ -38,8 +38,8 @@ def test_a_process_whose_journal_was_overtaken_ends_so_that_a_new_one_begins_wit
                 raise error
             return b""
 
-        def summary(self) -> str:
-            return ""
+        def told(self) -> Told:
+            return Told(Summary())
 
     monkeypatch.setattr(runner, "Channel", Line)
     monkeypatch.setattr(runner, "Runner", Run)
