@@ -39,7 +39,7 @@ PEERS = {10**6: (2.5, 5.0), 10**7: (3.5, 3.0), 5 * 10**7: (8.0, 1.5)}
 MODELS = 3.0
 """The server's memory is at most so many models, whatever the number of sites."""
 PIECE = 2**22
-LOOK = 0.5
+LOOK = 0.25
 """Seconds between two looks at a crowd."""
 
 APP = """
@@ -350,7 +350,7 @@ async def connected(folder: Path, count: int, rounds: int) -> dict[str, Any]:
             if not ready and sum(s.standing == "ready" for s in view.sites) == count:
                 ready = time.perf_counter() - began
                 spent.append(processors(server))
-            if len(view.closed) >= len(spent) - 1:
+            if ready and len(view.closed) + 2 > len(spent):
                 most = max(most, connections(server))
                 spent.append(processors(server))
             await asyncio.sleep(LOOK)

@@ -345,7 +345,7 @@ class SqlJournal(Records):
                 with line.begin():
                     self._moves(line, (self._count, self._head), (self._count + 1, after))
                     row = {"journal": self._id, "number": self._count, "head": after, "body": record}
-                    line.execute(_records.insert().values(**row))
+                    line.execute(_ADDED, row)
             except RunError:
                 self._owed = None
                 self._drop()
@@ -364,8 +364,8 @@ class SqlJournal(Records):
 
     def _moves(self, line: sql.Connection, before: tuple[int, bytes], after: tuple[int, bytes]) -> None:
         """Change the journal's row, which must be as it was left."""
-        same = (_journals.c.id == self._id) & (_journals.c.records == before[0]) & (_journals.c.head == before[1])
-        done = line.execute(_journals.update().where(same).values(records=after[0], head=after[1]))
+        left = {"of": self._id, "from_records": before[0], "from_head": before[1]}
+        done = line.execute(_MOVED, {**left, "records": after[0], "head": after[1]})
         if done.rowcount != 1:
             raise Overtaken(
                 f"another process wrote to the journal {self._name} in {self._state.shown}, or the database lost the "
@@ -454,6 +454,18 @@ _HOLDER = sql.text(
     "SELECT a.application_name FROM pg_locks l JOIN pg_stat_activity a USING (pid) WHERE l.locktype = 'advisory' AND "
     "l.granted AND l.objsubid = 1 AND l.classid = 'atoll_journals'::regclass::oid AND l.objid::bigint = :id AND "
     "l.database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+)
+
+# Written once: a statement that is put together for every record costs more than the record.
+_ADDED = _records.insert()
+_MOVED = (
+    _journals.update()
+    .where(
+        _journals.c.id == sql.bindparam("of"),
+        _journals.c.records == sql.bindparam("from_records"),
+        _journals.c.head == sql.bindparam("from_head"),
+    )
+    .values(records=sql.bindparam("records"), head=sql.bindparam("head"))
 )
 
 
