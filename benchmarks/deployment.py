@@ -255,6 +255,23 @@ def serving(folder: Path, port: int) -> Generator[int]:
         program.wait(60)
 
 
+class Kept(list[bytes]):
+    """A site's journal, which its program's end may take with it."""
+
+    head = ""
+
+    def close(self) -> None:
+        """Nobody waits for it."""
+
+
+class Shelf(dict[str, Kept]):
+    """What stands for a site's database."""
+
+    def journal(self, name: str) -> Kept:
+        """One of the site's journals."""
+        return self.setdefault(name, Kept())
+
+
 class Line(httpx.AsyncBaseTransport):
     """HTTP/1.1 over TLS and nothing more: what a site's own library does beyond costs as much as a server's answer."""
 
@@ -263,6 +280,7 @@ class Line(httpx.AsyncBaseTransport):
         self.context, self.free = context, list[tuple[asyncio.StreamReader, asyncio.StreamWriter]]()
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        """Send a request over a connection that is free, or a new one."""
         while self.free:
             reader, writer = self.free.pop()
             if not reader.at_eof():
@@ -286,12 +304,13 @@ class Line(httpx.AsyncBaseTransport):
         return httpx.Response(int(head[0].split()[1]), headers=headers, stream=httpx.ByteStream(content))
 
     async def aclose(self) -> None:
+        """Hang up."""
         for _, writer in self.free:
             writer.close()
 
 
 def simulated(homes: Sequence[Any], app: Path, settings: Mapping[str, str]) -> list[Any]:
-    """Sites of this process: all that a site's program does but for the author's process, whose work is done here."""
+    """Sites of this process: a site's program, without a database and with the author's process's work done here."""
     from atoll.deployment.prepare import experiment_of, process_of
     from atoll.net import site
     from atoll.net.agent import Trainer
@@ -314,6 +333,7 @@ def simulated(homes: Sequence[Any], app: Path, settings: Mapping[str, str]) -> l
             return trainers[name](work, content, memory)
 
     site.Part = Part
+    site.state_of = lambda folder, durability: Shelf()
     site.LOOK = 60.0  # an owner of a thousand sites does not change his mind
     made = [site.Site(home, "", durability="process") for home in homes]
     context = client_context(homes[0].authority)
@@ -442,8 +462,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "What is acknowledged survives the end of a process (nothing is synced), or the loss of power (Atoll "
                 "syncs files and journals of server and sites; the floor syncs the server's files).",
                 "Other frameworks: seconds of the best of NVFlare and Flower, without TLS, measured on another day on "
-                "a machine of this kind. The crowd: sites of one process, each with its own key, connections and "
-                "journal, one update of 1,000 numbers each round, where acknowledgements survive the end of a process.",
+                "a machine of this kind. The crowd: sites of one process, each with its own key and connections and a "
+                "journal in memory, one update of 1,000 numbers each round, where acknowledgements survive the end of "
+                "a process.",
             ],
             tables=[
                 Table(

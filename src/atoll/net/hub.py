@@ -235,7 +235,8 @@ class Run:
             RunError: it cannot; the text says why.
         """
         try:
-            await asyncio.wait_for(self._turn.acquire(), HOLD)
+            async with asyncio.timeout(HOLD):
+                await self._turn.acquire()
         except TimeoutError:
             raise Denied("busy", "the run is at work: try again.") from None
         try:
