@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -310,27 +311,34 @@ class Line(httpx.AsyncBaseTransport):
 
 
 def simulated(homes: Sequence[Any], app: Path, settings: Mapping[str, str]) -> list[Any]:
-    """Sites of this process: a site's program, without a database and with the author's process's work done here."""
+    """Sites of this process: a site's program without a database, and without the author's process: what the first site
+    learns in a round is theirs, each times a factor of its own.
+    """
     from atoll.deployment.prepare import experiment_of, process_of
     from atoll.net import site
     from atoll.net.agent import Trainer
     from atoll.net.children import Ready
+    from atoll.net.frames import declared, decode, encode
     from atoll.net.keys import client_context
 
     experiment = experiment_of(app, settings)
     process, data = process_of(experiment, "loop"), experiment.data
-    trainers = dict[str, Trainer]()
+    first, *_ = data.clients
+    train, given = Trainer(process, type(data).from_arrays({first: data[first].train})), dict[tuple[int, int], Any]()
 
     class Part(site.Part):
         async def _ready_child(self) -> Any:
             self._ready = Ready(self.identity, False, None)
             return None
 
-        async def _trained(self, work: Any, content: bytes, memory: bytes) -> Any:
-            name = self.site.name
-            if name not in trainers:
-                trainers[name] = Trainer(process, type(data).from_arrays({name: data[name].train}))
-            return trainers[name](work, content, memory)
+        async def _trained(self, work: Any, content: Any, memory: bytes) -> Any:
+            at = work.round, work.attempt
+            if at not in given:
+                given[at] = train(work, content, memory)
+            tensors = decode(given[at].frame, declared(given[at].frame))
+            share = float(self.site.name.rpartition("-")[2]) / len(homes)
+            scaled = {n: t * (1 + share) if n.startswith("wire") else t for n, t in tensors.items()}
+            return replace(given[at], frame=encode(scaled))
 
     site.Part = Part
     site.state_of = lambda folder, durability: Shelf()
@@ -463,8 +471,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "syncs files and journals of server and sites; the floor syncs the server's files).",
                 "Other frameworks: seconds of the best of NVFlare and Flower, without TLS, measured on another day on "
                 "a machine of this kind. The crowd: sites of one process, each with its own key and connections and a "
-                "journal in memory, one update of 1,000 numbers each round, where acknowledgements survive the end of "
-                "a process.",
+                "journal in memory, one update of 1,000 numbers each round from one training, where acknowledgements "
+                "survive the end of a process.",
             ],
             tables=[
                 Table(
