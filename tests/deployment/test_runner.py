@@ -8,7 +8,7 @@ import pytest
 from atoll.deployment import runner
 from atoll.errors import RunError
 from atoll.net.calls import Charter
-from atoll.net.children import Broken, Do, Host, Summary, Told
+from atoll.net.children import Broken, Do, Heard, Host, Receive, Several, Summary, Told
 from atoll.net.state import Overtaken
 
 
@@ -38,7 +38,7 @@ def test_a_process_whose_journal_was_overtaken_ends_so_that_a_new_one_begins_wit
                 raise error
             return b""
 
-        def told(self) -> Told:
+        def told(self, heard: Any) -> Told:
             return Told(Summary())
 
     monkeypatch.setattr(runner, "Channel", Line)
@@ -46,3 +46,27 @@ def test_a_process_whose_journal_was_overtaken_ends_so_that_a_new_one_begins_wit
     runner.main(["0"])
     assert [type(reply) for reply in replies] == [Told, Broken, Broken]
     assert (replies[1].text, replies[2].text) == ("later", "the journal was overtaken")
+
+
+def test_several_calls_are_done_in_their_order_whatever_becomes_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    run: Any = object.__new__(runner.Runner)
+    done = list[tuple[str, bytes]]()
+
+    def carry_out(call: Receive, blob: Any) -> bytes:
+        done.append((call.site, bytes(blob)))
+        if call.site == "b":
+            raise ValueError("the author's code")
+        if call.site == "o":
+            raise Overtaken("another process")
+        return call.site.encode() * 3
+
+    run.carry_out = carry_out
+    calls = Several([Receive(s, "", 0.0) for s in "abc"], [1, 0, 2])
+    heard, answers = run.several(calls, memoryview(b"xyz"))
+    assert done == [("a", b"x"), ("b", b""), ("c", b"yz")] and answers == [b"aaa", b"ccc"]
+    assert heard == [Heard(3), Heard(0, "ValueError: the author's code"), Heard(3)]
+    monkeypatch.setattr(runner.control, "LONGEST", 3)
+    heard, answers = run.several(calls, memoryview(b"xyz"))
+    assert (heard, answers) == ([Heard(3)], [b"aaa"]), "the others are asked again"
+    with pytest.raises(Overtaken):
+        run.several(Several([Receive(s, "", 0.0) for s in "oa"], [0, 0]), memoryview(b""))

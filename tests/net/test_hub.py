@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from atoll.net import control, hub
+from atoll.net import children, control, hub
 from atoll.net.calls import Charter
 from atoll.net.children import Happen, HostCall, Place, Summary, Told
 from atoll.net.enrolment import Member
@@ -211,3 +211,95 @@ def test_a_run_that_was_stopped_while_its_process_began_has_none_and_stays_stopp
     asyncio.run(run.load())
     assert not process.alive and run._child is None
     assert run.summary is not None and run.summary.phase == "stopped"
+
+
+# --- calls that wait together -----------------------------------------------------------------------------------------
+
+
+class Several:
+    """A run's process that takes its time, answers a few at once, and says of one site that it cannot."""
+
+    alive = True
+
+    def __init__(self, at_most: int = 100) -> None:
+        self.heard, self.at_most = list[list[str]](), at_most
+
+    async def call(self, call: Any, replies: Any, blobs: Any, **more: Any) -> tuple[Told, bytes]:
+        await asyncio.sleep(0.01)
+        (blob,) = blobs
+        if not isinstance(call, children.Several):
+            self.heard.append([call.site])
+            return Told(Summary(number=len(self.heard)), False), bytes(blob).upper()
+        assert sum(call.lengths) == len(blob)
+        self.heard.append([c.site for c in call.calls])
+        heard, answers = list[children.Heard](), b""
+        for one in call.calls[: self.at_most]:
+            said, blob = blob[: call.lengths[len(heard)]], blob[call.lengths[len(heard)] :]
+            bad = one.site == "bad"
+            heard.append(children.Heard(0, "it cannot") if bad else children.Heard(len(said)))
+            answers += b"" if bad else bytes(said).upper()
+        return Told(Summary(number=len(self.heard)), False, heard), answers
+
+    async def end(self) -> None:
+        self.alive = False
+
+
+def asked(run: Run, site: str) -> "asyncio.Future[bytes]":
+    return asyncio.ensure_future(run.ask(children.Receive(site, "", 0.0), site.encode() * 2))
+
+
+@pytest.mark.parametrize("at_most", [1, 2, 100])
+def test_what_waits_is_brought_together_and_everybody_has_the_own_answer(tmp_path: Path, at_most: int) -> None:
+    async def ask() -> None:
+        _, run, _ = house(tmp_path, summary("collecting"))
+        run._child = process = Several(at_most)  # type: ignore[assignment]
+        names = ["first", "a", "bad", "b", "gone", "c"]
+        tasks = [asked(run, name) for name in names]
+        await asyncio.sleep(0)
+        tasks[4].cancel()
+        told = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [t for t in told if isinstance(t, bytes)] == [b"FIRSTFIRST", b"AA", b"BB", b"CC"]
+        assert str(told[2]) == "it cannot" and isinstance(told[4], asyncio.CancelledError)
+        done = [name for names in process.heard for name in names[:at_most]]
+        assert [name for name in done if name != "gone"] == ["first", "a", "bad", "b", "c"]
+        assert ("gone" in done) == (at_most == 100), "who went away before it was heard is not"
+        assert len(process.heard) == {1: 5, 2: 3, 100: 1}[at_most] and not run._waiting
+        assert await asked(run, "alone") == b"ALONEALONE" and process.heard[-1] == ["alone"]
+
+    asyncio.run(ask())
+
+
+def test_a_process_that_dies_fails_all_it_was_told_and_nobody_waits_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Dying(Several):
+        async def call(self, call: Any, replies: Any, blobs: Any, **more: Any) -> tuple[Told, bytes]:
+            await asyncio.sleep(0.01)
+            raise children.ChildDied("it died")
+
+    class Silent(Several):
+        async def call(self, call: Any, replies: Any, blobs: Any, **more: Any) -> tuple[Told, bytes]:
+            return Told(Summary(), False), b""
+
+    async def ask(process: Any, match: str) -> None:
+        _, run, _ = house(tmp_path / match[:3], summary("collecting"))
+        run._child = process
+        tasks = [asked(run, name) for name in "abc"]
+        told = await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(isinstance(t, hub.RunError) and match in str(t) for t in told) and not run._waiting
+        run._child = Several()  # type: ignore[assignment]
+        assert await asked(run, "d") == b"DD", "whoever comes then is heard"
+
+    async def late() -> None:
+        _, run, _ = house(tmp_path / "late", summary("collecting"))
+        run._child = process = Several()  # type: ignore[assignment]
+        monkeypatch.setattr(hub, "HOLD", 0.05)
+        async with run._turn:
+            with pytest.raises(hub.Denied, match="at work"):
+                await asked(run, "a")
+        assert not run._waiting and not process.heard
+        assert await asked(run, "b") == b"BB"
+
+    asyncio.run(ask(Dying(), "started again"))
+    asyncio.run(ask(Silent(), "did not say"))
+    asyncio.run(late())

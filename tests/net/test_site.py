@@ -10,6 +10,7 @@ import pytest
 from atoll.net.calls import Charter, Errand
 from atoll.net.children import Child, Ready
 from atoll.net.control import Terms
+from atoll.net.party import Phase
 from atoll.net.site import Bounds, Failed, Part
 
 TERMS = Terms(32, 1.0, 4.0, (2, 3), 64, 3, "lying")
@@ -62,3 +63,31 @@ def test_code_that_changes_its_mind_about_a_secure_sum_is_ended(
     with pytest.raises(Failed, match="another one when its process was started before"):
         asyncio.run(twice())
     assert not authors[1].alive
+
+
+def test_a_site_says_nothing_else_while_its_report_is_on_its_way(tmp_path: Path) -> None:
+    """What it would say is that the report is there: one more request of every site in every round."""
+    said = list[str]()
+    state = SimpleNamespace(phase=Phase.SENDING)
+
+    def due() -> list[Any]:
+        said.append("due")
+        state.phase = Phase.ENDED
+        return []
+
+    agent: Any = SimpleNamespace(state=state, due=due, busy=False, wake=0.001)
+    site: Any = SimpleNamespace(
+        home=SimpleNamespace(folder=tmp_path), client=None,
+        errand=lambda run: Errand(Charter("r", "0" * 64, {}), "i", "", ""),
+    )  # fmt: skip
+    part = Part(site, "r")
+
+    async def speak() -> None:
+        async with part._delivering:
+            speaking = asyncio.ensure_future(part._speak(agent))
+            await asyncio.sleep(0.05)
+            assert not said and not speaking.done()
+        await asyncio.wait_for(speaking, 60.0)
+        assert said == ["due"]
+
+    asyncio.run(speak())

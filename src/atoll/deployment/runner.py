@@ -40,9 +40,11 @@ from atoll.net.children import (
     Do,
     Finish,
     Happen,
+    Heard,
     Host,
     HostCall,
     Receive,
+    Several,
     Summary,
     Tick,
     Told,
@@ -123,8 +125,8 @@ class Runner:
                     service.work(now)
             case Finish():
                 self._finish()
-            case Host():
-                raise RunError("this process has a run already.")
+            case Host() | Several():
+                raise RunError("this process has a run already, and does one thing after the other.")
         return b""
 
     def _received(self, site: str, message: Buffer, upload: str, now: float) -> bytes:
@@ -143,8 +145,29 @@ class Runner:
 
     # --- what it tells ------------------------------------------------------------------------------------------------
 
-    def told(self) -> Told:
-        """The run now, and what of it is other than was told before."""
+    def several(self, calls: Several, blob: Buffer) -> tuple[list[Heard], list[bytes]]:
+        """Do one after the other; what became of them, and their answers.
+
+        Raises:
+            Overtaken: this process must not go on.
+        """
+        heard, answers, at = list[Heard](), list[bytes](), 0
+        for call, length in zip(calls.calls, calls.lengths, strict=True):
+            try:
+                answer = self.carry_out(call, blob[at : at + length])
+                heard.append(Heard(len(answer)))
+                answers.append(answer)
+            except Overtaken:
+                raise
+            except Exception as error:
+                heard.append(Heard(0, _broken(error).text))
+            at += length
+            if sum(map(len, answers)) >= control.LONGEST:
+                break
+        return heard, answers
+
+    def told(self, heard: list[Heard] | None = None) -> Told:
+        """The run now, and what of it is other than was told before; after several calls, what became of them."""
         state, agreement, stage = self.service.state, self.agreement, self._stage
         if stage != "ready":
             stage = "" if agreement is None else agreement.stage
@@ -173,7 +196,7 @@ class Runner:
             closed=closed,
             notices=notices,
         )
-        return Told(summary, whole)
+        return Told(summary, whole, heard or [])
 
     def _noticed(self, text: str) -> None:
         self._notices.append(control.plain(text))
@@ -292,23 +315,31 @@ def main(arguments: Sequence[str]) -> None:
             content, blob = said
             try:
                 call = host_calls.decode(content)
-                answer = b""
+                heard, answers = list[Heard](), list[bytes]()
                 if isinstance(call, Host) and runner is None:
                     _hold(held, Path(call.folder))
                     runner = Runner(call)
                 elif runner is None:
                     raise RunError("there is no run yet.")
+                elif isinstance(call, Several):
+                    heard, answers = runner.several(call, blob)
                 else:
-                    answer = runner.carry_out(call, blob)
-                channel.reply(runner.told(), answer)
+                    answers = [runner.carry_out(call, blob)]
+                channel.reply(runner.told(heard), *answers)
             except Overtaken as error:  # what is known here is not what is written: a new process begins with that
                 channel.reply(Broken(type(error).__name__, str(error)))
                 return
-            except (AtollError, OSError, control.MessageError, msgspec.MsgspecError) as error:
-                channel.reply(Broken(type(error).__name__, str(error)[:2000]))
             except Exception as error:  # the author's code may raise anything; the server is told, and lives on
-                traceback.print_exc()
-                channel.reply(Broken(type(error).__name__, f"{type(error).__name__}: {error}"[:2000]))
+                channel.reply(_broken(error))
+
+
+def _broken(error: Exception) -> Broken:
+    """What the server is told of an error."""
+    kind = type(error).__name__
+    if isinstance(error, AtollError | OSError | control.MessageError | msgspec.MsgspecError):
+        return Broken(kind, str(error)[:2000])
+    traceback.print_exception(error)
+    return Broken(kind, f"{kind}: {error}"[:2000])
 
 
 def _hold(held: ExitStack, folder: Path) -> None:

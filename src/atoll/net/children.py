@@ -124,7 +124,19 @@ class Finish(_Said, frozen=True):
     """The run is over: write its result."""
 
 
-HostCall = Host | Receive | Happen | Answered | Tick | Do | Finish
+class Several(_Said, frozen=True):
+    """Do these in their order, one whatever becomes of another; the blob is theirs, one after the other.
+
+    Attributes:
+        calls: what to do.
+        lengths: bytes of the blob of each.
+    """
+
+    calls: list[Receive | Happen | Answered]
+    lengths: list[Count]
+
+
+HostCall = Host | Receive | Happen | Answered | Several | Tick | Do | Finish
 
 
 class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -183,6 +195,18 @@ SITES = 100_000
 """Sites of a run."""
 
 
+class Heard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What became of one of several calls.
+
+    Attributes:
+        length: bytes of its answer.
+        broken: why it could not be done, for the owner of the machine alone; None: it is done.
+    """
+
+    length: Count = 0
+    broken: Annotated[str, Meta(max_length=4000)] | None = None
+
+
 class Told(_Said, frozen=True):
     """The run after a call; the blob is the answer to a site, if there is one.
 
@@ -190,10 +214,13 @@ class Told(_Said, frozen=True):
         summary: the run.
         whole: whether all of it is told. Else `sites` are those alone that are other than this process told before, and
             there is a `question` only where the stage is another.
+        heard: after `Several` what became of each, as far as their answers are not too long together; the blob is
+            their answers, one after the other. What is left is asked again.
     """
 
     summary: Summary
     whole: bool = True
+    heard: list[Heard] = []
 
 
 def merged(before: Summary | None, told: Told) -> tuple[Summary, frozenset[str]]:

@@ -25,6 +25,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -45,6 +46,7 @@ from atoll.net.children import (
     Host,
     HostCall,
     Receive,
+    Several,
     Summary,
     Tick,
     Told,
@@ -65,6 +67,9 @@ HOLD = 25.0
 """Seconds that a question is held back while there is no news: shorter than what middleboxes cut."""
 LOADING, WORKING = 600.0, 3600.0
 """Seconds a run's process may take to load a run, and to do anything."""
+AT_ONCE = 256
+"""Calls that are brought to a run's process at a time: of a thousand sites each must not wait for the loop's turns of
+all the others."""
 NOTICES, ROUNDS = 20, 100
 """What of a run is shown."""
 GLANCE = 5e-4
@@ -81,6 +86,23 @@ class Denied(RunError):
     def __init__(self, kind: Any, text: str, *, received: int = 0) -> None:
         super().__init__(text)
         self.problem = Problem(kind, text, received=received)
+
+
+@dataclass(eq=False, slots=True)
+class _Waiting:
+    """A call to a run's process that waits its turn."""
+
+    call: Receive | Happen | Answered
+    blob: bytes
+    answer: asyncio.Future[bytes]
+
+    def tell(self, answer: bytes) -> None:
+        if not self.answer.done():
+            self.answer.set_result(answer)
+
+    def fail(self, error: RunError) -> None:
+        if not self.answer.done():
+            self.answer.set_exception(error)
 
 
 class Run:
@@ -118,6 +140,8 @@ class Run:
         self._turn = asyncio.Lock()
         self._keeper: asyncio.Task[None] | None = None
         self._bells, self._due = Bells(), News()
+        self._waiting = deque[_Waiting]()
+        self._bringing: asyncio.Task[None] | None = None
         if final:
             self.over = True
             self._learn(Told(msgspec.json.decode(final, type=Summary)))
@@ -230,40 +254,90 @@ class Run:
     async def ask(self, call: HostCall, blob: bytes = b"") -> bytes:
         """Have the run's process do something; its answer to a site, if there is one.
 
+        What concerns a site waits its turn together with what else there is, and is brought at once.
+
         Raises:
             Denied: it cannot now; kind "busy".
             RunError: it cannot; the text says why.
         """
-        try:
-            async with asyncio.timeout(HOLD):
-                await self._turn.acquire()
-        except TimeoutError:
-            raise Denied("busy", "the run is at work: try again.") from None
-        try:
-            if self._child is None:
-                raise Denied("busy", f"the run's process is being started again. {self.trouble}".strip())
-            # A caller that goes away must not end the run's process in the middle of what it does.
-            task = asyncio.ensure_future(
-                self._child.call(call, host_replies, (blob,), seconds=WORKING, largest=control.LONGEST)
-            )
+        if not isinstance(call, Receive | Happen | Answered):
             try:
-                reply, answer = await asyncio.shield(task)
-            except ChildDied as error:
-                self._child = None
-                self._broken(str(error))
-                raise Denied("busy", "the run's process is being started again.") from error
-            except asyncio.CancelledError:
-                with suppress(ChildDied, asyncio.CancelledError):
-                    reply, _ = await task
-                    if not isinstance(reply, Broken):
-                        self._learn(reply)
-                raise
-            if isinstance(reply, Broken):
-                raise RunError(reply.text)
-            self._learn(reply)
-            return bytes(answer)
-        finally:
-            self._turn.release()
+                async with asyncio.timeout(HOLD):
+                    await self._turn.acquire()
+            except TimeoutError:
+                raise Denied("busy", "the run is at work: try again.") from None
+            try:
+                return bytes((await self._called(call, blob))[1])
+            finally:
+                self._turn.release()
+        waiting = _Waiting(call, blob, asyncio.get_running_loop().create_future())
+        self._waiting.append(waiting)
+        if self._bringing is None or self._bringing.done():
+            self._bringing = asyncio.get_running_loop().create_task(self._bring())
+        try:
+            await asyncio.wait({waiting.answer}, timeout=HOLD)
+            if waiting in self._waiting:
+                raise Denied("busy", "the run is at work: try again.")
+            return await waiting.answer
+        finally:  # a caller that goes away is not waited for
+            with suppress(ValueError):
+                self._waiting.remove(waiting)
+            waiting.answer.cancel()
+
+    async def _bring(self) -> None:
+        """Bring what waits to the run's process, as much at a time as there is."""
+        while self._waiting:
+            async with self._turn:
+                taken = [self._waiting.popleft() for _ in range(min(AT_ONCE, len(self._waiting)))]
+                try:
+                    await self._brought(taken)
+                except RunError as error:
+                    for each in taken:
+                        each.fail(error)
+
+    async def _brought(self, taken: "list[_Waiting]") -> None:
+        if len(taken) < 2:
+            for each in taken:
+                _, answer = await self._called(each.call, each.blob)
+                each.tell(bytes(answer))
+            return
+        calls = Several([each.call for each in taken], [len(each.blob) for each in taken])
+        reply, answers = await self._called(calls, b"".join(each.blob for each in taken))
+        total, at = sum(h.length for h in reply.heard), 0
+        if not 0 < len(reply.heard) <= len(taken) or total != len(answers):
+            raise RunError("the run's process did not say what became of what it was told.")
+        for each, heard in zip(taken, reply.heard, strict=False):
+            if heard.broken is None:
+                each.tell(bytes(answers[at : at + heard.length]))
+            else:
+                each.fail(RunError(heard.broken))
+            at += heard.length
+        self._waiting.extendleft(w for w in reversed(taken[len(reply.heard) :]) if not w.answer.done())
+
+    async def _called(self, call: HostCall, blob: bytes) -> tuple[Told, Buffer]:
+        """What the run's process says to a call; for whoever has the turn."""
+        if self._child is None:
+            raise Denied("busy", f"the run's process is being started again. {self.trouble}".strip())
+        # A caller that goes away must not end the run's process in the middle of what it does.
+        task = asyncio.ensure_future(
+            self._child.call(call, host_replies, (blob,), seconds=WORKING, largest=2 * control.LONGEST)
+        )
+        try:
+            reply, answer = await asyncio.shield(task)
+        except ChildDied as error:
+            self._child = None
+            self._broken(str(error))
+            raise Denied("busy", "the run's process is being started again.") from error
+        except asyncio.CancelledError:
+            with suppress(ChildDied, asyncio.CancelledError):
+                reply, _ = await task
+                if not isinstance(reply, Broken):
+                    self._learn(reply)
+            raise
+        if isinstance(reply, Broken):
+            raise RunError(reply.text)
+        self._learn(reply)
+        return reply, answer
 
     def _broken(self, text: str) -> None:
         self.trouble = control.plain(text)

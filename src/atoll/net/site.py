@@ -458,7 +458,8 @@ class Part:
         while agent.state.phase is not party.Phase.ENDED:
             began = time.monotonic()
             try:
-                out = agent.due()
+                # While a report is on its way there is nothing else to say.
+                out = [] if self._delivering.locked() else agent.due()
             except OSError as error:
                 log.warning("run %s: the disk refuses: %s", self.run, error)
                 out = []
