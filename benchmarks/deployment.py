@@ -426,7 +426,8 @@ def shares(found: Mapping[str, Any]) -> list[list[str]]:
     """Rows of a table: what a crowd took of the processor, from when it was ready to the last round seen to end."""
     spent, rows = found["processor"], list[list[str]]()
     work = found["sites"] * max(1, len(spent) - 2)
-    for key, name in (("server", "the server's process"), ("run", "the run's process"), ("sites", "all sites' process")):
+    names = {"server": "the server's process", "run": "the run's process", "sites": "the process of all sites"}
+    for key, name in names.items():
         each = 1e3 * (spent[-1][key] - spent[min(1, len(spent) - 1)][key]) / work
         rows.append([f"processor of {name}, ms for a site and round", f"{each:.1f}", ""])
     return rows

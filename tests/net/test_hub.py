@@ -281,7 +281,12 @@ def test_a_process_that_dies_fails_all_it_was_told_and_nobody_waits_for_ever(
         async def call(self, call: Any, replies: Any, blobs: Any, **more: Any) -> tuple[Told, bytes]:
             return Told(Summary(), False), b""
 
+    class Broken(Several):
+        async def call(self, call: Any, replies: Any, blobs: Any, **more: Any) -> tuple[Told, bytes]:
+            raise ZeroDivisionError
+
     async def ask(process: Any, match: str) -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
         _, run, _ = house(tmp_path / match[:3], summary("collecting"))
         run._child = process
         tasks = [asked(run, name) for name in "abc"]
@@ -302,4 +307,5 @@ def test_a_process_that_dies_fails_all_it_was_told_and_nobody_waits_for_ever(
 
     asyncio.run(ask(Dying(), "started again"))
     asyncio.run(ask(Silent(), "did not say"))
+    asyncio.run(ask(Broken(), "broke off"))
     asyncio.run(late())

@@ -171,7 +171,9 @@ class Runner:
         state, agreement, stage = self.service.state, self.agreement, self._stage
         if stage != "ready":
             stage = "" if agreement is None else agreement.stage
-        whole, new = self._stage is None, stage != self._stage  # what a stage asks is settled when it begins
+        whole, question = self._stage is None, ""
+        if agreement is not None and stage != self._stage:  # what a stage asks is settled when it begins
+            question = agreement.question
         self._stage = stage
         notices, self._notices = self._notices[-20:], []
         closed, self._closed = self._closed, []
@@ -186,7 +188,7 @@ class Runner:
             number=state.number,
             busy=self.service.busy,
             stage=stage or "",
-            question=agreement.question if new and agreement is not None else "",
+            question=question,
             identity=self.identity,
             title=self.experiment.title,
             largest=self.largest,

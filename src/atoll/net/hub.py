@@ -291,9 +291,12 @@ class Run:
                 taken = [self._waiting.popleft() for _ in range(min(AT_ONCE, len(self._waiting)))]
                 try:
                     await self._brought(taken)
-                except RunError as error:
+                except BaseException as error:  # whatever it is, nobody waits for ever
+                    told = error if isinstance(error, RunError) else Denied("busy", "it broke off: try again.")
                     for each in taken:
-                        each.fail(error)
+                        each.fail(told)
+                    if not isinstance(error, RunError):
+                        raise
 
     async def _brought(self, taken: "list[_Waiting]") -> None:
         if len(taken) < 2:
