@@ -269,6 +269,22 @@ def test_what_waits_is_brought_together_and_everybody_has_the_own_answer(tmp_pat
     asyncio.run(ask())
 
 
+def test_no_more_is_brought_at_a_time_than_a_message_may_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def ask() -> None:
+        _, run, _ = house(tmp_path, summary("collecting"))
+        run._child = process = Several()  # type: ignore[assignment]
+        monkeypatch.setattr(hub.control, "LONGEST", 8)
+        assert await asyncio.gather(*(asked(run, name) for name in ("long", "aa", "bb", "cc"))) == [
+            b"LONGLONG", b"AAAA", b"BBBB", b"CCCC",
+        ]  # fmt: skip
+        assert process.heard == [["long"], ["aa", "bb"], ["cc"]]
+        monkeypatch.setattr(hub, "AT_ONCE", 1)
+        await asyncio.gather(asked(run, "a"), asked(run, "b"))
+        assert process.heard[3:] == [["a"], ["b"]]
+
+    asyncio.run(ask())
+
+
 def test_a_process_that_dies_fails_all_it_was_told_and_nobody_waits_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -68,14 +68,14 @@ HOLD = 25.0
 LOADING, WORKING = 600.0, 3600.0
 """Seconds a run's process may take to load a run, and to do anything."""
 AT_ONCE = 256
-"""Calls that are brought to a run's process at a time: of a thousand sites each must not wait for the loop's turns of
-all the others."""
+"""Calls that are brought to a run's process at a time: each by itself would wait for several turns of a loop that has a
+thousand sites to serve."""
 NOTICES, ROUNDS = 20, 100
 """What of a run is shown."""
 GLANCE = 5e-4
-"""Seconds, for every site of a run, that a watcher is told later: what happens meanwhile it is told at once."""
+"""Seconds for every site of a run by which a watcher is told later, so that it is told of many things at a time."""
 RESTS = ("paused", "finished", "stopped")
-"""Phases that a site's question is not held back over."""
+"""Phases that wake every question when they begin and end."""
 
 log = logging.getLogger("atoll.server")
 
@@ -288,7 +288,10 @@ class Run:
         """Bring what waits to the run's process, as much at a time as there is."""
         while self._waiting:
             async with self._turn:
-                taken = [self._waiting.popleft() for _ in range(min(AT_ONCE, len(self._waiting)))]
+                taken, size = list[_Waiting](), 0
+                while self._waiting and len(taken) < AT_ONCE and (not taken or size < control.LONGEST):
+                    taken.append(self._waiting.popleft())
+                    size += len(taken[-1].blob)
                 try:
                     await self._brought(taken)
                 except BaseException as error:  # whatever it is, nobody waits for ever
