@@ -294,7 +294,7 @@ class Line(httpx.AsyncBaseTransport):
         try:
             lines = [f"{request.method} {request.url.raw_path.decode()} HTTP/1.1"]
             lines += [f"{name}: {value}" for name, value in request.headers.items()]
-            writer.write("\r\n".join([*lines, "", ""]).encode() + request.content)
+            writer.write("\r\n".join([*lines, "", ""]).encode() + await request.aread())
             head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
             headers = [(n, v.strip()) for n, _, v in (line.partition(":") for line in head[1:-2])]
             content = await reader.readexactly(int(dict(headers)["content-length"]))
