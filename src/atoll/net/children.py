@@ -22,7 +22,7 @@ from msgspec import Meta
 
 from atoll.errors import RunError
 from atoll.net.buffers import Buffer, room
-from atoll.net.calls import Charter, Closed
+from atoll.net.calls import Charter, Closed, Spent
 from atoll.net.control import Count, Name, PublicKey, Stamp, Terms, Work
 
 HEADER = 2**25
@@ -142,6 +142,7 @@ class Summary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         step: of the turn at work; "": there is none.
         awaited: sites that may still answer in it.
         out: sites that take no more part in that turn, and why.
+        privacy: what its noise took; None: it has none.
     """
 
     phase: str
@@ -169,6 +170,7 @@ class Summary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     step: str = ""
     awaited: list[str] = []
     out: dict[str, str] = {}
+    privacy: Spent | None = None
 
 
 class Told(_Said, frozen=True):
