@@ -1,5 +1,6 @@
 """Noise over sites: counted before anybody sees a model of it, drawn once, never more than the budget allows."""
 
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -24,7 +25,7 @@ from atoll.errors import BudgetSpent, CompositionError, InvalidArgument, RunErro
 from atoll.local import local_sgd
 from atoll.model import Model
 from atoll.net import control, coordinator, frames, noise
-from atoll.net.admission import Rules, examine
+from atoll.net.admission import Finding, Rules, examine
 from atoll.net.agent import Done, Trainer, Training
 from atoll.net.coordinator import Failed, Guarantee, Phase, Plan, Reduced
 from atoll.net.packing import pack_report, report_schema
@@ -547,6 +548,55 @@ def test_a_sum_that_fails_before_its_noise_is_not_counted() -> None:
     server.happen(coordinator.Discard("again"), 0.0)
     server.happen(coordinator.Resume(), 0.0)
     assert server.state.phase is Phase.OPENING
+
+
+def test_an_error_before_the_noise_is_told_without_its_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    process, _ = noised(True)
+    server = at_reducing(process, Disk())
+
+    def breaks(task: Any, report: Any) -> Any:
+        raise ValueError(f"a row begins with {report.wire[0, 0]}")
+
+    monkeypatch.setattr(process, "combine", breaks)
+    server.work(0.0)
+    assert (server.state.phase, server.state.releases) == (Phase.PAUSED, 0)
+    assert "(ValueError)" in server.state.reason and "begins" not in server.state.reason
+
+
+def test_no_sequence_of_events_exceeds_the_budget() -> None:
+    """Whatever happens, in whatever order: no round is begun whose release the budget does not allow."""
+    ends = [sequence(random.Random(seed), most=2) for seed in range(40)]
+    assert ends.count((Phase.FINISHED, 2)) > 10 and all(releases <= 2 for _, releases in ends)
+
+
+def sequence(rng: random.Random, most: int) -> tuple[Phase, int]:
+    """What random events come to."""
+    plan = Plan("r", 9, least=3, quorum=2, deadline=10.0, attempts=2)
+    state, entries = coordinator.State(), list[coordinator.Entry]()
+    now = 0.0
+    begins = coordinator.Started("c" * 64, "", promise(multiplier=1.5, budget=1.0, most=most))
+    for number in range(400):
+        at, now = (state.round, state.attempt), now + rng.choice([0.0, 1.0, 6.0])
+        claims = [
+            control.Deliver("r", s, *at, state.base, rng.choice("12") * 64, 9, (1, 0, 0), 9) for s in ("a", "b", "c")
+        ]
+        site = rng.choice("abc")
+        events: list[coordinator.Event] = [
+            *(coordinator.Submitted(c.site, c, Finding("", "", 1.0, 1.0)) for c in claims),
+            coordinator.Opened(*at, "b" * 64), Reduced(*at, "c" * 64, 1.5), Reduced(*at, "c" * 64, 0.0),
+            Failed(*at, "why", rng.choice([0.0, 1.5])), coordinator.Ticked(), coordinator.Restarted(),
+            coordinator.Pause("a rest"), coordinator.Resume(), coordinator.Resume(), coordinator.Discard("again"),
+            coordinator.Joined(site), coordinator.Left(site), coordinator.Joined(site),
+        ]  # fmt: skip
+        event = begins if not number else rng.choice(events)
+        state, effects = coordinator.handle(plan, state, event, now)
+        entries += [e.entry for e in effects if isinstance(e, coordinator.Record)]
+        made = sum(isinstance(e.event, Reduced | Failed) and e.event.multiplier > 0 for e in entries)
+        assert state.releases == made <= most
+        if state.phase in (Phase.OPENING, Phase.COLLECTING, Phase.REDUCING):
+            assert not state.spent, event
+    assert coordinator.replay(plan, entries) == state
+    return state.phase, state.releases
 
 
 def test_a_model_whose_record_was_refused_is_offered_to_the_record_again() -> None:

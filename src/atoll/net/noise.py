@@ -17,6 +17,7 @@ from torch import Tensor
 
 from atoll.errors import CompositionError, RunError, invalid
 from atoll.net.coordinator import Guarantee, Plan
+from atoll.net.spool import SpoolError
 from atoll.privacy.accounting import Event, calibrate, check_delta, check_known, usual_delta
 from atoll.privacy.ledger import Ledger
 from atoll.privacy.noise import deviation, releasing
@@ -129,8 +130,16 @@ class Noising:
     def __call__(self, total: Tensor, bound: float) -> Tensor:
         """The sum [L] float64, to which a site adds at most `bound`, with noise."""
         assert not self.drawn, "a sum is noised once"
+        add = releasing(self.guarantee.multiplier, self._source.derive("noise", self._round))
+        noised = add(total, bound)
         self.drawn = True
-        return releasing(self.guarantee.multiplier, self._source.derive("noise", self._round))(total, bound)
+        return noised
+
+    def told(self, error: Exception, text: str) -> str:
+        """What may be told of an error in combining a round: before the noise, nothing that may hold data."""
+        if self.drawn or isinstance(error, SpoolError):
+            return text
+        return f"the round cannot be combined ({type(error).__name__}); more would tell of updates without noise."
 
 
 def terms_of(guarantee: Guarantee, rounds: int) -> Terms:

@@ -415,8 +415,10 @@ class Service:
             except OSError:
                 raise
             except Exception as error:  # as above; behind the noise it tells of a noised sum
-                multiplier = 0.0 if noising is None else noising.multiplier
-                self.happen(core.Failed(effect.round, effect.attempt, _told(error), multiplier), now)
+                told, multiplier = _told(error), 0.0
+                if noising is not None:
+                    told, multiplier = noising.told(error, told), noising.multiplier
+                self.happen(core.Failed(effect.round, effect.attempt, told, multiplier), now)
                 return
         multiplier = 0.0 if noising is None else noising.multiplier
         self.happen(core.Reduced(effect.round, effect.attempt, self._next[1], multiplier), now)
