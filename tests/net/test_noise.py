@@ -566,14 +566,14 @@ def test_an_error_before_the_noise_is_told_without_its_text(monkeypatch: pytest.
 def test_no_sequence_of_events_exceeds_the_budget() -> None:
     """Whatever happens, in whatever order: no round is begun whose release the budget does not allow."""
     ends = [sequence(random.Random(seed), most=2) for seed in range(40)]
-    assert ends.count((Phase.FINISHED, 2)) > 10 and all(releases <= 2 for _, releases in ends)
+    assert ends.count((Phase.FINISHED, 2)) > 5 and all(releases <= 2 for _, releases in ends)
 
 
 def sequence(rng: random.Random, most: int) -> tuple[Phase, int]:
     """What random events come to."""
     plan = Plan("r", 9, least=3, quorum=2, deadline=10.0, attempts=2)
     state, entries = coordinator.State(), list[coordinator.Entry]()
-    now = 0.0
+    now, made = 0.0, 0
     begins = coordinator.Started("c" * 64, "", promise(multiplier=1.5, budget=1.0, most=most))
     for number in range(400):
         at, now = (state.round, state.attempt), now + rng.choice([0.0, 1.0, 6.0])
@@ -590,8 +590,9 @@ def sequence(rng: random.Random, most: int) -> tuple[Phase, int]:
         ]  # fmt: skip
         event = begins if not number else rng.choice(events)
         state, effects = coordinator.handle(plan, state, event, now)
-        entries += [e.entry for e in effects if isinstance(e, coordinator.Record)]
-        made = sum(isinstance(e.event, Reduced | Failed) and e.event.multiplier > 0 for e in entries)
+        new = [e.entry for e in effects if isinstance(e, coordinator.Record)]
+        made += sum(isinstance(e.event, Reduced | Failed) and e.event.multiplier > 0 for e in new)
+        entries += new
         assert state.releases == made <= most
         if state.phase in (Phase.OPENING, Phase.COLLECTING, Phase.REDUCING):
             assert not state.spent, event
