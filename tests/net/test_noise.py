@@ -1,10 +1,12 @@
 """Noise over sites: counted before anybody sees a model of it, drawn once, never more than the budget allows."""
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import msgspec
@@ -77,23 +79,23 @@ def process(name: str = "clipped", **more: Any) -> Process:
 @pytest.mark.parametrize("name", PARTS)
 def test_a_deployed_run_has_the_noise_and_the_bits_of_the_simulation(name: str) -> None:
     told = atoll.simulate(
-        KIND.model(torch.float32), DATA, rounds=3, engine="loop", progress=False, **parts(name)
+        KIND.model(torch.float32), DATA, rounds=2, engine="loop", progress=False, **parts(name)
     )  # fmt: skip
-    world = deploy(lambda: process(name), DATA, 3, sites(lambda: process(name), DATA))
+    world = deploy(lambda: process(name), DATA, 2, sites(lambda: process(name), DATA))
     assert world.server is not None
     state = world.server.state
     got = world.server.process.vector(world.server.model)
     # A row that leaves a site is rounded; one that is scaled by its factor alone is not, in a simulation.
     assert float((told.vector - got).abs().max()) <= (0.0 if name in EXACT else 2e-7)
-    assert state.guarantee is not None and state.releases == 3
-    said = statement(noise.terms_of(state.guarantee, 3), noise.ledger_of(state.guarantee, 3, 3))
+    assert state.guarantee is not None and state.releases == 2
+    said = statement(noise.terms_of(state.guarantee, 2), noise.ledger_of(state.guarantee, 2, 2))
     (simulated,) = told.privacy
     for key in ("epsilon", "delta", "neighbours", "accountant", "budget", "releases", "events", "noise_multiplier"):
         assert said[key] == simulated[key], key
     assert said["unit"] == "site" and not said["private"]
     quiet = process(name, transforms=PARTS[name]()["transforms"][:1])
     still = quiet.init()
-    for _ in range(3):
+    for _ in range(2):
         still, _ = quiet.next(still, DATA, expected=4.0)
     assert float((told.vector - quiet.vector(still)).abs().max()) > 1e-3, "there is noise"
 
@@ -190,7 +192,7 @@ def judge(plan: Plan, seeds: range, **more: Any) -> None:
 @pytest.mark.parametrize("budget", [False, True])
 @pytest.mark.parametrize("plan", [STRICT, LOOSE], ids=["strict", "loose"])
 def test_nobody_is_offered_a_noised_model_that_is_not_counted(plan: Plan, budget: bool) -> None:
-    judge(plan, range(6), budget=budget)
+    judge(plan, range(4), budget=budget)
 
 
 @pytest.mark.slow
@@ -202,14 +204,15 @@ def test_nobody_is_at_length(plan: Plan, start: int, budget: bool) -> None:
 
 
 class Timed(Service):
-    """Notes during which operations of its disk a round is combined, recorded and begun anew."""
+    """Notes during which operations of its disk a round is combined, recorded and the next begun."""
 
     windows: list[tuple[int, int]]
 
     def work(self, now: float) -> None:
-        began = self.files.operations  # pyright: ignore
+        began, reduces = self.files.operations, isinstance(self._todo[0], coordinator.Reduce)  # pyright: ignore
         super().work(now)
-        self.windows.append((began + 1, self.files.operations + 1))  # pyright: ignore
+        if reduces:
+            self.windows.append((began + 1, self.files.operations + 1))  # pyright: ignore
 
 
 @pytest.mark.parametrize("everywhere", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -217,8 +220,7 @@ def test_power_may_fail_at_every_operation_of_the_servers_disk(everywhere: bool)
     process, training = noised(True)
     Timed.windows = []
     total = Watched(process, STRICT, training, service=Timed).run().machines[SERVER].disk.operations
-    inside = {n for a, b in Timed.windows for n in range(a, b)}
-    for n in range(1, total + 1) if everywhere else sorted(inside):
+    for n in range(1, total + 1) if everywhere else range(*Timed.windows[-1]):
         assert not fault_of(STRICT, 0, [("crash", SERVER, n, "after")], budget=True), n
 
 
@@ -433,8 +435,20 @@ def promise(**more: Any) -> Guarantee:
     return msgspec.structs.replace(Guarantee(1.5, 4, 4, 1e-5, "analytic", None, None, True), **more)
 
 
-@pytest.mark.parametrize(("multiplier", "releases"), [(0.7, 1), (1.5, 12), (8.0, 300)])
-def test_the_ledgers_epsilon_is_that_of_an_independent_accountant(multiplier: float, releases: int) -> None:
+CASES = pytest.mark.parametrize(("multiplier", "releases"), [(0.7, 1), (1.5, 12), (8.0, 300)])
+
+
+@CASES
+def test_the_ledgers_epsilon_is_the_exact_one(multiplier: float, releases: int) -> None:
+    """Balle & Wang 2018, theorem 8: releases of fresh noise are one with less of it."""
+    m, phi = releases**0.5 / multiplier, NormalDist().cdf
+    epsilon = noise.ledger_of(promise(multiplier=multiplier), releases, 1000).epsilon
+    assert phi(m / 2 - epsilon / m) - math.exp(epsilon) * phi(-m / 2 - epsilon / m) == pytest.approx(1e-5, rel=1e-6)
+
+
+@pytest.mark.slow
+@CASES
+def test_and_that_of_an_independent_accountant(multiplier: float, releases: int) -> None:
     from dp_accounting.gaussian_mechanism import get_epsilon_gaussian
 
     theirs = get_epsilon_gaussian(multiplier / releases**0.5, 1e-5)
@@ -565,8 +579,8 @@ def test_an_error_before_the_noise_is_told_without_its_text(monkeypatch: pytest.
 
 def test_no_sequence_of_events_exceeds_the_budget() -> None:
     """Whatever happens, in whatever order: no round is begun whose release the budget does not allow."""
-    ends = [sequence(random.Random(seed), most=2) for seed in range(40)]
-    assert ends.count((Phase.FINISHED, 2)) > 5 and all(releases <= 2 for _, releases in ends)
+    ends = [sequence(random.Random(seed), most=2) for seed in range(20)]
+    assert ends.count((Phase.FINISHED, 2)) > 2 and all(releases <= 2 for _, releases in ends)
 
 
 def sequence(rng: random.Random, most: int) -> tuple[Phase, int]:
