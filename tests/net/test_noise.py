@@ -647,6 +647,20 @@ def test_noise_is_drawn_anew_where_nothing_was_released() -> None:
     assert len(models) == 2, "noise from the secret source"
 
 
+def test_the_noise_is_as_large_as_was_promised_and_never_the_same() -> None:
+    made, told = process(transforms=stages(seed=None)), promise(multiplier=0.5)
+    drawn = list[Tensor]()
+    for noising in (noise.Noising(made, told), noise.Noising(made, told)):
+        for _ in range(2):  # a round that is combined again
+            noising.begin(0)
+            assert noising.multiplier == 0.0
+            drawn.append(noising(torch.zeros(4000, dtype=torch.float64), 0.05))
+            assert noising.multiplier == 0.5
+    for one in drawn:
+        assert abs(float(one.std()) / 0.025 - 1) < 0.08 and abs(float(one.mean())) < 7 * 0.025 / 4000**0.5
+        assert sum(bool(torch.equal(one, other)) for other in drawn) == 1
+
+
 def test_the_coordinator_takes_no_sum_without_the_noise_that_was_promised() -> None:
     process, _ = noised(True)
     server = at_reducing(process, Disk())

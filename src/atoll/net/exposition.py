@@ -106,7 +106,7 @@ def gathered(views: list[View], members: dict[str, tuple[str, float | None]]) ->
                 "last_round_updates": last.clients, "last_round_received_bytes": last.bytes_up,
                 "last_round_seconds": last.seconds, "last_round_loss": last.loss,
             }  # fmt: skip
-        if view.privacy is not None:
+        if view.privacy is not None and view.privacy.private:  # seeded noise buys nothing
             values |= {"privacy_epsilon": view.privacy.epsilon, "privacy_budget": view.privacy.budget}
         for name, value in values.items():
             if value is not None:
