@@ -83,7 +83,7 @@ class Hall:
                 run.carry_out(Receive(site, "", 0.0), control.encode(control.Ask("heart", site)))
             )
             assert isinstance(work, control.Work), work
-            done = self.training[site](work, (self.folder / "objects" / work.base).read_bytes(), b"")
+            done = self.training[site](work, (self.folder / "task" / work.base).read_bytes(), b"")
             (self.folder / "uploads").mkdir(exist_ok=True)
             (self.folder / "uploads" / site).write_bytes(done.frame)
             claim = control.Deliver(

@@ -305,7 +305,8 @@ def examined(made: Process, spoil: Callable[[dict[str, Tensor]], None]) -> tuple
     trainer = Trainer(made, DATA.select(["c0"]) if "c0" in DATA else DATA.select([DATA.clients[0]]))
     site = DATA.clients[0]
     task = made.open(made.init(), (site,), 4)
-    values, frame = pack_task(task)
+    values, pieces = pack_task(task)
+    frame = b"".join(pieces)
     work = Work("r", 0, 1, content_hash(frame), len(frame), task.kind, task.seed, (site,), 4, values, None)
     done, schema = trainer(work, frame, b""), report_schema(made, task)
     tensors = dict(decode(done.frame, schema))
@@ -523,7 +524,7 @@ def at_reducing(process: Process, files: Any, plan: Plan = STRICT, **more: Any) 
     for site in training:
         work, frame = server.receive(site, control.encode(control.Ask("r", site)), b"", 0.0)
         assert isinstance(work, control.Work)
-        done = training[site](work, frame, b"")
+        done = training[site](work, bytes(frame.whole()), b"")
         claim = control.Deliver(
             "r", site, 0, work.attempt, work.base, control.content_hash(done.frame), len(done.frame), done.parts,
             done.sent,
