@@ -88,8 +88,7 @@ def _over_sites(terms: Terms, ledger: Ledger) -> dict[str, Any]:
         "noise_multiplier": terms.noise_multiplier,
         "private": terms.private,
         "trusted": (
-            "the server, which sees every site's update before it adds the noise, and the experiment's code, which "
-            "runs beside it there"
+            "the server, which runs the experiment's code and sees every site's update before it adds the noise"
         ),
         "not_covered": [
             "which sites took part in which round, and when; whether a site's code broke or its update was refused, "
