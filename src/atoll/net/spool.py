@@ -302,9 +302,9 @@ def _noised(
         b = min(a + block, process.length)
         place = total[a:b] if columns else total
         for update in updates:
-            partial = process.combine(task, update.columns(process, a, b) if columns else update.report(process))
-            assert partial.total is not None
-            place += partial.total
+            given = process.combine(task, update.columns(process, a, b) if columns else update.report(process))
+            assert given.total is not None
+            place += given.total
     _check(updates)  # before anything is released: what was judged is what was added
     found = process.released(task, total, expected, release)
     return replace(found, aggregator=state.aggregator, bytes_up=sum(u.claim.bytes for u in updates))
