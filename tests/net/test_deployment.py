@@ -128,7 +128,7 @@ def test_noise_that_nobody_counts_is_not_deployed(name: str, tmp_path: Path) -> 
         KIND.model(torch.float32), fedavg(PLAN), transforms=(TRANSFORMS[name](),), engine="loop",
         aggregator=aggregators.mean(weights="uniform"),
     )  # fmt: skip
-    with pytest.raises(CompositionError, match="noise of a deployment is not counted yet"):
+    with pytest.raises(CompositionError, match="is not counted over sites yet"):
         Service(made, Plan("run", 2), Disk(tmp_path), now=0.0)
 
 

@@ -10,25 +10,28 @@ from doors import House
 from prometheus_client.parser import text_string_to_metric_families
 
 from atoll.errors import InvalidArgument, RunError
-from atoll.net.calls import Closed, SiteView, View
+from atoll.net.calls import Closed, SiteView, Spent, View
 from atoll.net.exposition import Exposition, gathered, listening
 
 
-def view(run: str, phase: str, closed: list[Closed], sites: list[SiteView]) -> View:
-    return View(1, run, "", phase, "", 1, 9, 2, 2, 2, sites, closed, [], "admin", 0.0)
+def view(run: str, phase: str, closed: list[Closed], sites: list[SiteView], privacy: Spent | None = None) -> View:
+    return View(1, run, "", phase, "", 1, 9, 2, 2, 2, sites, closed, [], "admin", 0.0, privacy)
 
 
 def test_runs_rounds_and_sites_are_counted() -> None:
     sites = [SiteView(n, standing, "", "", "", None, 1.0) for n, standing in (("a", "ready"), ("b", "failed"))]
     views = [view("r", "collecting", [Closed(1, 2, 0.5, 900, 1.5), Closed(2, 3, None, 800, 2.5)], sites)]
-    views.append(view("q", "preparing", [], []))
+    views.append(view("q", "preparing", [], [], Spent(1.5, 1e-5, 3.0, True)))
+    views.append(view("p", "finished", [], [], Spent(1.5, 1e-5, None, False)))
     found = {
         (s.name, *s.labels.values()): s.value
         for family in gathered(views, {"a": ("site", 3.0), "b": ("site", None)})
         for s in family.samples
     }
     assert found["atoll_runs", "collecting"] == found["atoll_runs", "preparing"] == 1
-    assert found["atoll_runs", "finished"] == 0
+    assert found["atoll_runs", "finished"] == 1 and found["atoll_runs", "paused"] == 0
+    assert found["atoll_privacy_epsilon", "q"] == 1.5 and found["atoll_privacy_budget", "q"] == 3.0
+    assert not {("atoll_privacy_epsilon", "p"), ("atoll_privacy_epsilon", "r")} & found.keys(), "no noise, or seeded"
     assert found["atoll_round", "r"] == 2 and found["atoll_round", "q"] == 0
     assert found["atoll_rounds_planned", "r"] == 9 and found["atoll_attempt", "r"] == 2
     assert found["atoll_last_round_updates", "r"] == 3 and found["atoll_last_round_received_bytes", "r"] == 800

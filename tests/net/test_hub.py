@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from atoll.net import children, control, hub
-from atoll.net.calls import Charter
+from atoll.net.calls import Charter, Spent
 from atoll.net.children import Happen, HostCall, Place, Summary, Told
 from atoll.net.enrolment import Member
 from atoll.net.hub import Hub, Run
@@ -122,6 +122,14 @@ def test_what_an_authors_code_says_is_plain_text_to_watchers(tmp_path: Path) -> 
     run._learn(Told(summary("paused", title="a\x1b[2Jb", reason="c\x1b]0;d", notices=["e\nf"])))
     view = run.view({})
     assert all(text.isprintable() for text in (view.title, view.reason, *view.notices))
+
+
+def test_what_noise_took_is_told_to_watchers(tmp_path: Path) -> None:
+    _, run, _ = house(tmp_path, BLANK)
+    assert run.view({}).privacy is None
+    version, spent = run.view({}).version, Spent(1.5, 1e-5, 3.0, True)
+    run._learn(summary("collecting", privacy=spent))
+    assert run.view({}).privacy == spent and run.view({}).version > version
 
 
 def test_a_run_that_could_not_be_kept_never_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

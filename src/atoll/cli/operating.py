@@ -132,6 +132,8 @@ def changes(before: View | None, now: View) -> list[str]:
                 f"round {closed.round}/{now.rounds}: {closed.clients} updates{loss}, {closed.bytes_up:,} bytes, "
                 f"{closed.seconds:.1f} s"
             )
+    if now.privacy is not None and (before is None or before.privacy != now.privacy):
+        lines.append(_privacy(now.privacy))
     lines += [f"  ! {n}" for n in now.notices if before is None or n not in before.notices]
     state = (now.phase, now.reason)
     if now.phase in ("paused", "broken", "finished", "stopped") and (
@@ -143,6 +145,13 @@ def changes(before: View | None, now: View) -> list[str]:
         ready = sum(s.standing in ("ready", "preparing") for s in now.sites)
         lines.append(f"waiting for {now.least} sites; {ready} are there")
     return lines
+
+
+def _privacy(spent: calls.Spent) -> str:
+    if not spent.private:
+        return "privacy: NONE, since the noise is seeded, as for tests"
+    of = "" if spent.budget is None else f" of {spent.budget:g}"
+    return f"privacy: epsilon {spent.epsilon:.4g}{of} is spent at delta {spent.delta:g}, for each site"
 
 
 def _site_line(site: SiteView) -> str:
@@ -175,6 +184,8 @@ def show(view: View) -> None:
         last = view.closed[-1]
         loss = "" if last.loss is None else f", loss {last.loss:.4g}"
         out.print(f"last round: {last.round}, {last.clients} updates{loss}, {last.seconds:.1f} s", markup=False)
+    if view.privacy is not None:
+        out.print(_privacy(view.privacy), markup=False, soft_wrap=True)
     for notice in view.notices[-5:]:
         out.print(f"! {notice}", markup=False, soft_wrap=True)
 

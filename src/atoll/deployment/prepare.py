@@ -6,6 +6,7 @@ from pathlib import Path
 from atoll import sampling
 from atoll.errors import CompositionError, InvalidArgument, invalid
 from atoll.experiment import Experiment, configure, load_app
+from atoll.net import noise
 from atoll.net.admission import Rules
 from atoll.net.calls import Charter
 from atoll.net.coordinator import Plan
@@ -65,11 +66,7 @@ def process_of(experiment: Experiment, engine: str) -> Process:
         workers=1,
     )
     summing(process)
-    if process.protects_examples or process.chain.protects_clients:
-        raise CompositionError(
-            "nobody counts the noise of a run over sites yet, and a guarantee that is not counted is none: run this "
-            "experiment by atoll.simulate, or leave the noise out."
-        )
+    noise.check(process)
     return process
 
 
@@ -102,7 +99,9 @@ def plan_of(experiment: Experiment, process: Process, charter: Charter) -> Plan:
     Raises:
         InvalidArgument: options that contradict each other or the experiment.
     """
-    terms = summing(process)
+    terms, cohort = summing(process), cohort_of(experiment)
+    if cohort is None and process.chain.noise is not None:
+        cohort = max(1, charter.least)  # by which a sum is divided, whoever joins later
     sums = 0 if terms is None else terms.least
     if 0 < charter.least < sums:  # 0 is told when the run is submitted: all there are
         raise invalid("--sites", charter.least, f"at least {sums}", "The experiment's secure sum is of no fewer.")
@@ -110,7 +109,7 @@ def plan_of(experiment: Experiment, process: Process, charter: Charter) -> Plan:
         charter.run,
         experiment.rounds,
         seed=experiment.seed,
-        cohort=cohort_of(experiment),
+        cohort=cohort,
         least=max(1, charter.least),
         over=charter.over,
         quorum=charter.quorum,

@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -32,7 +33,7 @@ from atoll.history import Record
 from atoll.journal import Journal, locked, open_journal
 from atoll.net import control, coordinator
 from atoll.net.buffers import Buffer
-from atoll.net.calls import Closed
+from atoll.net.calls import Closed, Spent
 from atoll.net.children import (
     Answered,
     Broken,
@@ -51,10 +52,13 @@ from atoll.net.children import (
     host_calls,
 )
 from atoll.net.frames import Limits
+from atoll.net.noise import ledger_of, terms_of
 from atoll.net.packing import pack_report
 from atoll.net.service import Service
 from atoll.net.state import Overtaken, State
 from atoll.net.storage import Content, Disk, scope, write_durably
+from atoll.privacy.accounting import Event
+from atoll.privacy.terms import statement
 from atoll.result import Result
 from atoll.rounds import Process
 from atoll.spec import digest, identity
@@ -77,6 +81,7 @@ class Runner:
         self._stage: Literal["", "survey", "spread", "ready"] | None = None
         self._notices: list[str] = []
         self._closed: list[Closed] = []
+        self._counted: tuple[int, Spent] | None = None
         self.folder, self.charter = Path(host.folder), host.charter
         app = self.folder / "objects" / host.charter.code
         experiment = experiment_of(_readable(self.folder, app), host.charter.settings)
@@ -86,10 +91,12 @@ class Runner:
         self.largest = _largest(self.process)
         table = experiment.data
         self.agreement = Agreement(table, self.plan.least, Disk(self.folder)) if isinstance(table, Table) else None
-        self._journal: Journal = open_journal(self.folder, host.durability)
-        self._last, self._given = time.monotonic(), ""
-        state = State(host.state, durability=host.durability, patience=PATIENCE)
-        self._files = Disk(self.folder, state=state, scope=scope(host.charter.run), durability=host.durability)
+        # What was released is never forgotten, not by a machine without power either.
+        durability = host.durability if self.process.chain.noise is None else "power"
+        self._journal: Journal = open_journal(self.folder, durability)
+        self._last, self._given, self._entered = time.monotonic(), "", 0
+        state = State(host.state, durability=durability, patience=PATIENCE)
+        self._files = Disk(self.folder, state=state, scope=scope(host.charter.run), durability=durability)
         self.service = Service(
             self.process,
             self.plan,
@@ -127,6 +134,10 @@ class Runner:
                 self._finish()
             case Host() | Several():
                 raise RunError("this process has a run already, and does one thing after the other.")
+        try:
+            self._enter(service.state.releases)
+        except OSError as error:  # with the next call; the service's own journal has them
+            self._noticed(f"the disk refuses: {error}")
         return b""
 
     def _received(self, site: str, message: Buffer, upload: str, now: float) -> bytes:
@@ -197,8 +208,18 @@ class Runner:
             sites=self._teller.tell(state),
             closed=closed,
             notices=notices,
+            privacy=self._spent(),
         )
         return Told(summary, whole, heard or [])
+
+    def _spent(self) -> Spent | None:
+        state, promised = self.service.state, self.service.state.guarantee
+        if promised is None:
+            return None
+        if self._counted is None or self._counted[0] != state.releases:
+            epsilon = ledger_of(promised, state.releases, self.plan.rounds).epsilon
+            self._counted = state.releases, Spent(epsilon, promised.delta, promised.budget, promised.private)
+        return self._counted[1]
 
     def _noticed(self, text: str) -> None:
         self._notices.append(control.plain(text))
@@ -218,6 +239,11 @@ class Runner:
         else:
             spec = told.body["spec"]
         self._spec: dict[str, Any] = spec
+        promised = self.service.state.guarantee
+        if promised is not None and next(iter(self._journal.events("privacy")), None) is None:
+            self._journal.append("privacy", {"terms": asdict(terms_of(promised, self.plan.rounds))})
+        self._entered = sum(1 for _ in self._journal.events("release"))
+        self._enter(self.service.state.releases)
         for record in self._journal.history()[-100:]:
             if record.round <= self.service.state.round:
                 self._closed.append(_shown(record))
@@ -242,13 +268,29 @@ class Runner:
         loss = collected.loss / collected.examples if collected.examples else float("nan")
         task = self.process.open(self.service.model, self.service.state.cohort, self.service.state.population)
         down = self.process.bytes_down(self.service.model, task)
+        clients, state, epsilon = collected.count, self.service.state, None
+        if state.guarantee is not None:  # the sum is that of an expected number
+            clients = len(state.accepted)
+            self._enter(state.releases + 1)
+            epsilon = ledger_of(state.guarantee, state.releases + 1, self.plan.rounds).epsilon
         record = Record(
-            round=round + 1, clients=collected.count, train={"loss": loss}, bytes_up=collected.bytes_up,
-            bytes_down=down, seconds={"train": now - self._last},
+            round=round + 1, clients=clients, train={"loss": loss}, bytes_up=collected.bytes_up,
+            bytes_down=down, seconds={"train": now - self._last}, epsilon=epsilon,
         )  # fmt: skip
         self._last = now
         self._journal.append("round", record.to_dict())
         self._closed.append(_shown(record))
+
+    def _enter(self, releases: int) -> None:
+        """Enter releases, where the run is looked at, up to so many.
+
+        A round that is combined again after a crash had released nothing: it is entered once.
+        """
+        if (promised := self.service.state.guarantee) is None:
+            return
+        while self._entered < releases:
+            self._journal.append("release", asdict(Event(promised.multiplier)))
+            self._entered += 1
 
     def _finish(self) -> None:
         """Write the result of a run that is over."""
@@ -263,6 +305,12 @@ class Runner:
             directory=self.folder,
             model=process.model,
         )
+        promised, releases = self.service.state.guarantee, self.service.state.releases
+        if promised is not None:
+            terms = terms_of(promised, self.plan.rounds)
+            result.privacy.append(statement(terms, ledger_of(promised, releases, self.plan.rounds)))
+            if self.service.state.spent and self.service.state.round < self.plan.rounds:
+                result.notes.append(f"The run ended early: {self.service.state.reason}")
         result.save(self.folder)
         if next(iter(self._journal.events("finished")), None) is None:
             finished = self.service.state.phase is coordinator.Phase.FINISHED

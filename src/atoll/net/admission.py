@@ -15,6 +15,7 @@ from atoll.net.control import Deliver
 from atoll.net.frames import FrameError, Limits, Schema
 from atoll.net.reading import BLOCK, Reading, in_columns
 from atoll.net.storage import Content
+from atoll.privacy.noise import ROUNDING
 from atoll.random import client_keys
 from atoll.rounds import Process
 from atoll.transforms.chain import keys_of
@@ -60,7 +61,7 @@ class Rules:
         """Refuse rules that nobody could enforce.
 
         Raises:
-            CompositionError: a bound on what the channel seals.
+            CompositionError: a bound on what the channel seals, or on what noise is to hide.
         """
         if process.rooted and process.memory_layout(process.selection.take(process.model.init())).size:
             raise CompositionError(
@@ -68,6 +69,12 @@ class Rules:
                 f"use a method and stages without client memory before the aggregator {process.aggregator.name}."
             )
         process.check_server()
+        if process.chain.noise is not None and (self.norm_bound is not None or self.weight_cap is not None):
+            raise CompositionError(
+                "norm_bound and weight_cap cannot stand under noise: which site they leave out depends on the data, "
+                "and everybody would see it. Leave them out: the clip norm bounds every update, and weights are 1 or "
+                "clipped."
+            )
         channel = process.chain.channel
         if channel.sums_only and (self.norm_bound is not None or self.weight_cap is not None):
             raise CompositionError(
@@ -134,16 +141,17 @@ def _found(process: Process, task: Task, reading: Reading, rules: Rules, block: 
             return Finding("content", f"its weight {weight:g} is above the cap of {cap:g}.")
     if claim.bytes > claim.size:
         return Finding("content", "it claims more bytes than it has.")
-    square = 0.0
+    square = added = 0.0
     try:
         if in_columns(process):
             for a in range(0, max(1, process.length), block):
-                fault, more = _judged(process, task, reading.columns(process, a, min(a + block, process.length)))
+                part = reading.columns(process, a, min(a + block, process.length))
+                fault, more, counted = _judged(process, task, part)
                 if fault:
                     return Finding("content", fault)
-                square += more
+                square, added = square + more, added + counted
         else:
-            fault, square = _judged(process, task, reading.report(process))
+            fault, square, added = _judged(process, task, reading.report(process))
             if fault:
                 return Finding("content", fault)
     except OSError:
@@ -157,31 +165,47 @@ def _found(process: Process, task: Task, reading: Reading, rules: Rules, block: 
         return Finding("content", "its norm is not finite.")
     if rules.norm_bound is not None and norm > rules.norm_bound:
         return Finding("content", f"its norm {norm:g} is above the bound of {rules.norm_bound:g}.")
+    if process.chain.noise is not None:
+        bound, most = process.chain.facts.bound, math.sqrt(added)
+        assert bound is not None
+        # An honest row may be longer by what rounding adds, which the noise hides: the other half is the sum's.
+        if not math.isfinite(most):
+            return Finding("content", "it is not finite.")
+        if most > bound * (1 + ROUNDING / 2):
+            return Finding("content", f"it would add {most:.7g} to the sum, more than the clip norm of {bound:g}.")
     return Finding("", "", weight, norm)
 
 
-def _judged(process: Process, task: Task, report: Report) -> tuple[str, float]:
-    """What speaks against a report, or against a block of its columns; and the square of its norm."""
+def _judged(process: Process, task: Task, report: Report) -> tuple[str, float, float]:
+    """What speaks against a report, or against a block of its columns; the square of its norm, and of what it adds to
+    a sum where noise comes in.
+    """
     if isinstance(report.wire, Mapping):
         for name, code in report.wire.items():
             if code.is_floating_point() and not bool(torch.isfinite(code).all()):
-                return f"{name} is not finite.", 0.0
+                return f"{name} is not finite.", 0.0, 0.0
     partial = process.combine(task, report)
     for told in partial.refused.values():
-        return f"{told['reason']}.", 0.0
+        return f"{told['reason']}.", 0.0, 0.0
     if partial.broken:
-        return "it is not finite.", 0.0
+        return "it is not finite.", 0.0, 0.0
     if partial.rows is not None:
-        return "", _square(partial.rows[0])
+        return "", _square(partial.rows[0]), 0.0
     row = partial.total
     if row is None:
-        return "", 0.0
-    split = report.parts[0] + report.parts[1]
+        return "", 0.0, 0.0
+    added, split = _square(row), report.parts[0] + report.parts[1]
     if not in_columns(process):
+
+        def measured(total: Tensor) -> Tensor:
+            nonlocal added
+            added = _square(total)
+            return total
+
         keys = keys_of(task.seed, task.round, client_keys(()), split)
-        row = process.chain.decode_sum(row, task.shared, process.length, keys)
+        row = process.chain.decode_sum(row, task.shared, process.length, keys, release=measured)
     counted = float(partial.weight) or 1.0  # what the row was multiplied by, which need not be what the client claims
-    return "", _square(row[:split]) / counted**2 + _square(row[split:])
+    return "", _square(row[:split]) / counted**2 + _square(row[split:]), added
 
 
 def _square(row: Tensor) -> float:

@@ -13,7 +13,7 @@ makes of it.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -23,7 +23,7 @@ import torch
 from atoll.aggregators.rows import finite_rows
 from atoll.errors import NonFiniteError, RunError
 from atoll.memory import ClientMemory
-from atoll.messages import Clear, Scaled
+from atoll.messages import Clear, Report, Scaled
 from atoll.net import party
 from atoll.net.buffers import Buffer
 from atoll.net.control import Abstain, Answer, Deliver, Request, Stamp, Turn, Work, content_hash
@@ -287,10 +287,24 @@ class Trainer:
             report = process.work(task, cohort, remembered)
             frame = pack_report(report)
         wire = report.wire.rows if isinstance(report.wire, Clear | Scaled) else report.wire
+        codes = (wire,) if isinstance(wire, torch.Tensor) else tuple(wire.values())
         fine = bool(report.finite.all() and torch.isfinite(report.metrics).all())
-        if not fine or (isinstance(wire, torch.Tensor) and not bool(finite_rows(wire).all())):
+        if process.chain.noise is not None and not (fine and all(bool(finite_rows(c).all()) for c in codes)):
+            # It adds nothing, and that is told to nobody: whether training broke depends on the data.
+            report, rows = _nothing(report), [t.reshape(1, -1) for t in remembered.values()]
+            frame = pack_report(report)
+            report = replace(report, memory=torch.cat(rows, dim=1) if rows else report.memory)
+        elif not fine or (isinstance(wire, torch.Tensor) and not bool(finite_rows(wire).all())):
             raise NonFiniteError(f"round {task.round + 1}: training became non-finite.")
         return Done(frame, report.parts, report.bytes, encode({"memory": report.memory.to(self._dtype)}))
+
+
+def _nothing(report: Report) -> Report:
+    """A report of the same form that adds nothing."""
+    wire = report.wire.rows if isinstance(report.wire, Clear | Scaled) else report.wire
+    zeros = torch.zeros_like
+    wire = zeros(wire) if isinstance(wire, torch.Tensor) else {n: zeros(t) for n, t in wire.items()}
+    return replace(report, wire=wire, weight=zeros(report.weight), metrics=zeros(report.metrics))
 
 
 _decoder: msgspec.json.Decoder[party.Entry] = msgspec.json.Decoder(party.Entry)

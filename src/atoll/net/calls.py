@@ -299,6 +299,22 @@ class Closed(_Struct, frozen=True):
     seconds: float
 
 
+class Spent(_Struct, frozen=True):
+    """What a run's noise took so far; one unit of privacy is a site.
+
+    Attributes:
+        epsilon: spent.
+        delta: at which it is told.
+        budget: largest epsilon; None: none.
+        private: False where the noise is seeded, for tests.
+    """
+
+    epsilon: float
+    delta: float
+    budget: float | None
+    private: bool
+
+
 class View(_Struct, frozen=True):
     """A run as watchers see it.
 
@@ -318,6 +334,7 @@ class View(_Struct, frozen=True):
         notices: what the operator should hear of, the last twenty.
         by: who submitted it.
         at: when, seconds since 1970.
+        privacy: what its noise took; None: it has none.
     """
 
     version: int
@@ -335,6 +352,7 @@ class View(_Struct, frozen=True):
     notices: list[str]
     by: str
     at: float
+    privacy: Spent | None = None
 
     @property
     def over(self) -> bool:

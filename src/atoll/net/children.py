@@ -22,7 +22,7 @@ from msgspec import Meta
 
 from atoll.errors import RunError
 from atoll.net.buffers import Buffer, room
-from atoll.net.calls import Charter, Closed
+from atoll.net.calls import Charter, Closed, Spent
 from atoll.net.control import Count, Name, PublicKey, Stamp, Terms, Work
 
 HEADER = 2**25
@@ -168,6 +168,7 @@ class Summary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         sites: by name.
         closed: rounds that were closed since this process began to tell.
         notices: what came up since the last summary.
+        privacy: what its noise took; None: it has none.
     """
 
     phase: str = ""
@@ -189,6 +190,7 @@ class Summary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sites: dict[str, Place] = {}
     closed: list[Closed] = []
     notices: list[str] = []
+    privacy: Spent | None = None
 
 
 SITES = 100_000

@@ -26,6 +26,10 @@ step by step (`control.STEPS`) what a machine of `secagg` asks, which whoever ca
 `Sum.said`, always the same. A step is closed when all that may answer have, or its time is over: `Close`, and the
 machine tells by `Advanced`, `Summed` or `Voided`. A turn is never taken up again under its number, so that no site is
 ever asked for two kinds of shares of one peer.
+
+With noise on the sums (`Guarantee`) every noised sum is counted by the very entry by which its model becomes the run's:
+before that nobody has seen anything of it. Where combining fails behind the noise, why is told, so that it counts too.
+What the budget does not allow is not begun: the run is finished before it.
 """
 
 import math
@@ -112,6 +116,30 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise invalid("quorum", self.quorum, f"at least {self.sums}, the fewest sites of a secure sum")
         if not 0 < self.step < math.inf:
             raise invalid("step", self.step, "seconds above 0")
+
+
+class Guarantee(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What was decided, before round one, about noise on the sum of every round. One unit of privacy is a site.
+
+    Attributes:
+        multiplier: standard deviation of the noise, divided by the most that a site adds to the sum.
+        expected: sites by which a sum is divided.
+        population: sites there were to be.
+        delta: at which epsilon is told.
+        accountant: how releases are added up.
+        budget: largest epsilon; None: none.
+        most: releases that the budget allows; None: any number.
+        private: False where the noise is seeded, for tests.
+    """
+
+    multiplier: float
+    expected: int
+    population: int
+    delta: float
+    accountant: Literal["pld", "rdp", "analytic"]
+    budget: float | None
+    most: int | None
+    private: bool
 
 
 class Phase(StrEnum):
@@ -212,6 +240,8 @@ class State(msgspec.Struct, frozen=True):
         turn: turns there were at this round's secure sum.
         sum: the turn at work.
         total: hash of the round's secure sum.
+        guarantee: what was decided about noise; None: there is none.
+        releases: noised sums of which something was known outside.
     """
 
     phase: Phase = Phase.GATHERING
@@ -235,6 +265,8 @@ class State(msgspec.Struct, frozen=True):
     turn: int = 0
     sum: Sum | None = None
     total: str = ""
+    guarantee: Guarantee | None = None
+    releases: int = 0
 
     @property
     def active(self) -> list[str]:
@@ -250,6 +282,17 @@ class State(msgspec.Struct, frozen=True):
         """Whether this attempt may still have an answer from a site."""
         return site in self.cohort and site not in self.accepted and site not in self.excluded
 
+    @property
+    def multiplier(self) -> float:
+        """Of the noise on every sum; 0: none."""
+        return 0.0 if self.guarantee is None else self.guarantee.multiplier
+
+    @property
+    def spent(self) -> bool:
+        """Whether the budget allows no more releases."""
+        most = None if self.guarantee is None else self.guarantee.most
+        return most is not None and self.releases >= most
+
 
 # --- events -----------------------------------------------------------------------------------------------------------
 
@@ -258,11 +301,15 @@ class _Event(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
     pass
 
 
-class Started(_Event, frozen=True):
-    """The run begins from a checkpoint with the hash `model`; `experiment` is that of its plan and process."""
+class Started(_Event, frozen=True, omit_defaults=True):
+    """The run begins from a checkpoint with the hash `model`; `experiment` is that of its plan and process.
+
+    `guarantee`: what was decided about noise.
+    """
 
     model: str
     experiment: str = ""
+    guarantee: Guarantee | None = None
 
 
 class Restarted(_Event, frozen=True):
@@ -366,20 +413,28 @@ class Voided(_Event, frozen=True):
     culprits: dict[str, str]
 
 
-class Reduced(_Event, frozen=True):
-    """A round's updates are combined and the next model is on disk; its checkpoint has the hash `model`."""
+class Reduced(_Event, frozen=True, omit_defaults=True):
+    """A round's updates are combined and the next model is on disk; its checkpoint has the hash `model`.
+
+    `multiplier`: of the noise on their sum, which is released by this; 0: none.
+    """
 
     round: int
     attempt: int
     model: str
+    multiplier: float = 0.0
 
 
-class Failed(_Event, frozen=True):
-    """A task could not be made, or updates could not be combined, and trying again would not help."""
+class Failed(_Event, frozen=True, omit_defaults=True):
+    """A task could not be made, or updates could not be combined, and trying again would not help.
+
+    `multiplier`: of the noise on a sum that the reason may tell of; 0: it tells of none.
+    """
 
     round: int
     attempt: int
     reason: str
+    multiplier: float = 0.0
 
 
 class Ticked(_Event, frozen=True):
@@ -592,8 +647,22 @@ def _again(plan: Plan, state: State, now: float) -> Handled:
             then = (_closing(state, state.sum),) if state.sum.closing else ()
         return after, ((reopened, *then) if after.phase is Phase.SUMMING else then)
     if state.phase is Phase.REDUCING:
-        return state, (reopened, _reduction(state))
+        return _over(state) if state.spent else (state, (reopened, _reduction(state)))
     return state, ()
+
+
+def _over(state: State) -> Handled:
+    """No round is begun, or gone on with, whose release the budget does not allow."""
+    assert state.guarantee is not None
+    reason = (
+        f"the privacy budget of epsilon {state.guarantee.budget:g} is spent by {state.releases} releases, after round "
+        f"{state.round}: the next would exceed it."
+    )
+    after = replace(
+        state, phase=Phase.FINISHED, cohort=(), wanted=0, accepted={}, excluded={}, base="", deadline=None, sum=None,
+        total="", reason=reason,
+    )  # fmt: skip
+    return after, (Forget(state.round + 1),)
 
 
 def _reduction(state: State) -> Reduce:
@@ -678,6 +747,8 @@ def _tried(plan: Plan, state: State) -> Handled:
 
 def _gathered(plan: Plan, state: State) -> Handled:
     """Begin an attempt if enough sites are there."""
+    if state.spent:
+        return _over(state)
     held = [s for s in sorted(state.accepted) if state.sites[s].status != "revoked"]
     there = sorted({*state.active, *held})
     if not state.model or len(there) < max(plan.least, plan.quorum or plan.cohort or 1):
@@ -730,7 +801,8 @@ def _started(plan: Plan, state: State, event: Event, now: float) -> Handled:
     assert isinstance(event, Started)
     if state.model:
         return _misplaced(plan, state, event, now)
-    after, then = _settled(plan, replace(state, model=event.model, experiment=event.experiment), now)
+    begun = replace(state, model=event.model, experiment=event.experiment, guarantee=event.guarantee)
+    after, then = _settled(plan, begun, now)
     return _recorded(state, after, event, now, then)
 
 
@@ -864,6 +936,8 @@ def _submitted(plan: Plan, state: State, event: Event, now: float) -> Handled:
     if plan.sums:
         return _recorded(state, after, event, now, (reply, *then))
     twins = [s for s, a in state.accepted.items() if a.claim.sha256 == claim.sha256]
+    if state.guarantee is not None:
+        twins = []  # that two updates are the same tells of the data, and no noise hides it
     alarms = (Alarm(site, f"sent the very bytes of {', '.join(twins[:5])}"),) if twins else ()
     return _recorded(state, after, event, now, (reply, *alarms, *then), first=(Store(claim),))
 
@@ -993,7 +1067,7 @@ def _voided(plan: Plan, state: State, event: Event, now: float) -> Handled:
 
 def _reduced(plan: Plan, state: State, event: Event, now: float) -> Handled:
     assert isinstance(event, Reduced)
-    if (event.round, event.attempt) != (state.round, state.attempt):
+    if (event.round, event.attempt, event.multiplier) != (state.round, state.attempt, state.multiplier):
         return _misplaced(plan, state, event, now)
     sites = dict(state.sites)
     for name, update in state.accepted.items():
@@ -1005,6 +1079,7 @@ def _reduced(plan: Plan, state: State, event: Event, now: float) -> Handled:
         phase=Phase.FINISHED if done else Phase.GATHERING, round=state.round + 1, attempt=0, tries=0, base="",
         model=event.model, cohort=(), wanted=0, accepted={}, excluded={}, sites=sites, turn=0, sum=None, total="",
         reason=f"all {plan.rounds} rounds are done." if done else "",
+        releases=state.releases + (event.multiplier > 0),
     )  # fmt: skip
     after, then = _settled(plan, closed, now)
     return _recorded(state, after, event, now, (Forget(state.round + 1), *then))
@@ -1014,7 +1089,12 @@ def _failed(plan: Plan, state: State, event: Event, now: float) -> Handled:
     assert isinstance(event, Failed)
     if (event.round, event.attempt) != (state.round, state.attempt):
         return _misplaced(plan, state, event, now)
-    after = replace(state, phase=Phase.PAUSED, back=state.phase, reason=event.reason, deadline=None)
+    if event.multiplier and (state.phase is not Phase.REDUCING or event.multiplier != state.multiplier):
+        return _misplaced(plan, state, event, now)
+    after = replace(
+        state, phase=Phase.PAUSED, back=state.phase, reason=event.reason, deadline=None,
+        releases=state.releases + (event.multiplier > 0),
+    )  # fmt: skip
     return _recorded(state, after, event, now)
 
 

@@ -91,6 +91,8 @@ def gathered(views: list[View], members: dict[str, tuple[str, float | None]]) ->
             ("last_round_received_bytes", "Bytes received in the last closed round."),
             ("last_round_seconds", "Seconds of the last closed round."),
             ("last_round_loss", "Mean loss of local training in the last closed round."),
+            ("privacy_epsilon", "Epsilon that the run's noise has spent, of a site's privacy."),
+            ("privacy_budget", "Largest epsilon that the run may spend."),
         )
     }  # fmt: skip
     standing = GaugeMetricFamily("atoll_run_sites", "Sites of a run by where they stand.", labels=["run", "standing"])
@@ -104,6 +106,8 @@ def gathered(views: list[View], members: dict[str, tuple[str, float | None]]) ->
                 "last_round_updates": last.clients, "last_round_received_bytes": last.bytes_up,
                 "last_round_seconds": last.seconds, "last_round_loss": last.loss,
             }  # fmt: skip
+        if view.privacy is not None and view.privacy.private:  # seeded noise buys nothing
+            values |= {"privacy_epsilon": view.privacy.epsilon, "privacy_budget": view.privacy.budget}
         for name, value in values.items():
             if value is not None:
                 told[name].add_metric([view.run], value)

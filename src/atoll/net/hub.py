@@ -536,6 +536,7 @@ class Run:
             notices=list(self.notices),
             by=charter.by,
             at=charter.at,
+            privacy=s.privacy if s else None,
         )
 
     def _site(self, name: str, seen: dict[str, float]) -> SiteView:

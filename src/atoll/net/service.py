@@ -20,9 +20,10 @@ from torch import Tensor
 
 from atoll.aggregators.rows import finite_rows
 from atoll.collecting import Collected
-from atoll.errors import AtollError, CompositionError, NonFiniteError, RunError, invalid
+from atoll.errors import AtollError, NonFiniteError, RunError, invalid
 from atoll.messages import Task
 from atoll.net import coordinator as core
+from atoll.net import noise
 from atoll.net.admission import Finding, Rules, examine
 from atoll.net.buffers import Buffer
 from atoll.net.control import (
@@ -99,10 +100,8 @@ class Service:
         self.process, self.plan, self.files = process, plan, files
         self.rules, self.limits, self.block = rules or Rules(), limits or Limits(), block
         self.rules.check(process)
-        if process.chain.protects_clients:
-            raise CompositionError(
-                "the noise of a deployment is not counted yet: run this experiment by atoll.simulate."
-            )
+        noise.check(process)
+        noise.check_plan(process, plan)
         if plan.keep and process.chain.channel.seal is not None:
             raise invalid("keep", True, "False with a summing channel, whose codes depend on the cohort")
         self._terms = summing(process)
@@ -126,9 +125,11 @@ class Service:
         entries = [_decoder.decode(record) for record in self._log]
         self.state: core.State = core.replay(plan, entries)
         self._offset, self._latest = 0.0, self.state.now
+        self._noising: noise.Noising | None = None
         experiment = identity({"plan": msgspec.to_builtins(plan), "process": process.spec})
         if not self.state.model:
-            self.happen(core.Started(self._saved(self.model), experiment), now)
+            guarantee = noise.guaranteed(process, plan)
+            self.happen(core.Started(self._saved(self.model), experiment, guarantee), now)
         else:
             if self.state.experiment != experiment:
                 raise RunError(
@@ -137,6 +138,8 @@ class Service:
                 )
             self.model = self._loaded(self.state)
             self.happen(core.Restarted(), now)
+        if self.state.guarantee is not None:
+            self._noising = noise.Noising(process, self.state.guarantee)
         self._tidy(self.state.round)
 
     @property
@@ -270,6 +273,8 @@ class Service:
         if isinstance(event, core.Reduced):
             assert self._next is not None
             self.model, self._next = self._next[0], None
+        elif after.phase is not core.Phase.REDUCING:
+            self._next = None
         # What waits to be done for an attempt that is over is not done.
         current = (after.round, after.attempt)
         self._todo = deque(e for e in self._todo if (e.round, e.attempt) == current)
@@ -400,22 +405,31 @@ class Service:
             self.happen(core.Opened(effect.round, effect.attempt, base), now)
 
     def _reduced(self, effect: core.Reduce, now: float) -> None:
-        try:
-            model = self._combined(effect)
-            digest = self._saved(model)
-        except OSError:
-            raise
-        except Exception as error:  # as above
-            self.happen(core.Failed(effect.round, effect.attempt, _told(error)), now)
-            return
-        self._next = model, digest
-        self.happen(core.Reduced(effect.round, effect.attempt, digest), now)
+        noising = self._noising
+        if self._next is None:  # else the journal refused it, and may have it nevertheless: it stays as it is
+            if noising is not None:
+                noising.begin(effect.round)
+            try:
+                model = self._combined(effect)
+                self._next = model, self._saved(model)
+            except OSError:
+                raise
+            except Exception as error:  # as above; behind the noise it tells of a noised sum
+                told, multiplier = _told(error), 0.0
+                if noising is not None:
+                    told, multiplier = noising.told(error, told), noising.multiplier
+                self.happen(core.Failed(effect.round, effect.attempt, told, multiplier), now)
+                return
+        multiplier = 0.0 if noising is None else noising.multiplier
+        self.happen(core.Reduced(effect.round, effect.attempt, self._next[1], multiplier), now)
 
     def _combined(self, effect: core.Reduce) -> State:
         task, process = self._task, self.process
         assert task is not None
         claims = [u.claim for u in effect.updates]
         expected = None if self.plan.cohort is None else float(self.plan.cohort)
+        if self.state.guarantee is not None:
+            expected = float(self.state.guarantee.expected)
         if effect.total:
             total = self._spool.sum(effect.round, effect.turn, effect.total)
             collected = reduce_sum(process, self.model, task, total, claims, self._sent, expected=expected)
@@ -431,6 +445,7 @@ class Service:
                 expected=expected,
                 limits=self.limits,
                 block=self.block,
+                release=self._noising,
             )
         closed = process.close(self.model, task, collected)
         wild = [name for name, leaf in leaves({n: getattr(closed, n) for n in PARTS}) if not _finite(leaf)]

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from atoll.collecting import Collected
+from atoll.collecting import Collected, Release
 from atoll.errors import CompositionError, InvalidArgument, NonFiniteError, RunError
 from atoll.messages import Partial, Report, Task
 from atoll.net.control import Deliver, Say, content_hash
@@ -136,6 +136,7 @@ def reduce(
     expected: float | None = None,
     limits: Limits | None = None,
     block: int = BLOCK,
+    release: Release | None = None,
 ) -> Collected:
     """A round's updates, combined.
 
@@ -149,6 +150,7 @@ def reduce(
         expected: expected number of updates, for `mean(denominator="expected")`.
         limits: of their frames.
         block: coordinates that are combined at a time, where that is possible.
+        release: adds the noise, where a stage asks for it: to the whole sum, once.
 
     Raises:
         SpoolError: an update is gone or damaged.
@@ -157,6 +159,8 @@ def reduce(
     """
     updates = [spool.reading(claim, schema, limits or Limits()) for claim in claims]
     try:
+        if process.chain.noise is not None:
+            return _noised(process, state, task, updates, expected, block, release)
         return _reduced(process, state, task, spool, updates, expected, block)
     except FrameError as error:
         raise SpoolError(f"an update of round {task.round + 1} is damaged on disk: {error}") from error
@@ -279,6 +283,31 @@ def _check(updates: Sequence[Reading]) -> None:
     for update in updates:
         if not update.genuine():
             raise _damaged(update.claim)
+
+
+def _noised(
+    process: Process,
+    state: State,
+    task: Task,
+    updates: Sequence[Reading],
+    expected: float | None,
+    block: int,
+    release: Release | None,
+) -> Collected:
+    """The same under noise, which is added to the sum in double precision and whole."""
+    assert expected is not None
+    total = torch.zeros(process.chain.seen_size(process.length, process.split)[0], dtype=torch.float64)
+    columns = in_columns(process)
+    for a in range(0, max(1, process.length), block) if columns else (0,):
+        b = min(a + block, process.length)
+        place = total[a:b] if columns else total
+        for update in updates:
+            given = process.combine(task, update.columns(process, a, b) if columns else update.report(process))
+            assert given.total is not None
+            place += given.total
+    _check(updates)  # before anything is released: what was judged is what was added
+    found = process.released(task, total, expected, release)
+    return replace(found, aggregator=state.aggregator, bytes_up=sum(u.claim.bytes for u in updates))
 
 
 def _collected(

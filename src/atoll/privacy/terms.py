@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from atoll.privacy.accounting import NEIGHBOURS, Accountant, Event, Sampling
 from atoll.privacy.factorization import restored
@@ -27,6 +27,7 @@ class Terms:
         rounds: that were planned.
         private: False where noise and cohorts are seeded, for tests.
         strategy: by which noise is correlated between rounds; None: it is not.
+        unit: whose data is protected: a client of a simulation, or a site of a run over sites.
     """
 
     noise_multiplier: float
@@ -40,6 +41,7 @@ class Terms:
     rounds: int
     private: bool
     strategy: Spec | None = None
+    unit: Literal["client", "site"] = "client"
 
     @property
     def event(self) -> Event:
@@ -56,7 +58,9 @@ class Terms:
 
 
 def statement(terms: Terms, ledger: Ledger) -> dict[str, Any]:
-    """A guarantee for whole clients, as plain JSON values."""
+    """A guarantee for whole clients, or sites, as plain JSON values."""
+    if terms.unit == "site":
+        return _over_sites(terms, ledger)
     return {
         **ledger.statement(),
         "whose": f"each of {terms.population:,} clients, with all of its examples",
@@ -69,6 +73,29 @@ def statement(terms: Terms, ledger: Ledger) -> dict[str, Any]:
             "how long rounds took",
             "models that clients keep for themselves, if they are handed on",
             "anything that is worked out from the clients' examples beside the run, such as result.evaluate(data)",
+        ],
+    }
+
+
+def _over_sites(terms: Terms, ledger: Ledger) -> dict[str, Any]:
+    """The same of a run over sites, where it is known who takes part."""
+    return {
+        **ledger.statement(),
+        "unit": "site",
+        "whose": "each site that takes part, with all of its examples",
+        "population": terms.population,
+        "expected_cohort": terms.expected,
+        "noise_multiplier": terms.noise_multiplier,
+        "private": terms.private,
+        "trusted": (
+            "the server, which runs the experiment's code and sees every site's update before it adds the noise"
+        ),
+        "not_covered": [
+            "which sites took part in which round, and when; whether a site's code broke or its update was refused, "
+            "and which site was asked in its place",
+            "what sites answered about their tables before the first round",
+            "models that sites keep for themselves, if they are handed on",
+            "anything that is worked out from the sites' examples beside the run",
         ],
     }
 

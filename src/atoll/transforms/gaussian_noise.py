@@ -34,7 +34,7 @@ def gaussian_noise(
 
     Needs `clip_norm` or `adaptive_clip` before it, and `aggregators.mean(weights="uniform", denominator="expected")`,
     or weights with a `clip`. `atoll.simulate` counts what the rounds that were run spent, by the sampler that drew the
-    cohorts.
+    cohorts; a run over sites counts every round for every site.
 
     Args:
         noise_multiplier: standard deviation of the noise on the sum, divided by the clip norm.
