@@ -71,9 +71,9 @@ class Hall:
         return Host(str(folder / "run"), self.charter, 0.0, sqlite(folder / "state.sqlite"), "process")
 
     def work(self) -> Summary:
-        while self.runner.summary().busy:
+        while self.runner.told().summary.busy:
             self.runner.carry_out(Do(0.0), b"")
-        return self.runner.summary()
+        return self.runner.told().summary
 
     def deliver(self) -> None:
         """Every site takes the task and delivers."""
@@ -154,7 +154,7 @@ def test_a_run_that_goes_on_is_looked_at_with_all_that_it_released(tmp_path: Pat
     hall.work()
     hall.deliver()
     hall.work()
-    first = hall.runner.summary()
+    first = hall.runner.told().summary
     assert first.round == 1 and first.privacy is not None
 
     def looked() -> dict[str, Any]:
@@ -177,7 +177,7 @@ def test_a_run_that_goes_on_is_looked_at_with_all_that_it_released(tmp_path: Pat
     hall.runner._journal.close()
     hall.runner.service._log.close()
     hall.runner = Runner(hall.host(tmp_path))
-    assert hall.runner.summary().privacy == first.privacy, "nothing has left"
+    assert hall.runner.told().summary.privacy == first.privacy, "nothing has left"
     told = hall.over()
     result = atoll.Result.load(hall.folder)
     assert told.round == 3 and result.privacy[0]["releases"] == 3

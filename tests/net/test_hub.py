@@ -128,7 +128,7 @@ def test_what_noise_took_is_told_to_watchers(tmp_path: Path) -> None:
     _, run, _ = house(tmp_path, BLANK)
     assert run.view({}).privacy is None
     version, spent = run.view({}).version, Spent(1.5, 1e-5, 3.0, True)
-    run._learn(summary("collecting", privacy=spent))
+    run._learn(Told(summary("collecting", privacy=spent)))
     assert run.view({}).privacy == spent and run.view({}).version > version
 
 
