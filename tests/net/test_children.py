@@ -136,6 +136,19 @@ def test_a_caller_that_goes_away_ends_the_child(module: Path) -> None:
     assert not asyncio.run(leave()).alive
 
 
+def test_a_call_to_a_child_that_somebody_ends_is_over_at_once(module: Path) -> None:
+    async def end() -> None:
+        child = await Child.start("childish", log=module / "log", cwd=module)
+        call = asyncio.ensure_future(child.call(Survey(), worker_replies, (b"hang",), seconds=None))
+        await asyncio.sleep(0.1)
+        await child.end()
+        assert not child.alive
+        with pytest.raises(ChildDied, match="signal 9"):
+            await asyncio.wait_for(call, 10.0)
+
+    asyncio.run(end())
+
+
 def test_what_is_said_has_one_form() -> None:
     begin = Begin("/app.py", children.Charter("r", "0" * 64, {}), "s", "", 0, 0)
     encoded = children.msgspec.json.encode(begin)

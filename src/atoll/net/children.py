@@ -337,6 +337,7 @@ class Child:
 
     def __init__(self, process: asyncio.subprocess.Process, line: socket.socket) -> None:
         self._process, self._line = process, line
+        self._calling = self._ended = False
 
     @staticmethod
     async def start(module: str, *, log: Path, cwd: Path) -> "Child":
@@ -354,7 +355,7 @@ class Child:
     @property
     def alive(self) -> bool:
         """Whether it can be called."""
-        return self._process.returncode is None and self._line.fileno() >= 0
+        return self._process.returncode is None and not self._ended
 
     async def call(
         self,
@@ -377,6 +378,7 @@ class Child:
         Raises:
             ChildDied: there was no reply that could be read in time.
         """
+        self._calling = True
         try:
             async with asyncio.timeout(seconds):
                 header = msgspec.json.encode(call)
@@ -406,6 +408,10 @@ class Child:
         except asyncio.CancelledError:
             await self.end()
             raise
+        finally:
+            self._calling = False
+            if self._ended:
+                self._line.close()
 
     async def _received(self, length: int) -> Buffer:
         """So many bytes of what it says."""
@@ -421,7 +427,12 @@ class Child:
         """End it, with everything it started."""
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._line.close()
+        self._ended = True
+        if self._calling:  # the event loop waits at it, and would not hear of a socket that is closed
+            with suppress(OSError):
+                self._line.shutdown(socket.SHUT_RDWR)
+        else:
+            self._line.close()
         await asyncio.shield(self._process.wait())
 
 
