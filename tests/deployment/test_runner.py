@@ -1,15 +1,18 @@
 """The process of a run, without a process."""
 
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from atoll.deployment import runner
 from atoll.errors import RunError
+from atoll.net import control
 from atoll.net.calls import Charter
 from atoll.net.children import Broken, Do, Heard, Host, Receive, Several, Summary, Told
 from atoll.net.state import Overtaken
+from atoll.net.storage import Content, Disk
 
 
 def test_a_process_whose_journal_was_overtaken_ends_so_that_a_new_one_begins_with_what_is_written(
@@ -70,3 +73,15 @@ def test_several_calls_are_done_in_their_order_whatever_becomes_of_one(monkeypat
     assert (heard, answers) == ([Heard(3)], [b"aaa"]), "the others are asked again"
     with pytest.raises(Overtaken):
         run.several(Several([Receive(s, "", 0.0) for s in "oa"], [0, 0]), memoryview(b""))
+
+
+def test_a_report_that_was_brought_twice_is_answered_although_its_content_is_kept_by_now(tmp_path: Path) -> None:
+    given: list[Content] = []
+
+    def receive(site: str, message: bytes, content: Content, now: float) -> tuple[control.Answer, Content]:
+        given.append(content)
+        return control.Received("r", 0, 1, None), Content()
+
+    held = SimpleNamespace(_files=Disk(tmp_path), _given="", service=SimpleNamespace(receive=receive))
+    answer = runner.Runner._received(cast(Any, held), "s", b"", "gone", 0.0)
+    assert control.decode_answer(answer) == control.Received("r", 0, 1, None) and given[0].size == 0

@@ -225,6 +225,25 @@ def test_nothing_is_added_to_a_report_that_is_looked_at_or_gone(house: House, mo
     assert looked == [made.upload("s", SHA256).name] and not there(house)
 
 
+@pytest.mark.parametrize(("sha256", "size", "offset"), [(SHA256, 4, 3), (SHA256, 2, 0), ("1" * 64, 3, 0)])
+def test_nobody_changes_a_report_between_the_look_at_it_and_its_keeping(
+    house: House, monkeypatch: pytest.MonkeyPatch, sha256: str, size: int, offset: int
+) -> None:
+    made, kept = hosted(house), list[bytes]()
+
+    async def ask(call: Any, blob: bytes = b"") -> bytes:
+        with pytest.raises(Denied) as refused:
+            append(house, "s", sha256, size, offset, b"x")
+        assert refused.value.problem.kind == "busy" and append(house, "t", SHA256, 3, 0, b"abc") == 3
+        kept.append(there(house))
+        return control.encode(control.Received("r", 0, 1, None))
+
+    monkeypatch.setattr(made, "ask", ask)
+    append(house, "s", SHA256, 3, 0, b"abc")
+    run(made.receive("s", control.Deliver("r", "s", 0, 1, "0" * 64, SHA256, 3, (1, 0, 0), 0)))
+    assert kept == [b"abc"] and append(house, "s", SHA256, 3, 0, b"abc") == 3
+
+
 @pytest.mark.parametrize("length", ["", "-5", "1e3", "x"])
 def test_a_server_that_does_not_say_how_long_an_object_is(house: House, length: str) -> None:
     (hosted(house).folder / "task" / SHA256).write_bytes(CONTENT)

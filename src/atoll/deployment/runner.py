@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -141,7 +141,10 @@ class Runner:
         return b""
 
     def _received(self, site: str, message: Buffer, upload: str, now: float) -> bytes:
-        content = Content(files=self._files, path=f"uploads/{upload}") if upload else Content()
+        content = Content()
+        if upload:
+            with suppress(FileNotFoundError):  # of a message that came twice, the first has taken it
+                content = Content(files=self._files, path=f"uploads/{upload}")
         answer, _ = self.service.receive(site, message, content, now)
         if isinstance(answer, control.Work) and answer.base != self._given:
             self._given, self._last = answer.base, time.monotonic()

@@ -22,7 +22,7 @@ import hashlib
 import logging
 import os
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -137,6 +137,7 @@ class Run:
         self.refusals: dict[str, str] = {}
         self._child: Child | None = None
         self._taking: dict[str, Taking] = {}
+        self._looked = Counter[str]()
         self._turn = asyncio.Lock()
         self._keeper: asyncio.Task[None] | None = None
         self._bells, self._due = Bells(), News()
@@ -438,7 +439,11 @@ class Run:
             if path.exists() and path.stat().st_size == request.size:
                 upload = path.name
                 self._taking.pop(upload, None)  # nothing is added to what is being looked at
-        told = await self.ask(Receive(site, upload, time.time()), control.encode(request))
+                self._looked[site] += 1
+        try:
+            told = await self.ask(Receive(site, upload, time.time()), control.encode(request))
+        finally:
+            self._looked[site] -= bool(upload)
         answer = control.decode_answer(told)
         if isinstance(answer, Refused):
             if answer.cause not in ("transport", "busy", "unknown site", "turn"):
@@ -476,12 +481,14 @@ class Run:
             length: how many are to come.
 
         Raises:
-            Denied: larger than a report can be, or not the next bytes.
+            Denied: larger than a report can be, or not the next bytes, or one of the site is being looked at.
         """
         if self.over or self.summary is None:
             raise Denied("busy" if not self.over else "unknown", "the run takes no reports now.")
         if not 0 < size <= self.summary.largest:
             raise Denied("large", f"a report of {size} bytes; one has at most {self.summary.largest}.")
+        if self._looked[site]:  # what was found to be what it should be stays that, until it lies where it is kept
+            raise Denied("busy", "a report of this site is being looked at: try again.")
         path = self.upload(site, sha256)
         owner = path.name.partition(".")[0]
         for other in path.parent.glob(f"{owner}.*"):  # a site has one report on its way
