@@ -119,6 +119,15 @@ def test_numbers_that_overflow_by_their_weight() -> None:
     assert found(process, task, given).fault == "content"
 
 
+@pytest.mark.parametrize(("value", "weight"), [(1e150, 1e-200), (1e100, 1e-170), (1.0, 0.0)])
+def test_weights_whose_squares_are_nought(value: float, weight: float) -> None:
+    process = Process(KIND.model(torch.float64), fedavg(LOCAL), engine="loop")
+    task = process.open(process.init(), ("a", "b", "c"), 3)
+    given = blank(process, task)
+    given["wire"][0, 0], given["weight"][0, 0] = value, weight
+    assert found(process, task, given).norm == pytest.approx(value if weight else 0.0)
+
+
 @pytest.mark.parametrize("weight", [-1.0, 1e18])
 def test_absurd_weights(weight: float) -> None:
     process, task = opened()

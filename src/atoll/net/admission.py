@@ -141,7 +141,7 @@ def _found(process: Process, task: Task, reading: Reading, rules: Rules, block: 
             return Finding("content", f"its weight {weight:g} is above the cap of {cap:g}.")
     if claim.bytes > claim.size:
         return Finding("content", "it claims more bytes than it has.")
-    square = added = 0.0
+    norm = added = 0.0
     try:
         if in_columns(process):
             for a in range(0, max(1, process.length), block):
@@ -149,9 +149,9 @@ def _found(process: Process, task: Task, reading: Reading, rules: Rules, block: 
                 fault, more, counted = _judged(process, task, part)
                 if fault:
                     return Finding("content", fault)
-                square, added = square + more, added + counted
+                norm, added = math.hypot(norm, more), math.hypot(added, counted)
         else:
-            fault, square, added = _judged(process, task, reading.report(process))
+            fault, norm, added = _judged(process, task, reading.report(process))
             if fault:
                 return Finding("content", fault)
     except OSError:
@@ -160,25 +160,24 @@ def _found(process: Process, task: Task, reading: Reading, rules: Rules, block: 
         return Finding("content", str(error))
     except Exception as error:  # hostile codes may break a decoder in any way, and must break nothing else
         return Finding("content", f"it cannot be decoded ({type(error).__name__}).")
-    norm = math.sqrt(square)
     if not math.isfinite(norm):
         return Finding("content", "its norm is not finite.")
     if rules.norm_bound is not None and norm > rules.norm_bound:
         return Finding("content", f"its norm {norm:g} is above the bound of {rules.norm_bound:g}.")
     if process.chain.noise is not None:
-        bound, most = process.chain.facts.bound, math.sqrt(added)
+        bound = process.chain.facts.bound
         assert bound is not None
         # An honest row may be longer by what rounding adds, which the noise hides: the other half is the sum's.
-        if not math.isfinite(most):
+        if not math.isfinite(added):
             return Finding("content", "it is not finite.")
-        if most > bound * (1 + ROUNDING / 2):
-            return Finding("content", f"it would add {most:.7g} to the sum, more than the clip norm of {bound:g}.")
+        if added > bound * (1 + ROUNDING / 2):
+            return Finding("content", f"it would add {added:.7g} to the sum, more than the clip norm of {bound:g}.")
     return Finding("", "", weight, norm)
 
 
 def _judged(process: Process, task: Task, report: Report) -> tuple[str, float, float]:
-    """What speaks against a report, or against a block of its columns; the square of its norm, and of what it adds to
-    a sum where noise comes in.
+    """What speaks against a report, or against a block of its columns; its norm, and that of what it adds to a sum
+    where noise comes in.
     """
     if isinstance(report.wire, Mapping):
         for name, code in report.wire.items():
@@ -190,25 +189,24 @@ def _judged(process: Process, task: Task, report: Report) -> tuple[str, float, f
     if partial.broken:
         return "it is not finite.", 0.0, 0.0
     if partial.rows is not None:
-        return "", _square(partial.rows[0]), 0.0
+        return "", _norm(partial.rows[0]), 0.0
     row = partial.total
     if row is None:
         return "", 0.0, 0.0
-    added, split = _square(row), report.parts[0] + report.parts[1]
+    added, split = _norm(row), report.parts[0] + report.parts[1]
     if not in_columns(process):
 
         def measured(total: Tensor) -> Tensor:
             nonlocal added
-            added = _square(total)
+            added = _norm(total)
             return total
 
         keys = keys_of(task.seed, task.round, client_keys(()), split)
         row = process.chain.decode_sum(row, task.shared, process.length, keys, release=measured)
     counted = float(partial.weight) or 1.0  # what the row was multiplied by, which need not be what the client claims
-    return "", _square(row[:split]) / counted**2 + _square(row[split:]), added
+    return "", math.hypot(_norm(row[:split]) / counted, _norm(row[split:])), added
 
 
-def _square(row: Tensor) -> float:
-    """The square of a row's L2 norm; not finite when a number in it is not."""
-    norm = float(torch.linalg.vector_norm(row, dtype=torch.float64)) if row.numel() else 0.0
-    return norm * norm
+def _norm(row: Tensor) -> float:
+    """The L2 norm of a row; not finite when a number in it is not."""
+    return float(torch.linalg.vector_norm(row, dtype=torch.float64)) if row.numel() else 0.0
