@@ -86,13 +86,15 @@ def test_the_bits_are_those_of_a_collector(name: str, block: int) -> None:
     )
 
 
-def test_only_blocks_are_read() -> None:
+def test_only_blocks_are_read_and_two_are_held() -> None:
     process, task, spool, claims, _ = made("mean")
     read: list[tuple[int, int]] = []
+    rooms: list[object] = []
     into = spool.files.into
 
     def watched(path: str, offset: int, buffer: memoryview) -> int:
         read.append((offset, len(buffer)))
+        rooms.extend([buffer.obj] if len(buffer) == 32 else [])
         return into(path, offset, buffer)
 
     spool.files.into = watched  # type: ignore[method-assign]
@@ -100,6 +102,7 @@ def test_only_blocks_are_read() -> None:
     header = 8 + int.from_bytes(spool.files.read(spool.path(claims[0]), 0, 8), "little")
     assert all(length <= 32 for offset, length in read if offset >= header), "eight numbers of a row, or a weight"
     assert sum(length for _, length in read) == sum(claim.size for claim in claims), "each byte once, its hash included"
+    assert len({id(room) for room in rooms}) == 2, "memory for two of five updates"
 
 
 def test_nothing_to_reduce_changes_nothing() -> None:

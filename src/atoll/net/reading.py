@@ -74,7 +74,8 @@ class Reading:
         if self._content.size != self.claim.size:
             return False
         while self._read < self._content.size:
-            self._taken(self._read, min(self._read + PIECE, self._content.size), self._at_hand(PIECE))
+            end = min(self._read + PIECE, self._content.size)
+            self._taken(self._read, end, self._at_hand(end - self._read))
         return self._digest.hexdigest() == self.claim.sha256
 
     def report(self, process: Process) -> Report:
@@ -88,11 +89,23 @@ class Reading:
         }
         return report_of(process, self.claim, tensors)
 
-    def columns(self, process: Process, a: int, b: int) -> Report:
-        """The report as if the row had only the columns from a to b; it is valid until the next is asked for."""
+    def columns(self, process: Process, a: int, b: int, room: memoryview | None = None) -> Report:
+        """The report as if the row had only the columns from a to b.
+
+        Args:
+            process: whose.
+            a: the first.
+            b: behind the last.
+            room: memory for them; default the reading's own, which the next columns are read into.
+
+        Raises:
+            FrameError: they are no such columns.
+            OSError: they cannot be read.
+        """
         place, claim = self._places["wire"], self.claim
         begin, end = (place.begin + i * place.dtype.itemsize for i in (a, b))
-        row = tensor(self._taken(begin, end, self._at_hand(end - begin)), place.dtype, copy=False)[None]
+        room = self._at_hand(end - begin) if room is None else room
+        row = tensor(self._taken(begin, end, room), place.dtype, copy=False)[None]
         ends = list(accumulate(claim.parts))
         first, second, third = (
             max(0, min(b, end) - max(a, end - length)) for end, length in zip(ends, claim.parts, strict=True)

@@ -183,10 +183,14 @@ def _reduced(
         mean = torch.empty(width, dtype=process.model.dtype)
         sums = torch.empty(process.parts[2], dtype=process.row_dtype)
         found: Collected | None = None
+        # Of two, one is read into while the other is added up: they are not as many as there are updates.
+        rooms = [memoryview(bytearray(8 * min(block, process.length))) for _ in range(2)]
         with ThreadPoolExecutor(1) as reader:
             for a in range(0, max(1, process.length), block):
                 b = min(a + block, process.length)
-                reports = _ahead(reader, [partial(u.columns, process, a, b) for u in updates])
+                reports = _ahead(
+                    reader, [partial(u.columns, process, a, b, rooms[i % 2]) for i, u in enumerate(updates)]
+                )
                 found = _collected(process, state, task, reports, expected)
                 if found.count:
                     mean[a : a + len(found.mean)] = found.mean
