@@ -1,6 +1,8 @@
 """Connections over asyncio's streams: what comes is what was sent, and what breaks says so."""
 
 import asyncio
+import contextlib
+import socket
 import ssl
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -78,6 +80,55 @@ def test_a_connection_that_the_server_closed_at_rest_is_not_used_again() -> None
     assert used(one, use) == ([b"fine"] * 3, 3)
 
 
+def test_an_answer_that_nobody_asked_for_is_the_answer_to_nothing() -> None:
+    async def goes_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await heard(reader)
+        said(writer, b"fine")
+        await writer.drain()
+        await asyncio.sleep(0.05)
+        said(writer, b"more")
+        await reader.read()
+
+    async def use(http: httpx.AsyncClient) -> list[bytes]:
+        out: list[bytes] = []
+        for _ in range(2):
+            out.append((await http.get("/")).content)
+            await asyncio.sleep(0.2)
+        return out
+
+    assert used(goes_on, use) == ([b"fine"] * 2, 2)
+
+
+def test_of_two_addresses_the_one_that_answers_is_used() -> None:
+    async def once() -> bytes:
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await heard(reader)
+            said(writer, b"fine")
+            writer.close()
+
+        with contextlib.ExitStack() as held:
+            mute = held.enter_context(socket.socket())
+            mute.bind(("127.0.0.2", 0))
+            mute.listen(0)
+            for _ in range(3):  # whoever comes after them waits for ever
+                other = held.enter_context(socket.socket())
+                other.setblocking(False)
+                other.connect_ex(mute.getsockname())
+            port = mute.getsockname()[1]
+            await asyncio.start_server(serve, "127.0.0.1", port)
+            loop = asyncio.get_running_loop()
+
+            async def addresses(*_: Any, **__: Any) -> list[Any]:
+                return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (f"127.0.0.{i}", port)) for i in (2, 1)]
+
+            loop.getaddrinfo = addresses  # type: ignore[method-assign]
+            lines = Lines(ssl.create_default_context(), most=4, kept=4, seconds=30.0)
+            async with httpx.AsyncClient(transport=lines, timeout=20.0) as http:
+                return (await http.get(f"http://two.example:{port}/")).content
+
+    assert asyncio.run(asyncio.wait_for(once(), 10.0)) == b"fine"
+
+
 async def _hangs(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     await heard(reader)
     await asyncio.sleep(2.0)
@@ -133,6 +184,7 @@ def test_where_nobody_listens() -> None:
     [
         ("atoll.example:8", {}, True),
         ("atoll.example:8", {"HTTPS_PROXY": "http://127.0.0.1:9"}, False),
+        ("atoll.example:8", {"ALL_PROXY": "http://127.0.0.1:9"}, False),
         ("atoll.example:8", {"HTTPS_PROXY": "http://127.0.0.1:9", "NO_PROXY": "atoll.example"}, True),
         ("127.0.0.1:8", {"HTTPS_PROXY": "http://127.0.0.1:9"}, True),
         ("[::1]:8", {"HTTPS_PROXY": "http://127.0.0.1:9"}, True),

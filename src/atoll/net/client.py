@@ -269,7 +269,8 @@ def _told(error: httpx.HTTPError) -> str:
 def line(address: str, context: ssl.SSLContext) -> httpx.AsyncClient:
     """Connections to a server, straight or by the proxy that the environment names."""
     base = f"https://{address}"
-    if not local(address) and getproxies().get("https") and not proxy_bypass(address.rpartition(":")[0].strip("[]")):
+    proxied = {"https", "all"} & getproxies().keys() and not proxy_bypass(address.rpartition(":")[0].strip("[]"))
+    if proxied and not local(address):
         return httpx.AsyncClient(base_url=base, verify=context, timeout=TIMEOUTS)
     lines = Lines(context, most=64, kept=16, seconds=30.0)
     return httpx.AsyncClient(base_url=base, transport=lines, timeout=TIMEOUTS, trust_env=False)

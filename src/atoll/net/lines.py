@@ -16,6 +16,8 @@ import httpx
 
 PIECE = 2**18
 """Bytes that are read ahead, and sent at a time."""
+NEXT = 0.25
+"""Seconds after which the next address of a server is tried beside the last one (RFC 8305)."""
 
 
 class Lines(httpx.AsyncBaseTransport):
@@ -80,15 +82,28 @@ class _Stream(httpx.AsyncByteStream):
             await self._stream.aclose()
 
 
+class _Reader(asyncio.StreamReader):
+    """One that tells how much has come."""
+
+    come = 0
+
+    def feed_data(self, data: Any) -> None:
+        """Take what has come."""
+        self.come += len(data)
+        super().feed_data(data)
+
+
 class _Line(httpcore.AsyncNetworkStream):
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader, self._writer = reader, writer
+    def __init__(self, reader: _Reader, writer: asyncio.StreamWriter) -> None:
+        self._reader, self._writer, self._had = reader, writer, 0
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
         with _as(httpcore.ReadTimeout, httpcore.ReadError):
             async with asyncio.timeout(timeout):
                 # httpcore asks for 64 KiB, and takes as much as is there.
-                return await self._reader.read(max(max_bytes, PIECE))
+                part = await self._reader.read(max(max_bytes, PIECE))
+        self._had += len(part)
+        return part
 
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:
         view = memoryview(buffer)
@@ -110,8 +125,8 @@ class _Line(httpcore.AsyncNetworkStream):
         return self
 
     def get_extra_info(self, info: str) -> Any:
-        if info == "is_readable":  # of a connection at rest: there is something to read, its end as a rule
-            return self._reader.at_eof() or self._writer.is_closing()
+        if info == "is_readable":  # of a connection at rest: its end, or an answer that nobody asked for
+            return self._reader.come > self._had or self._reader.at_eof() or self._writer.is_closing()
         names = {"ssl_object": "ssl_object", "socket": "socket", "client_addr": "sockname", "server_addr": "peername"}
         return self._writer.get_extra_info(names[info]) if info in names else None
 
@@ -128,7 +143,12 @@ class _Backend(httpcore.AsyncNetworkBackend):
         local = None if local_address is None else (local_address, 0)
         with _as(httpcore.ConnectTimeout, httpcore.ConnectError):
             async with asyncio.timeout(timeout):
-                reader, writer = await asyncio.open_connection(host, port, limit=PIECE, local_addr=local)
+                loop, reader = asyncio.get_running_loop(), _Reader(limit=PIECE)
+                transport, protocol = await loop.create_connection(
+                    lambda: asyncio.StreamReaderProtocol(reader), host, port, local_addr=local,
+                    happy_eyeballs_delay=NEXT,
+                )  # fmt: skip
+                writer = asyncio.StreamWriter(transport, protocol, reader, loop)
         for option in socket_options or ():
             writer.get_extra_info("socket").setsockopt(*option)
         return _Line(reader, writer)
