@@ -1,6 +1,7 @@
 """Memory that whole models come and go in."""
 
 import mmap
+from contextlib import suppress
 
 Buffer = bytes | bytearray | memoryview
 """Bytes of a frame or a message, which nobody changes once they are handed on."""
@@ -22,5 +23,6 @@ def room(length: int) -> memoryview:
         return memoryview(bytearray(length))
     made = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        made.madvise(mmap.MADV_HUGEPAGE)
+        with suppress(OSError):  # a kernel that has none, such as a real-time one
+            made.madvise(mmap.MADV_HUGEPAGE)
     return memoryview(made)
