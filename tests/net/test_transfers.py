@@ -1,4 +1,4 @@
-"""Objects on their way: by signed chunks, taken up where they broke off, and never more than can be."""
+"""Objects on their way: by signed requests, taken up where they broke off, and never more than can be."""
 
 import asyncio
 from contextlib import closing

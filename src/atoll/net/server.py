@@ -8,8 +8,9 @@
     PUT  /v1/uploads/RUN/SHA256?size=&offset=   the next bytes of a report, which as a whole is held to its hash
 
 A request is looked at from the outside in: how large it says it is, whose signature it has (over headers that hold the
-content's digest), whether it is fresh, whether its sender may do this; only then is a byte of its content kept. Every
-answer to a signed request is signed. Who has not shown a signature has little of everything: connections, requests,
+content's digest, but for bytes of a report, of which the whole's hash is signed as part of the path), whether it is
+fresh, whether its sender may do this; only then is a byte of its content kept. Every answer to a signed request is
+signed. Who has not shown a signature has little of everything: connections, requests,
 time. Everybody must get on: headers and contents that trickle are cut off.
 """
 

@@ -2,7 +2,8 @@
 
 A request is signed by its sender's Ed25519 key over method, path, query and the digest of its content (RFC 9530); an
 answer by the server's key over its status, the digest of its content and the request it answers, so that no answer
-can stand for another. Whoever ends TLS between the two can neither change nor forge them.
+can stand for another. Whoever ends TLS between the two can neither change nor forge them. Bytes of an object have no
+digest of their own, either way: the path names the hash of the whole, without which nothing of it counts.
 
 Fresh is what this server process has not seen. Every request carries `EPOCH.LIFE.PROCESS.NUMBER`:
 
