@@ -2,7 +2,7 @@
 
 What httpcore brings for asyncio goes through several layers for every sixteen kilobytes of TLS; asyncio does TLS below
 its streams, a quarter of a megabyte at a time, and a model comes in less than half of the processor's time. At every
-lock httpcore asks sniffio what it runs on, and where there is none looks for it on the whole path: so it is depended on.
+lock httpcore asks sniffio what it runs on, and where there is none looks for it on the whole path: it is depended on.
 """
 
 import asyncio
