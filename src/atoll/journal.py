@@ -227,11 +227,22 @@ def discard_checkpoints(directory: Path, *, keep: int) -> None:
 
 def write_atomically(path: Path, content: bytes, *, mode: int = 0o666) -> None:
     """Replace a file whole or not at all, durably; who may read it is `mode` less the process's own mask."""
+    with atomically(path) as temporary:
+        _write(temporary, content, mode)
+
+
+def _write(path: Path, content: bytes, mode: int) -> None:
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
+        file.write(content)
+
+
+@contextmanager
+def atomically(path: Path) -> Generator[Path]:
+    """Where to write what takes the place of a file when the context ends, whole or not at all, durably."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
-        file.write(content)
-        file.flush()
+    yield temporary
+    with open(temporary, "rb") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
     folder = os.open(path.parent, os.O_RDONLY)

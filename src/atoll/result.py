@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from atoll.errors import InvalidArgument, RunError, invalid
 from atoll.evaluation import Evaluation, evaluate
 from atoll.history import Record, plain
-from atoll.journal import write_atomically
+from atoll.journal import atomically, write_atomically
 from atoll.model import Model
 from atoll.spec import Spec
 
@@ -139,16 +139,17 @@ class Result:
         whoever asks, of all clients, up to 1,000 of them; of a run with differential privacy only those that its
         epsilon covers. A note says where they were not saved.
         """
-        from safetensors.torch import save
+        from safetensors.torch import save_file
 
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         self._keep_personal()
-        tensors = {"vector": self.vector.cpu().clone(), "buffers": self.buffers.cpu().clone()}
+        tensors = {"vector": self.vector.cpu().contiguous(), "buffers": self.buffers.cpu().clone()}
         for name, (vector, buffers) in self._personal.items():
             tensors[f"personal/{name}"] = vector.cpu().clone()
             tensors[f"personal_buffers/{name}"] = buffers.cpu().clone()
-        write_atomically(folder / "result.safetensors", save(tensors))
+        with atomically(folder / "result.safetensors") as temporary:
+            save_file(tensors, temporary)
         body = {
             "history": [r.to_dict() for r in self.history],
             "spec": self.spec,
