@@ -221,6 +221,55 @@ def test_a_run_that_was_stopped_while_its_process_began_has_none_and_stays_stopp
     assert run.summary is not None and run.summary.phase == "stopped"
 
 
+EARLIER = {
+    "phase": "finished", "reason": "all 2 rounds are done.", "round": 2, "rounds": 2, "attempt": 0, "wanted": 0,
+    "least": 2, "number": 9, "busy": False, "stage": "ready", "question": "", "identity": "i", "title": "t",
+    "largest": 5, "cohort": ["a"], "accepted": [], "excluded": {"b": "away"}, "sites": {"a": "active", "b": "revoked"},
+    "counted": {"a": [1, 1]}, "closed": [], "notices": [], "turn": 0, "step": "", "awaited": [], "out": {},
+}  # fmt: skip
+"""How a run ended, as servers wrote it that told of all sites with every answer."""
+
+
+@pytest.mark.parametrize("lacking", [(), ("turn", "step", "awaited", "out")], ids=["sums", "without sums"])
+def test_a_state_that_an_earlier_server_wrote_is_opened(tmp_path: Path, lacking: tuple[str, ...]) -> None:
+    state = state_of(tmp_path)
+    state.put("charter", "r", hub.msgspec.json.encode(Charter("r", "0" * 64, {})))
+    state.put("final", "r", hub.msgspec.json.encode({n: v for n, v in EARLIER.items() if n not in lacking}))
+    view = Hub(tmp_path, "f" * 64, "localhost:1", state).runs["r"].view({})
+    assert (view.phase, view.reason, view.rounds) == ("finished", "all 2 rounds are done.", 2)
+    assert [(s.name, s.counted) for s in view.sites] == [("a", (1, 1)), ("b", None)]
+    assert view.sites[1].standing == "revoked"
+
+
+@pytest.mark.parametrize(
+    "content", [b"{}x", b"[]", b'{"new":1}', b'{"counted":{}}', b'{"counted":{},"sites":{"a":"?"}}']
+)
+def test_an_end_of_no_known_form_is_told_by_the_runs_name(tmp_path: Path, content: bytes) -> None:
+    state = state_of(tmp_path)
+    state.put("charter", "r", hub.msgspec.json.encode(Charter("r", "0" * 64, {})))
+    state.put("final", "r", content)
+    with pytest.raises(hub.RunError, match=r"run r: .*another version"):
+        Hub(tmp_path, "f" * 64, "localhost:1", state)
+
+
+@pytest.mark.parametrize("abandoned", [False, True])
+def test_a_server_that_was_started_again_shows_the_rounds_of_a_run_that_is_over(
+    tmp_path: Path, abandoned: bool
+) -> None:
+    closed = [hub.Closed(n, 2, 0.5, 9, 1.0) for n in (1, 2)]
+
+    async def end() -> None:
+        made, run, _ = house(tmp_path, summary("finished", notices=["a word"]))
+        made.state.put("charter", "r", hub.msgspec.json.encode(run.charter))
+        for one in closed:  # told once each
+            run._learn(Told(summary("finished", closed=[one])))
+        run.abandon("it is lost") if abandoned else await run._end()
+
+    asyncio.run(end())
+    view = Hub(tmp_path, "f" * 64, "localhost:1").runs["r"].view({})
+    assert view.closed == closed and not view.notices
+
+
 # --- calls that wait together -----------------------------------------------------------------------------------------
 
 

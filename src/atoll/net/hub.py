@@ -50,6 +50,7 @@ from atoll.net.children import (
     Summary,
     Tick,
     Told,
+    ended,
     host_replies,
     merged,
 )
@@ -72,8 +73,9 @@ AT_ONCE = 256
 thousand sites to serve."""
 NOTICES, ROUNDS = 20, 100
 """What of a run is shown."""
-GLANCE = 5e-4
-"""Seconds for every site of a run by which a watcher is told later, so that it is told of many things at a time."""
+GLANCE, LONGEST_GLANCE = 5e-4, 10.0
+"""Seconds for every site of a run by which a watcher is told later, so that it is told of many things at a time; and at
+most: it gives up after a minute."""
 RESTS = ("paused", "finished", "stopped")
 """Phases that wake every question when they begin and end."""
 
@@ -145,7 +147,10 @@ class Run:
         self._bringing: asyncio.Task[None] | None = None
         if final:
             self.over = True
-            self._learn(Told(msgspec.json.decode(final, type=Summary)))
+            try:
+                self._learn(Told(ended(final)))
+            except RunError as error:
+                raise RunError(f"run {charter.run}: {error}") from error
 
     def _shut_out(self, site: str) -> bool:
         member = self._member(site)
@@ -224,7 +229,7 @@ class Run:
     async def _end(self) -> None:
         await self.ask(Finish())
         assert self.summary is not None
-        self._state.put("final", self.charter.run, msgspec.json.encode(self.summary))
+        self._keep_final(self.summary)
         self.over = True
         async with self._turn:  # a question at work is answered first: the run's process must not be said to have died
             if self._child is not None:
@@ -238,10 +243,15 @@ class Run:
         """End a run whose process cannot be started: what its journal says stays as it is."""
         summary = msgspec.structs.replace(self.summary or Summary(), phase="stopped", reason=reason, busy=False)
         summary = msgspec.structs.replace(summary, notices=[], closed=[])
-        self._state.put("final", self.charter.run, msgspec.json.encode(summary))
+        self._keep_final(summary)
         self.over, self.trouble = True, ""
         self._learn(Told(summary))
         self.agenda.tell()
+
+    def _keep_final(self, summary: Summary) -> None:
+        """Make durable how the run ended, with the rounds that its process told of before."""
+        final = msgspec.structs.replace(summary, notices=[], closed=list(self.closed.values()))
+        self._state.put("final", self.charter.run, msgspec.json.encode(final))
 
     async def close(self) -> None:
         """Let the run rest until the server starts again."""
@@ -682,7 +692,7 @@ class Hub:
                 if watched.news.version == known and not watched.over:
                     await watched.news.wait(HOLD)
                     if watched.summary is not None and not watched.over:
-                        await asyncio.sleep(GLANCE * len(watched.summary.sites))
+                        await asyncio.sleep(min(LONGEST_GLANCE, GLANCE * len(watched.summary.sites)))
                 return watched.view(self.seen)
 
     async def _agenda(self, site: str, known: int, standings: dict[str, Standing]) -> Errands:
