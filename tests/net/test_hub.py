@@ -382,3 +382,29 @@ def test_a_process_that_dies_fails_all_it_was_told_and_nobody_waits_for_ever(
     asyncio.run(ask(Silent(), "did not say"))
     asyncio.run(ask(Broken(), "broke off"))
     asyncio.run(late())
+
+
+def test_what_was_left_for_the_next_time_does_not_wait_for_ever_when_that_breaks_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Breaks(Several):
+        async def call(self, call: Any, replies: Any, blobs: Any, **more: Any) -> tuple[Told, bytes]:
+            if self.heard:
+                raise ZeroDivisionError
+            await asyncio.sleep(0.1)  # so long that nobody counts as waiting for the turn
+            return await super().call(call, replies, blobs, **more)
+
+    async def ask() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
+        _, run, _ = house(tmp_path, summary("collecting"))
+        run._child = Breaks(1)  # type: ignore[assignment]
+        monkeypatch.setattr(hub, "HOLD", 0.05)
+        monkeypatch.setattr(hub, "AT_ONCE", 3)
+        tasks = [asked(run, name) for name in ("a", "b", "c")]
+        await asyncio.sleep(0.06)  # the last one's time for waiting is over while it is being brought
+        monkeypatch.setattr(hub, "AT_ONCE", 1)
+        told = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 10.0)
+        assert told[0] == b"AA" and all(isinstance(t, hub.Denied) and "broke off" in str(t) for t in told[1:])
+        assert not run._waiting
+
+    asyncio.run(ask())

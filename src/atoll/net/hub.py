@@ -307,7 +307,7 @@ class Run:
                     await self._brought(taken)
                 except BaseException as error:  # whatever it is, nobody waits for ever
                     told = error if isinstance(error, RunError) else Denied("busy", "it broke off: try again.")
-                    for each in taken:
+                    for each in taken if isinstance(error, RunError) else (*taken, *self._waiting):
                         each.fail(told)
                     if not isinstance(error, RunError):
                         raise
