@@ -408,3 +408,46 @@ def test_what_was_left_for_the_next_time_does_not_wait_for_ever_when_that_breaks
         assert not run._waiting
 
     asyncio.run(ask())
+
+
+@pytest.mark.parametrize("kind", ["ValueError", "Overtaken"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_what_breaks_in_a_runs_process_is_not_told_to_sites_and_is_not_the_others_fault(
+    tmp_path: Path, kind: str, count: int
+) -> None:
+    class Broken(Several):
+        async def call(self, call: Any, replies: Any, blobs: Any, **more: Any) -> Any:
+            if count == 1 or kind == "Overtaken":
+                return children.Broken(kind, "/srv/atoll/secret"), b""
+            told, answers = await super().call(call, replies, blobs, **more)
+            return Told(told.summary, False, [children.Heard(0, "/srv/atoll/secret"), *told.heard[1:]]), answers[2:]
+
+    async def ask() -> list[Any]:
+        made, run, _ = house(tmp_path, summary("collecting"))
+        run._child = Broken()  # type: ignore[assignment]
+        member = Member("site0", "site", "", 0.0)
+        first = asyncio.ensure_future(made.call(member, hub.calls.Statistic("r", "survey", "{}")))
+        others = [asked(run, name) for name in "bc"[: count - 1]]
+        return await asyncio.gather(first, *others, return_exceptions=True)
+
+    told = asyncio.run(ask())
+    wrong = [t for t in told if isinstance(t, hub.Denied)]
+    assert wrong and not any("secret" in str(t) for t in told)
+    if kind == "Overtaken":
+        assert len(wrong) == count and all(t.problem.kind == "busy" for t in wrong), "nobody gives up for it"
+    else:
+        assert wrong == told[:1] and wrong[0].problem.kind == "argument" and told[1:] == [b"BB", b"CC"][: count - 1]
+
+
+def test_a_site_is_not_told_what_broke_when_its_message_was_taken(tmp_path: Path) -> None:
+    class Broken(Several):
+        async def call(self, call: Any, replies: Any, blobs: Any, **more: Any) -> Any:
+            return children.Broken("ValueError", "/srv/atoll/secret"), b""
+
+    async def ask() -> None:
+        _, run, _ = house(tmp_path, summary("collecting"))
+        run._child = Broken()  # type: ignore[assignment]
+        with pytest.raises(hub.Denied, match="log says why"):
+            await run.receive("s", control.Ask("r", "s"))
+
+    asyncio.run(ask())

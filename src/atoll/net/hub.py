@@ -322,7 +322,7 @@ class Run:
         reply, answers = await self._called(calls, b"".join(each.blob for each in taken))
         total, at = sum(h.length for h in reply.heard), 0
         if not 0 < len(reply.heard) <= len(taken) or total != len(answers):
-            raise RunError("the run's process did not say what became of what it was told.")
+            raise Denied("busy", "the run's process did not say what became of what it was told: try again.")
         for each, heard in zip(taken, reply.heard, strict=False):
             if heard.broken is None:
                 each.tell(bytes(answers[at : at + heard.length]))
@@ -352,9 +352,26 @@ class Run:
                     self._learn(reply)
             raise
         if isinstance(reply, Broken):
+            if isinstance(call, Several) or reply.kind == "Overtaken":  # not what was asked is at fault
+                log.warning("run %s: %s", self.charter.run, control.plain(reply.text))
+                raise Denied("busy", "the run's process could not take it: try again.")
             raise RunError(reply.text)
         self._learn(reply)
         return reply, answer
+
+    async def said(self, call: Receive | Answered, blob: bytes) -> bytes:
+        """Have the run's process take what a site said; why it cannot is for the server's owner alone.
+
+        Raises:
+            Denied: it cannot.
+        """
+        try:
+            return await self.ask(call, blob)
+        except Denied:
+            raise
+        except RunError as error:
+            log.warning("run %s: %s: %s", self.charter.run, call.site, control.plain(str(error)))
+            raise Denied("argument", "the run's process cannot take it; the server's log says why.") from error
 
     def _broken(self, text: str) -> None:
         self.trouble = control.plain(text)
@@ -451,7 +468,7 @@ class Run:
                 self._taking.pop(upload, None)  # nothing is added to what is being looked at
                 self._looked[site] += 1
         try:
-            told = await self.ask(Receive(site, upload, time.time()), control.encode(request))
+            told = await self.said(Receive(site, upload, time.time()), control.encode(request))
         finally:
             self._looked[site] -= bool(upload)
         answer = control.decode_answer(told)
@@ -672,7 +689,7 @@ class Hub:
             case calls.Agenda(known, standings):
                 return await self._agenda(member.name, known, standings)
             case calls.Statistic(run, stage, content):
-                await self.run(run).ask(Answered(member.name, stage), content.encode())
+                await self.run(run).said(Answered(member.name, stage), content.encode())
                 return calls.Done()
             case calls.MakeInvites(names, role, hours):
                 return self._invites(names, role, hours, member.name)
