@@ -451,3 +451,16 @@ def test_a_site_is_not_told_what_broke_when_its_message_was_taken(tmp_path: Path
             await run.receive("s", control.Ask("r", "s"))
 
     asyncio.run(ask())
+
+
+def test_why_a_runs_process_cannot_start_is_shown_to_watchers_and_not_told_to_sites(tmp_path: Path) -> None:
+    async def ask() -> None:
+        _, run, _ = house(tmp_path, summary("collecting"))
+        run._child = None
+        run._broken("its process cannot be started: /srv/atoll/secret")
+        with pytest.raises(hub.Denied) as denied:
+            await run.receive("s", control.Ask("r", "s"))
+        assert denied.value.problem.kind == "busy" and "secret" not in denied.value.problem.text
+        assert "secret" in run.view({}).reason
+
+    asyncio.run(ask())

@@ -334,7 +334,7 @@ class Run:
     async def _called(self, call: HostCall, blob: bytes) -> tuple[Told, Buffer]:
         """What the run's process says to a call; for whoever has the turn."""
         if self._child is None:
-            raise Denied("busy", f"the run's process is being started again. {self.trouble}".strip())
+            raise Denied("busy", "the run's process is being started again.")  # why, watchers are shown
         # A caller that goes away must not end the run's process in the middle of what it does.
         task = asyncio.ensure_future(
             self._child.call(call, host_replies, (blob,), seconds=WORKING, largest=2 * control.LONGEST)
