@@ -4,11 +4,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import msgspec
 import pytest
 
 from atoll.deployment import runner
 from atoll.errors import RunError
-from atoll.net import control
+from atoll.net import control, coordinator, service
 from atoll.net.calls import Charter
 from atoll.net.children import Broken, Do, Heard, Host, Receive, Several, Summary, Told
 from atoll.net.state import Overtaken
@@ -85,3 +86,10 @@ def test_a_report_that_was_brought_twice_is_answered_although_its_content_is_kep
     held = SimpleNamespace(_files=Disk(tmp_path), _given="", service=SimpleNamespace(receive=receive))
     answer = runner.Runner._received(cast(Any, held), "s", b"", "gone", 0.0)
     assert control.decode_answer(answer) == control.Received("r", 0, 1, None) and given[0].size == 0
+
+
+def test_an_error_that_is_no_text_can_be_told_all_the_same() -> None:
+    """Names of files may be bytes that are no text, and an error's words then cannot be written as they are."""
+    for error in (ValueError("data-\udcff.csv"), RunError("data-\udcff.csv")):
+        for told in (runner._broken(error), coordinator.Failed(0, 1, service._told(error))):
+            assert b"data-?.csv" in msgspec.json.encode(told)

@@ -221,6 +221,55 @@ def test_a_run_that_was_stopped_while_its_process_began_has_none_and_stays_stopp
     assert run.summary is not None and run.summary.phase == "stopped"
 
 
+EARLIER = {
+    "phase": "finished", "reason": "all 2 rounds are done.", "round": 2, "rounds": 2, "attempt": 0, "wanted": 0,
+    "least": 2, "number": 9, "busy": False, "stage": "ready", "question": "", "identity": "i", "title": "t",
+    "largest": 5, "cohort": ["a"], "accepted": [], "excluded": {"b": "away"}, "sites": {"a": "active", "b": "revoked"},
+    "counted": {"a": [1, 1]}, "closed": [], "notices": [], "turn": 0, "step": "", "awaited": [], "out": {},
+}  # fmt: skip
+"""How a run ended, as servers wrote it that told of all sites with every answer."""
+
+
+@pytest.mark.parametrize("lacking", [(), ("turn", "step", "awaited", "out")], ids=["sums", "without sums"])
+def test_a_state_that_an_earlier_server_wrote_is_opened(tmp_path: Path, lacking: tuple[str, ...]) -> None:
+    state = state_of(tmp_path)
+    state.put("charter", "r", hub.msgspec.json.encode(Charter("r", "0" * 64, {})))
+    state.put("final", "r", hub.msgspec.json.encode({n: v for n, v in EARLIER.items() if n not in lacking}))
+    view = Hub(tmp_path, "f" * 64, "localhost:1", state).runs["r"].view({})
+    assert (view.phase, view.reason, view.rounds) == ("finished", "all 2 rounds are done.", 2)
+    assert [(s.name, s.counted) for s in view.sites] == [("a", (1, 1)), ("b", None)]
+    assert view.sites[1].standing == "revoked"
+
+
+@pytest.mark.parametrize(
+    "content", [b"{}x", b"[]", b'{"new":1}', b'{"counted":{}}', b'{"counted":{},"sites":{"a":"?"}}']
+)
+def test_an_end_of_no_known_form_is_told_by_the_runs_name(tmp_path: Path, content: bytes) -> None:
+    state = state_of(tmp_path)
+    state.put("charter", "r", hub.msgspec.json.encode(Charter("r", "0" * 64, {})))
+    state.put("final", "r", content)
+    with pytest.raises(hub.RunError, match=r"run r: .*another version"):
+        Hub(tmp_path, "f" * 64, "localhost:1", state)
+
+
+@pytest.mark.parametrize("abandoned", [False, True])
+def test_a_server_that_was_started_again_shows_the_rounds_of_a_run_that_is_over(
+    tmp_path: Path, abandoned: bool
+) -> None:
+    closed = [hub.Closed(n, 2, 0.5, 9, 1.0) for n in (1, 2)]
+
+    async def end() -> None:
+        made, run, _ = house(tmp_path, summary("finished", notices=["a word"]))
+        made.state.put("charter", "r", hub.msgspec.json.encode(run.charter))
+        for one in closed:  # told once each
+            run._learn(Told(summary("finished", closed=[one])))
+        run.abandon("it is lost") if abandoned else await run._end()
+
+    asyncio.run(end())
+    view = Hub(tmp_path, "f" * 64, "localhost:1").runs["r"].view({})
+    assert view.closed == closed and not view.notices
+
+
 # --- calls that wait together -----------------------------------------------------------------------------------------
 
 
@@ -333,3 +382,85 @@ def test_a_process_that_dies_fails_all_it_was_told_and_nobody_waits_for_ever(
     asyncio.run(ask(Silent(), "did not say"))
     asyncio.run(ask(Broken(), "broke off"))
     asyncio.run(late())
+
+
+def test_what_was_left_for_the_next_time_does_not_wait_for_ever_when_that_breaks_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Breaks(Several):
+        async def call(self, call: Any, replies: Any, blobs: Any, **more: Any) -> tuple[Told, bytes]:
+            if self.heard:
+                raise ZeroDivisionError
+            await asyncio.sleep(0.1)  # so long that nobody counts as waiting for the turn
+            return await super().call(call, replies, blobs, **more)
+
+    async def ask() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
+        _, run, _ = house(tmp_path, summary("collecting"))
+        run._child = Breaks(1)  # type: ignore[assignment]
+        monkeypatch.setattr(hub, "HOLD", 0.05)
+        monkeypatch.setattr(hub, "AT_ONCE", 3)
+        tasks = [asked(run, name) for name in ("a", "b", "c")]
+        await asyncio.sleep(0.06)  # the last one's time for waiting is over while it is being brought
+        monkeypatch.setattr(hub, "AT_ONCE", 1)
+        told = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 10.0)
+        assert told[0] == b"AA" and all(isinstance(t, hub.Denied) and "broke off" in str(t) for t in told[1:])
+        assert not run._waiting
+
+    asyncio.run(ask())
+
+
+@pytest.mark.parametrize("kind", ["ValueError", "Overtaken"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_what_breaks_in_a_runs_process_is_not_told_to_sites_and_is_not_the_others_fault(
+    tmp_path: Path, kind: str, count: int
+) -> None:
+    class Broken(Several):
+        async def call(self, call: Any, replies: Any, blobs: Any, **more: Any) -> Any:
+            if count == 1 or kind == "Overtaken":
+                return children.Broken(kind, "/srv/atoll/secret"), b""
+            told, answers = await super().call(call, replies, blobs, **more)
+            return Told(told.summary, False, [children.Heard(0, "/srv/atoll/secret"), *told.heard[1:]]), answers[2:]
+
+    async def ask() -> list[Any]:
+        made, run, _ = house(tmp_path, summary("collecting"))
+        run._child = Broken()  # type: ignore[assignment]
+        member = Member("site0", "site", "", 0.0)
+        first = asyncio.ensure_future(made.call(member, hub.calls.Statistic("r", "survey", "{}")))
+        others = [asked(run, name) for name in "bc"[: count - 1]]
+        return await asyncio.gather(first, *others, return_exceptions=True)
+
+    told = asyncio.run(ask())
+    wrong = [t for t in told if isinstance(t, hub.Denied)]
+    assert wrong and not any("secret" in str(t) for t in told)
+    if kind == "Overtaken":
+        assert len(wrong) == count and all(t.problem.kind == "busy" for t in wrong), "nobody gives up for it"
+    else:
+        assert wrong == told[:1] and wrong[0].problem.kind == "argument" and told[1:] == [b"BB", b"CC"][: count - 1]
+
+
+def test_a_site_is_not_told_what_broke_when_its_message_was_taken(tmp_path: Path) -> None:
+    class Broken(Several):
+        async def call(self, call: Any, replies: Any, blobs: Any, **more: Any) -> Any:
+            return children.Broken("ValueError", "/srv/atoll/secret"), b""
+
+    async def ask() -> None:
+        _, run, _ = house(tmp_path, summary("collecting"))
+        run._child = Broken()  # type: ignore[assignment]
+        with pytest.raises(hub.Denied, match="log says why"):
+            await run.receive("s", control.Ask("r", "s"))
+
+    asyncio.run(ask())
+
+
+def test_why_a_runs_process_cannot_start_is_shown_to_watchers_and_not_told_to_sites(tmp_path: Path) -> None:
+    async def ask() -> None:
+        _, run, _ = house(tmp_path, summary("collecting"))
+        run._child = None
+        run._broken("its process cannot be started: /srv/atoll/secret")
+        with pytest.raises(hub.Denied) as denied:
+            await run.receive("s", control.Ask("r", "s"))
+        assert denied.value.problem.kind == "busy" and "secret" not in denied.value.problem.text
+        assert "secret" in run.view({}).reason
+
+    asyncio.run(ask())

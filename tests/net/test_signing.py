@@ -230,6 +230,18 @@ def test_what_passes_for_our_form_passes_with_the_library(data: st.DataObject) -
             assert by_library(signing.verify_request, request, public, content=content) == plain
 
 
+@pytest.mark.parametrize("created", ["00", "007", "-0"])
+def test_a_second_that_is_not_written_as_it_should_be_is_refused_as_by_the_library(created: str) -> None:
+    request = signed(None)
+    parameters = re.sub(r"created=\d+", f"created={created}", request.headers["signature-input"].partition("=")[2])
+    signature = KEY.sign(signing._base([f'"{c}"' for c in signing.REQUEST], ("POST", "/v1/call", "?a=b"), parameters))
+    request.headers["signature-input"] = f"atoll={parameters}"
+    request.headers["signature"] = f"atoll=:{signing.b64encode(signature).decode()}:"
+    for do in (lambda f, *a, **k: f(*a, **k), by_library):
+        with pytest.raises(SignatureError):
+            do(signing.verify_request, request, public, content=False)
+
+
 def test_a_header_that_is_there_twice_has_not_our_form() -> None:
     request = signed()
     for name in ("signature", "signature-input", "content-digest"):

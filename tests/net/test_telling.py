@@ -303,6 +303,9 @@ def test_a_watcher_of_many_sites_is_told_at_once_what_happens_in_a_glance(
     real = asyncio.sleep
     monkeypatch.setattr(hub.asyncio, "sleep", sleep)
     assert len(asyncio.run(watch()).sites) == 1000 and slept == [0.5]
+    monkeypatch.setattr(hub, "GLANCE", 1.0)
+    asyncio.run(watch())
+    assert slept[1:] == [10.0], "it has not given up before"
 
 
 # --- bells ------------------------------------------------------------------------------------------------------------

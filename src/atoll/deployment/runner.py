@@ -389,10 +389,11 @@ def main(arguments: Sequence[str]) -> None:
 def _broken(error: Exception) -> Broken:
     """What the server is told of an error."""
     kind = type(error).__name__
-    if isinstance(error, AtollError | OSError | control.MessageError | msgspec.MsgspecError):
-        return Broken(kind, str(error)[:2000])
-    traceback.print_exception(error)
-    return Broken(kind, f"{kind}: {error}"[:2000])
+    ours = isinstance(error, AtollError | OSError | control.MessageError | msgspec.MsgspecError)
+    if not ours:
+        traceback.print_exception(error)
+    text = str(error) if ours else f"{kind}: {error}"
+    return Broken(kind, text[:2000].encode(errors="replace").decode())  # names of files may be no text
 
 
 def _hold(held: ExitStack, folder: Path) -> None:

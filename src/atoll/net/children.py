@@ -247,6 +247,25 @@ def merged(before: Summary | None, told: Told) -> tuple[Summary, frozenset[str]]
     return msgspec.structs.replace(now, question=question, sites=known), frozenset(new)
 
 
+def ended(content: bytes) -> Summary:
+    """How a run ended, as the server's state has it: in this form, or in the earlier one, where a site was its status.
+
+    Raises:
+        RunError: it has neither form.
+    """
+    try:
+        told = msgspec.json.decode(content, type=dict[str, msgspec.Raw])
+        if "counted" not in told:
+            return msgspec.json.decode(content, type=Summary)
+        counted = msgspec.json.decode(told["counted"], type=dict[str, Stamp])
+        statuses = msgspec.json.decode(told["sites"], type=dict[str, str])
+        known = {n: msgspec.json.decode(v) for n, v in told.items() if n in Summary.__struct_fields__ and n != "sites"}
+        sites = {n: {"status": s, "counted": counted.get(n)} for n, s in statuses.items()}
+        return msgspec.convert({**known, "sites": sites}, Summary)
+    except (msgspec.MsgspecError, KeyError) as error:
+        raise RunError(f"how it ended was written by another version of Atoll: {error}") from error
+
+
 HostReply = Told | Broken
 
 

@@ -50,6 +50,7 @@ from atoll.net.children import (
     Summary,
     Tick,
     Told,
+    ended,
     host_replies,
     merged,
 )
@@ -72,8 +73,9 @@ AT_ONCE = 256
 thousand sites to serve."""
 NOTICES, ROUNDS = 20, 100
 """What of a run is shown."""
-GLANCE = 5e-4
-"""Seconds for every site of a run by which a watcher is told later, so that it is told of many things at a time."""
+GLANCE, LONGEST_GLANCE = 5e-4, 10.0
+"""Seconds for every site of a run by which a watcher is told later, so that it is told of many things at a time; and at
+most: it gives up after a minute."""
 RESTS = ("paused", "finished", "stopped")
 """Phases that wake every question when they begin and end."""
 
@@ -145,7 +147,10 @@ class Run:
         self._bringing: asyncio.Task[None] | None = None
         if final:
             self.over = True
-            self._learn(Told(msgspec.json.decode(final, type=Summary)))
+            try:
+                self._learn(Told(ended(final)))
+            except RunError as error:
+                raise RunError(f"run {charter.run}: {error}") from error
 
     def _shut_out(self, site: str) -> bool:
         member = self._member(site)
@@ -224,7 +229,7 @@ class Run:
     async def _end(self) -> None:
         await self.ask(Finish())
         assert self.summary is not None
-        self._state.put("final", self.charter.run, msgspec.json.encode(self.summary))
+        self._keep_final(self.summary)
         self.over = True
         async with self._turn:  # a question at work is answered first: the run's process must not be said to have died
             if self._child is not None:
@@ -238,10 +243,15 @@ class Run:
         """End a run whose process cannot be started: what its journal says stays as it is."""
         summary = msgspec.structs.replace(self.summary or Summary(), phase="stopped", reason=reason, busy=False)
         summary = msgspec.structs.replace(summary, notices=[], closed=[])
-        self._state.put("final", self.charter.run, msgspec.json.encode(summary))
+        self._keep_final(summary)
         self.over, self.trouble = True, ""
         self._learn(Told(summary))
         self.agenda.tell()
+
+    def _keep_final(self, summary: Summary) -> None:
+        """Make durable how the run ended, with the rounds that its process told of before."""
+        final = msgspec.structs.replace(summary, notices=[], closed=list(self.closed.values()))
+        self._state.put("final", self.charter.run, msgspec.json.encode(final))
 
     async def close(self) -> None:
         """Let the run rest until the server starts again."""
@@ -297,7 +307,7 @@ class Run:
                     await self._brought(taken)
                 except BaseException as error:  # whatever it is, nobody waits for ever
                     told = error if isinstance(error, RunError) else Denied("busy", "it broke off: try again.")
-                    for each in taken:
+                    for each in taken if isinstance(error, RunError) else (*taken, *self._waiting):
                         each.fail(told)
                     if not isinstance(error, RunError):
                         raise
@@ -312,7 +322,7 @@ class Run:
         reply, answers = await self._called(calls, b"".join(each.blob for each in taken))
         total, at = sum(h.length for h in reply.heard), 0
         if not 0 < len(reply.heard) <= len(taken) or total != len(answers):
-            raise RunError("the run's process did not say what became of what it was told.")
+            raise Denied("busy", "the run's process did not say what became of what it was told: try again.")
         for each, heard in zip(taken, reply.heard, strict=False):
             if heard.broken is None:
                 each.tell(bytes(answers[at : at + heard.length]))
@@ -324,7 +334,7 @@ class Run:
     async def _called(self, call: HostCall, blob: bytes) -> tuple[Told, Buffer]:
         """What the run's process says to a call; for whoever has the turn."""
         if self._child is None:
-            raise Denied("busy", f"the run's process is being started again. {self.trouble}".strip())
+            raise Denied("busy", "the run's process is being started again.")  # why, watchers are shown
         # A caller that goes away must not end the run's process in the middle of what it does.
         task = asyncio.ensure_future(
             self._child.call(call, host_replies, (blob,), seconds=WORKING, largest=2 * control.LONGEST)
@@ -342,9 +352,26 @@ class Run:
                     self._learn(reply)
             raise
         if isinstance(reply, Broken):
+            if isinstance(call, Several) or reply.kind == "Overtaken":  # not what was asked is at fault
+                log.warning("run %s: %s", self.charter.run, control.plain(reply.text))
+                raise Denied("busy", "the run's process could not take it: try again.")
             raise RunError(reply.text)
         self._learn(reply)
         return reply, answer
+
+    async def said(self, call: Receive | Answered, blob: bytes) -> bytes:
+        """Have the run's process take what a site said; why it cannot is for the server's owner alone.
+
+        Raises:
+            Denied: it cannot.
+        """
+        try:
+            return await self.ask(call, blob)
+        except Denied:
+            raise
+        except RunError as error:
+            log.warning("run %s: %s: %s", self.charter.run, call.site, control.plain(str(error)))
+            raise Denied("argument", "the run's process cannot take it; the server's log says why.") from error
 
     def _broken(self, text: str) -> None:
         self.trouble = control.plain(text)
@@ -441,7 +468,7 @@ class Run:
                 self._taking.pop(upload, None)  # nothing is added to what is being looked at
                 self._looked[site] += 1
         try:
-            told = await self.ask(Receive(site, upload, time.time()), control.encode(request))
+            told = await self.said(Receive(site, upload, time.time()), control.encode(request))
         finally:
             self._looked[site] -= bool(upload)
         answer = control.decode_answer(told)
@@ -662,7 +689,7 @@ class Hub:
             case calls.Agenda(known, standings):
                 return await self._agenda(member.name, known, standings)
             case calls.Statistic(run, stage, content):
-                await self.run(run).ask(Answered(member.name, stage), content.encode())
+                await self.run(run).said(Answered(member.name, stage), content.encode())
                 return calls.Done()
             case calls.MakeInvites(names, role, hours):
                 return self._invites(names, role, hours, member.name)
@@ -682,7 +709,7 @@ class Hub:
                 if watched.news.version == known and not watched.over:
                     await watched.news.wait(HOLD)
                     if watched.summary is not None and not watched.over:
-                        await asyncio.sleep(GLANCE * len(watched.summary.sites))
+                        await asyncio.sleep(min(LONGEST_GLANCE, GLANCE * len(watched.summary.sites)))
                 return watched.view(self.seen)
 
     async def _agenda(self, site: str, known: int, standings: dict[str, Standing]) -> Errands:

@@ -497,4 +497,5 @@ def _finite(leaf: Leaf) -> bool:
 
 def _told(error: Exception) -> str:
     """What an operator is told of an error."""
-    return (str(error) if isinstance(error, AtollError) else f"{type(error).__name__}: {error}")[:1000]
+    told = str(error) if isinstance(error, AtollError) else f"{type(error).__name__}: {error}"
+    return told[:1000].encode(errors="replace").decode()  # names of files may be no text

@@ -196,7 +196,7 @@ def _verified(
 
 _NAME = r"[A-Za-z0-9._@ -]{1,200}"
 _FORM = re.compile(
-    rf'{TAG}=(\(([a-z@;=" -]*)\);created=[0-9]{{1,12}};keyid="({_NAME})";alg="ed25519"'
+    rf'{TAG}=(\(([a-z@;=" -]*)\);created=(?:0|[1-9][0-9]{{0,11}});keyid="({_NAME})";alg="ed25519"'
     rf'(?:;nonce="([A-Za-z0-9.-]{{1,200}})")?;tag="{TAG}")'
 )
 _SIGNATURE = re.compile(rf"{TAG}=:([A-Za-z0-9+/]{{86}}==):")
