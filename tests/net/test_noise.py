@@ -578,6 +578,19 @@ def test_an_error_before_the_noise_is_told_without_its_text(monkeypatch: pytest.
     assert "(ValueError)" in server.state.reason and "begins" not in server.state.reason
 
 
+def test_a_disk_that_refuses_tells_nothing_of_sums_that_are_not_counted() -> None:
+    def refuses(round: int, collected: Any) -> None:
+        raise OSError(28, f"no room for a model that begins with {collected.mean[0]}")
+
+    said = list[str]()
+    server = at_reducing(noised(True)[0], Disk(), closed=refuses, notice=said.append)
+    for _ in range(2):  # with other noise
+        server.work(0.0)
+        server.tick(0.0)
+    assert (server.state.phase, server.state.releases, len(said)) == (Phase.REDUCING, 0, 2)
+    assert said[0] == said[1] and "No space left" in said[0] and "begins" not in said[0]
+
+
 def test_no_sequence_of_events_exceeds_the_budget() -> None:
     """Whatever happens, in whatever order: no round is begun whose release the budget does not allow."""
     ends = [sequence(random.Random(seed), most=2) for seed in range(20)]

@@ -118,6 +118,9 @@ def test_what_does_not_fit() -> None:
     with pytest.raises(CompositionError, match=r"adaptive_clip cannot stand before the aggregator median"):
         process(adaptive_clip(), aggregator=aggregators.median())
     assert process(clip_norm(3.0), adaptive_clip(), gaussian_noise(1.0)).chain.noise is not None
+    for before in (clip_norm(3.0), adaptive_clip()):  # its bits would be undone, and learnt from, before the noise
+        with pytest.raises(CompositionError, match=r"adaptive_clip cannot stand after gaussian_noise: what it learns"):
+            process(before, gaussian_noise(1.0), adaptive_clip())
     for wrong in ({"initial": 0.0}, {"quantile": 1.5}, {"rate": -1.0}, {"share": 1.0}, {"share": 0.0}):
         with pytest.raises(InvalidArgument, match=f"{next(iter(wrong))}="):
             adaptive_clip(**wrong)

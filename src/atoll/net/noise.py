@@ -12,6 +12,9 @@ that, and a server that is killed before draws other noise, for which it has rel
 McMahan, Ramage, Talwar & Zhang 2018, "Learning differentially private recurrent language models", algorithm 1.
 """
 
+import errno
+import os
+
 from msgspec.structs import replace
 from torch import Tensor
 
@@ -140,6 +143,12 @@ class Noising:
         if self.drawn or isinstance(error, SpoolError):
             return text
         return f"the round cannot be combined ({type(error).__name__}); more would tell of updates without noise."
+
+    @staticmethod
+    def wordless(error: OSError) -> OSError:
+        """The same error in the system's words: the round is tried again with other noise, and nothing is counted."""
+        number = error.errno if isinstance(error.errno, int) else errno.EIO
+        return OSError(number, os.strerror(number))
 
 
 def terms_of(guarantee: Guarantee, rounds: int) -> Terms:

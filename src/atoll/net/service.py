@@ -412,7 +412,9 @@ class Service:
             try:
                 model = self._combined(effect)
                 self._next = model, self._saved(model)
-            except OSError:
+            except OSError as error:
+                if noising is not None:
+                    raise noising.wordless(error) from None
                 raise
             except Exception as error:  # as above; behind the noise it tells of a noised sum
                 told, multiplier = _told(error), 0.0

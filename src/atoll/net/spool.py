@@ -302,11 +302,12 @@ def _noised(
     assert expected is not None
     total = torch.zeros(process.chain.seen_size(process.length, process.split)[0], dtype=torch.float64)
     columns = in_columns(process)
+    room = memoryview(bytearray(8 * min(block, process.length) if columns else 0))  # for one update, as for any number
     for a in range(0, max(1, process.length), block) if columns else (0,):
         b = min(a + block, process.length)
         place = total[a:b] if columns else total
         for update in updates:
-            given = process.combine(task, update.columns(process, a, b) if columns else update.report(process))
+            given = process.combine(task, update.columns(process, a, b, room) if columns else update.report(process))
             assert given.total is not None
             place += given.total
     _check(updates)  # before anything is released: what was judged is what was added

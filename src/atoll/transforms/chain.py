@@ -159,6 +159,11 @@ class Chain:
                     f"round, and the noise of one round would not take back that of others. Put {stage.name} behind "
                     f"{noisy.name}, or leave it out."
                 )
+            if passed and stage.learn is not None:
+                raise CompositionError(
+                    f"{stage.name} cannot stand after {noisy.name}: what it learns from the sum of a round, and tells "
+                    f"everybody, would have no noise yet. Put {stage.name} before {noisy.name}."
+                )
             if stage.noise is not None and passed:
                 raise CompositionError(
                     f"{stage.name} cannot stand after {noisy.name}: the sum would be noised twice and counted once. "
