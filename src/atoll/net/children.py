@@ -36,7 +36,7 @@ ENVIRONMENT = (
 
 TUNED = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 """Variables that are set for a child unless they are already: whole models are made and let go of in every round, and
-memory that comes in large pages costs a third of what it costs page by page."""
+memory that comes in large pages costs less than half of what it costs page by page."""
 
 
 class _Said(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):

@@ -498,7 +498,7 @@ class Run:
         return self.folder / ("objects" if sha256 == self.charter.code else "task") / sha256
 
     def taking(self, site: str, sha256: str, size: int, offset: int, length: int) -> "Taking":
-        """Begin to take some bytes of a report, the last of which are held to its hash.
+        """Begin to take some bytes of a report, which as a whole is held to its hash later.
 
         Args:
             site: whose.

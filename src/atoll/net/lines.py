@@ -1,7 +1,7 @@
 """Connections of a client: HTTP by httpx and httpcore, over asyncio's own streams.
 
 What httpcore brings for asyncio goes through several layers for every sixteen kilobytes of TLS; asyncio does TLS below
-its streams, a quarter of a megabyte at a time, and a model comes in less than half of the processor's time. At every
+its streams, a quarter of a megabyte at a time, and a model comes in about half of the processor's time. At every
 lock httpcore asks sniffio what it runs on, and where there is none looks for it on the whole path: it is depended on.
 """
 
