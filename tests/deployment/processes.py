@@ -112,6 +112,16 @@ class Place:
         self.start("server", "server", "--host", "127.0.0.1", "--port", self.port, "--address", address)
         self.until(lambda: "fingerprint" in self.log("server"), "the server starts")
 
+    def join(self, sites: Sequence[str]) -> list[str]:
+        """A server that these sites have joined; the invites."""
+        self.serve()
+        words = self.atoll("invite", *sites, "--quiet").split()
+        for name, word in zip(sites, words, strict=True):
+            self.start(name, "join", word, "--data", f"{name}.csv")
+        for name in sites:
+            self.until(lambda name=name: "takes part" in self.log(name), f"{name} joins")
+        return words
+
     def until(self, done: Callable[[], bool], what: str, *, every: float = 0.02) -> None:
         end = time.monotonic() + PATIENCE
         while not done():

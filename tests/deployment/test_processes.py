@@ -30,17 +30,6 @@ def deployed(found: Place, name: str) -> torch.Tensor:
     return atoll.Result.load(found.run(name)).vector
 
 
-def joined(found: Place) -> list[str]:
-    """A server with two sites; the invites."""
-    found.serve()
-    words = found.atoll("invite", *SITES, "--quiet").split()
-    for name, word in zip(SITES, words, strict=True):
-        found.start(name, "join", word, "--data", f"{name}.csv")
-    for name in SITES:
-        found.until(lambda name=name: "takes part" in found.log(name), f"{name} joins")
-    return words
-
-
 def approved(found: Place) -> None:
     """Both owners approve what waits."""
     for name in SITES:
@@ -56,7 +45,7 @@ def waiting_in(folder: Path) -> list[Path]:
 
 def test_a_newcomers_way_from_nothing_to_a_model(tmp_path: Path) -> None:
     with place(tmp_path) as found:
-        words = joined(found)
+        words = found.join(SITES)
         listed = found.atoll("sites")
         assert all(name in listed for name in SITES)
         name = found.atoll("submit", "app.py", "--engine", "loop", "--name", "heart", "--quiet").strip()
@@ -118,7 +107,7 @@ def test_whoever_is_killed_at_named_points_the_model_has_the_same_bits(
     rounds = 3 * len(POINTS)
     database = request.getfixturevalue("postgresql") if engine == "postgresql" else ""
     with place(tmp_path, database=database) as found:
-        joined(found)
+        found.join(SITES)
         found.atoll(
             "submit", "app.py", "--engine", "loop", "--name", "heart", "--quiet", "--attempts", "50",
             "--set", f"rounds={rounds}", "--set", "slow=0.02",
@@ -175,7 +164,7 @@ def test_a_site_without_its_column_is_told_of_and_can_be_mended(tmp_path: Path) 
     with place(tmp_path) as found:
         whole = (tmp_path / "hospital-b.csv").read_text()
         (tmp_path / "hospital-b.csv").write_text(whole.replace("disease", "outcome"))
-        joined(found)
+        found.join(SITES)
         found.atoll("submit", "app.py", "--name", "heart", "--quiet", "--set", "rounds=1")
         approved(found)
         found.until(lambda: "failed" in found.atoll("watch", "--once"), "the site fails", every=1.0)

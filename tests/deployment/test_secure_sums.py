@@ -21,15 +21,6 @@ SECURE = APP.replace(
 ROUNDS = 4
 
 
-def joined(found: Place) -> None:
-    found.serve()
-    words = found.atoll("invite", *SITES, "--quiet").split()
-    for name, word in zip(SITES, words, strict=True):
-        found.start(name, "join", word, "--data", f"{name}.csv")
-    for name in SITES:
-        found.until(lambda name=name: "takes part" in found.log(name), f"{name} joins")
-
-
 def approved(found: Place) -> None:
     for name in SITES:
         waiting = found.folder / f"atoll-{name}" / "waiting"
@@ -52,7 +43,7 @@ def left(found: Place, site: str) -> list[str]:
 def test_a_site_and_the_server_are_killed_in_a_sum(tmp_path: Path) -> None:
     """Whose vector is there is in the sum, whoever is killed then; the others wait for nobody who forgot its keys."""
     with place(tmp_path, SECURE, SITES) as found:
-        joined(found)
+        found.join(SITES)
         found.atoll(
             "submit", "app.py", "--engine", "loop", "--name", "heart", "--quiet", "--attempts", "50", "--quorum", "3",
             "--set", f"rounds={ROUNDS}",

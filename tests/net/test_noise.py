@@ -17,7 +17,7 @@ from problems import quadratics, scalar_model
 from registry import MODELS, TRANSFORMS
 from tally import Numbers, tally
 from torch import Tensor
-from world import SERVER, Disk, Fault, Journal, World, drawn, shrunk
+from world import SERVER, Disk, Fault, Journal, World, drawn, first_wrong, shrunk
 
 import atoll
 from atoll import aggregators, transforms
@@ -228,15 +228,7 @@ def test_power_may_fail_at_every_operation_of_the_servers_disk(everywhere: bool)
 
 
 def caught(plan: Plan, seeds: range, **more: Any) -> str:
-    for seed in seeds:
-        faults = drawn(seed, [f"s{i}" for i in range(SITES)], people=plan.deadline is not None)
-        try:
-            wrong = fault_of(plan, seed, faults, **more)
-        except Exception as error:
-            wrong = f"{type(error).__name__}: {error}"
-        if wrong:
-            return wrong
-    return ""
+    return first_wrong(fault_of, plan, SITES, seeds, **more)
 
 
 def test_offering_a_model_before_its_release_is_durable_is_seen() -> None:

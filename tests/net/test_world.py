@@ -8,7 +8,7 @@ import pytest
 import torch
 from tally import tallied
 from torch import Tensor
-from world import SERVER, Disk, Fault, Journal, World, drawn, shrunk
+from world import SERVER, Disk, Fault, Journal, World, drawn, first_wrong, shrunk
 
 from atoll.net import coordinator, frames, party, service
 from atoll.net.coordinator import Plan
@@ -147,16 +147,7 @@ class Forgetful:
 
 
 def caught(plan: Plan, seeds: range, **more: Any) -> str:
-    """What is found wrong with the first schedule that shows it."""
-    for seed in seeds:
-        faults = drawn(seed, [f"s{i}" for i in range(SITES)], people=plan.deadline is not None)
-        try:
-            wrong = fault_of(plan, seed, faults, **more)
-        except Exception as error:
-            wrong = f"{type(error).__name__}: {error}"
-        if wrong:
-            return wrong
-    return ""
+    return first_wrong(fault_of, plan, SITES, seeds, **more)
 
 
 def test_acknowledging_before_it_is_durable_is_seen() -> None:

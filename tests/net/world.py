@@ -560,6 +560,19 @@ def drawn(
     return faults
 
 
+def first_wrong(fault_of: Callable[..., str], plan: Plan, sites: int, seeds: range, **more: Any) -> str:
+    """What is found wrong with the first schedule of faults that shows it; "" where none does."""
+    for seed in seeds:
+        faults = drawn(seed, [f"s{i}" for i in range(sites)], people=plan.deadline is not None)
+        try:
+            wrong = fault_of(plan, seed, faults, **more)
+        except Exception as error:
+            wrong = f"{type(error).__name__}: {error}"
+        if wrong:
+            return wrong
+    return ""
+
+
 def shrunk(faults: Sequence[Fault], breaks: Callable[[Sequence[Fault]], bool]) -> list[Fault]:
     """The fewest faults that still break: pieces are left out as long as it does."""
     left = list(faults)

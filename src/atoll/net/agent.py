@@ -23,13 +23,13 @@ import torch
 from atoll.aggregators.rows import finite_rows
 from atoll.errors import NonFiniteError, RunError
 from atoll.memory import ClientMemory
-from atoll.messages import Clear, Report, Scaled
+from atoll.messages import Report
 from atoll.net import party
 from atoll.net.buffers import Buffer
 from atoll.net.control import Abstain, Answer, Deliver, Request, Stamp, Turn, Work, content_hash
 from atoll.net.frames import FrameError, Limits, TensorSpec, decode, encode
 from atoll.net.masker import Masker
-from atoll.net.packing import pack_report, unpack_task
+from atoll.net.packing import codes_of, pack_report, unpack_task
 from atoll.net.party import Pace
 from atoll.net.storage import FileSystem, write_durably
 from atoll.net.sums import task_hash
@@ -286,24 +286,23 @@ class Trainer:
             cohort, remembered = engine.tile(process, task, self._data, kept, chosen)
             report = process.work(task, cohort, remembered)
             frame = pack_report(report)
-        wire = report.wire.rows if isinstance(report.wire, Clear | Scaled) else report.wire
-        codes = (wire,) if isinstance(wire, torch.Tensor) else tuple(wire.values())
+        codes = codes_of(report)
         fine = bool(report.finite.all() and torch.isfinite(report.metrics).all())
-        if process.chain.noise is not None and not (fine and all(bool(finite_rows(c).all()) for c in codes)):
+        if process.chain.noise is not None and not (fine and all(bool(finite_rows(c).all()) for c in codes.values())):
             # It adds nothing, and that is told to nobody: whether training broke depends on the data.
             report, rows = _nothing(report), [t.reshape(1, -1) for t in remembered.values()]
             frame = pack_report(report)
             report = replace(report, memory=torch.cat(rows, dim=1) if rows else report.memory)
-        elif not fine or (isinstance(wire, torch.Tensor) and not bool(finite_rows(wire).all())):
+        elif not fine or ("wire" in codes and not bool(finite_rows(codes["wire"]).all())):
             raise NonFiniteError(f"round {task.round + 1}: training became non-finite.")
         return Done(frame, report.parts, report.bytes, encode({"memory": report.memory.to(self._dtype)}))
 
 
 def _nothing(report: Report) -> Report:
     """A report of the same form that adds nothing."""
-    wire = report.wire.rows if isinstance(report.wire, Clear | Scaled) else report.wire
     zeros = torch.zeros_like
-    wire = zeros(wire) if isinstance(wire, torch.Tensor) else {n: zeros(t) for n, t in wire.items()}
+    codes = {n: zeros(t) for n, t in codes_of(report).items()}
+    wire = codes["wire"] if "wire" in codes else {n.removeprefix("wire/"): t for n, t in codes.items()}
     return replace(report, wire=wire, weight=zeros(report.weight), metrics=zeros(report.metrics))
 
 

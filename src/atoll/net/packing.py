@@ -87,20 +87,23 @@ def unpack_task(template: Task, work: Work, content: Buffer, limits: Limits | No
 
 def pack_report(report: Report) -> bytes:
     """The frame of one client's report: what it keeps for itself stays out."""
+    return encode(codes_of(report) | {"weight": report.weight.double(), "metrics": report.metrics.double()})
+
+
+def codes_of(report: Report) -> dict[str, Tensor]:
+    """What the server is sent of a report's rows, by the names it has in a frame."""
     wire = report.wire.rows if isinstance(report.wire, Clear | Scaled) else report.wire
-    codes = {"wire": wire} if isinstance(wire, Tensor) else {f"wire/{n}": t for n, t in wire.items()}
-    return encode(codes | {"weight": report.weight.double(), "metrics": report.metrics.double()})
+    return {"wire": wire} if isinstance(wire, Tensor) else {f"wire/{n}": t for n, t in wire.items()}
 
 
 def report_schema(process: Process, task: Task) -> Schema:
     """What a single client's report on a task of this process is made of."""
     blank = process.blank(task)
     free = not process.chain.facts.fixed_size
-    codes = {"wire": blank.wire} if isinstance(blank.wire, Tensor) else None
-    if codes is None:
-        assert isinstance(blank.wire, Mapping)
-        codes = {f"wire/{n}": t for n, t in blank.wire.items()}
-    specs = [TensorSpec(n, t.dtype, (1, *((None,) * (t.ndim - 1) if free else t.shape[1:]))) for n, t in codes.items()]
+    specs = [
+        TensorSpec(n, t.dtype, (1, *((None,) * (t.ndim - 1) if free else t.shape[1:])))
+        for n, t in codes_of(blank).items()
+    ]
     wide = torch.float64
     return (
         *specs,
