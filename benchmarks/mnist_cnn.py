@@ -22,7 +22,8 @@ TARGET = 0.99
 CLIENTS = 100
 EPOCHS = 5
 BATCH = 10
-LR = 0.1
+LR = 0.215
+"""A place of the paper's grid, whose rates are 10 ** (1 / 3) or 10 ** (1 / 6) apart."""
 PUBLISHED = 20
 ALLOWED = 26
 """Three tenths more than published."""
@@ -120,8 +121,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"2x2 pooling), 512 hidden units, {PARAMETERS:,} parameters. Accuracy on the official 10,000 test "
                 "images after every round; a run ends with the first round at or above 99 %, which is what counts, or "
                 f"after {ALLOWED} rounds.",
-                f"The learning rate is fixed: {LR:g} in every round, as for the smaller network of `mnist_2nn.py`. "
-                "The paper chose one for each cell from a grid, by the rounds it took, and does not say which. It "
+                f"The learning rate is fixed: {LR:g} in every round. The paper chose one for each cell from a grid "
+                "whose rates are a third or a sixth of a decade apart, by the rounds it took on these test images, and "
+                "does not say which. Here 0.1 was tried first, with seed 0, and did not reach the target. The paper "
                 "interpolates between rounds; here whole rounds are counted.",
             ],
             tables=[

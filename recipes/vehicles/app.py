@@ -1,7 +1,8 @@
 """Which traffic sign is it? A fleet drives different roads, and its pictures stay in the vehicles.
 
 All pictures of a physical sign belong to one vehicle. A vehicle that has seen few kinds of signs alone knows few; what
-the fleet learns together is tried on signs of other roads, too (the official test).
+the fleet learns together is tried on signs of other roads, too (the official test). A network that was trained on other
+pictures before may stand in the place of the fleet's own; then only its last layer is the fleet's.
 """
 
 from typing import Literal
@@ -27,7 +28,7 @@ def experiment(
     vehicles: int = 20,
     alpha: float = 1.0,
     lr: float = 0.05,
-    method: Literal["federated", "personal", "alone", "pooled"] = "federated",
+    method: Literal["federated", "personal", "alone", "pooled", "pretrained"] = "federated",
     seed: int = 0,
 ) -> atoll.Experiment:
     """43 kinds of signs over a fleet.
@@ -38,11 +39,18 @@ def experiment(
         alpha: how different their roads are; small is very different.
         lr: learning rate.
         method: "federated" shares one network, "personal" trains it a pass further at every vehicle's, "alone" gives
-            each their own, "pooled" puts all pictures in one place.
+            each their own, "pooled" puts all pictures in one place; "pretrained" leaves EfficientNet-Lite0 as ImageNet
+            made it and solves for its last layer, from sums that every vehicle sends once.
         seed: of the roads, the cut into training and test, the initial values and the order of pictures.
     """
     fleet = atoll.datasets.traffic_signs(vehicles, alpha=alpha, seed=seed)
-    model = atoll.Model(network(), loss="cross_entropy", metrics=("accuracy",))
+    if method == "pretrained":
+        whole = atoll.pretrained("efficientnet_lite0", classes=43, size=64)
+        model = atoll.Model(whole, loss="cross_entropy", metrics=("accuracy",), features="backbone")
+        model, fleet = atoll.features(model, fleet)  # every vehicle computes its own, once
+        rounds = 1
+    else:
+        model = atoll.Model(network(), loss="cross_entropy", metrics=("accuracy",))
     plan = atoll.local_sgd(lr=lr, epochs=1, batch_size=32, momentum=0.9)
     further = atoll.local_sgd(lr=lr / 4, epochs=1, batch_size=32, momentum=0.9)
     methods = {
@@ -50,6 +58,7 @@ def experiment(
         "personal": atoll.fine_tune(plan, personal=further),
         "alone": atoll.local_only(plan),
         "pooled": atoll.pooled(plan),
+        "pretrained": atoll.fed3r(ridge=100.0),
     }
     return atoll.Experiment(
         model=model,

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from registry import ENGINES
 
 from atoll import conformance
@@ -78,6 +79,43 @@ def plain(problem: Problem, defect: str = "") -> Sequence[Sequence[float]]:
     return path
 
 
+def low_rank(problem: Problem, defect: str = "") -> Sequence[Sequence[float]]:
+    """The methods over factors by automatic differentiation, with the products averaged as they are."""
+    if problem.factors is None:
+        raise Unsupported(problem.method)
+    scale = problem.factors.scale
+    x = torch.tensor(problem.start, dtype=torch.float64)
+    a = torch.tensor([problem.factors.a], dtype=torch.float64)
+    b = torch.tensor([[problem.factors.b]], dtype=torch.float64)
+    path = []
+    for number in range(problem.rounds):
+        cohort = problem.cohort(number)
+        share = torch.tensor([len(c.targets) for c in cohort], dtype=torch.float64)
+        share /= share.sum()
+        downs, ups = [], []
+        for client in cohort:
+            own_a, own_b = a.clone().requires_grad_(problem.method != "ffa_lora"), b.clone().requires_grad_()
+            inputs, targets = (torch.tensor(v, dtype=torch.float64) for v in (client.inputs, client.targets))
+            for _ in range(problem.epochs):
+                loss = (inputs @ (x + scale * (own_b @ own_a)[0]) - targets).square().mean()
+                loss.backward()
+                with torch.no_grad():
+                    for factor in (own_a, own_b):
+                        if factor.grad is not None:
+                            factor -= problem.lr * factor.grad
+                            factor.grad = None
+            downs.append(own_a.detach())
+            ups.append(own_b.detach())
+        a, b = (torch.tensordot(share, torch.stack(f), 1) for f in (downs, ups))
+        exact = scale * sum(p * (up @ down)[0] for p, up, down in zip(share, ups, downs, strict=True))
+        if problem.method in ("fedex_lora", "flora") and defect != "averages of the factors":
+            path.append((x + exact).tolist())
+            x = x + exact - scale * (b @ a)[0]
+        else:
+            path.append((x + (1.0 if defect == "without the scale" else scale) * (b @ a)[0]).tolist())
+    return path
+
+
 def verdicts(outcomes: Sequence[Outcome]) -> dict[str, str]:
     return {o.problem: o.verdict for o in outcomes}
 
@@ -94,6 +132,20 @@ def test_an_implementation_in_plain_python_passes() -> None:
     found = verdicts(conformance.run(plain))
     assert set(found.values()) == {"passes", "not offered"}
     assert sum(v == "passes" for v in found.values()) == 16
+
+
+def test_low_rank_averages_agree_with_automatic_differentiation() -> None:
+    found = [o for o in conformance.run(low_rank) if o.verdict != "not offered"]
+    assert [o.verdict for o in found] == ["passes"] * 4 and {o.off < 1e-12 for o in found} == {True}
+
+
+@pytest.mark.parametrize(
+    ("defect", "methods"),
+    [("averages of the factors", {"fedex_lora", "flora"}), ("without the scale", {"fedit", "ffa_lora"})],
+)
+def test_defects_of_low_rank_averages_are_found(defect: str, methods: set[str]) -> None:
+    failed = [o for o in conformance.run(lambda problem: low_rank(problem, defect)) if o.verdict == "fails"]
+    assert {o.method for o in failed} == methods and min(o.off for o in failed) > 1e-3
 
 
 DEFECTS = {

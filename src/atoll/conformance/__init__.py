@@ -8,7 +8,7 @@ Problems and answers need nothing but Python, so that they can be run where torc
 of them. `python -m atoll.conformance` runs Atoll itself, on every engine.
 """
 
-from atoll.conformance.problems import PROBLEMS, Client, Problem
+from atoll.conformance.problems import PROBLEMS, Client, Factors, Problem
 from atoll.conformance.running import Adapter, Outcome, Unsupported, page, run, table
 
-__all__ = ["PROBLEMS", "Adapter", "Client", "Outcome", "Problem", "Unsupported", "page", "run", "table"]
+__all__ = ["PROBLEMS", "Adapter", "Client", "Factors", "Outcome", "Problem", "Unsupported", "page", "run", "table"]

@@ -15,6 +15,10 @@ from atoll.engines import Engine
 from atoll.local import Plan, local_sgd
 from atoll.model import Model
 from atoll.rounds import Process
+from atoll.transfer.low_rank import Aggregation, LoraModel, lora
+
+AGGREGATIONS: dict[str, Aggregation] = {"fedit": "fedit", "ffa_lora": "ffa", "flora": "flora", "fedex_lora": "fedex"}
+WEIGHT = "0.weight"
 
 
 def adapter(engine: str | Engine = "auto") -> Adapter:
@@ -23,15 +27,16 @@ def adapter(engine: str | Engine = "auto") -> Adapter:
     def run(problem: Problem) -> Sequence[Sequence[float]]:
         plan = local_sgd(problem.lr, epochs=problem.epochs, batch_size=problem.batch)
         chosen = engine if isinstance(engine, str) else engine.fresh()
-        process = Process(
-            _model(problem), _algorithm(problem, plan), engine=chosen,
-            aggregator=aggregators.mean(weights=problem.weights),
-        )  # fmt: skip
+        model = _model(problem)
+        algorithm = model.algorithm(plan) if isinstance(model, LoraModel) else _algorithm(problem, plan)
+        weights = aggregators.mean(weights=problem.weights)
+        process = Process(model, algorithm, engine=chosen, aggregator=weights)
         data, path = _data(problem), list[list[float]]()
-        state = process.init()
+        state = process.init(initial=_begun(problem, model))
         for number in range(problem.rounds):
             state, _ = process.next(state, data, [c.name for c in problem.cohort(number)])
-            path.append(process.vector(state).tolist())
+            vector = process.vector(state)
+            path.append((model.weights(vector)[WEIGHT] if isinstance(model, LoraModel) else vector).flatten().tolist())
         return path
 
     return run
@@ -72,8 +77,24 @@ def _logistic(output: Tensor, target: Tensor) -> Tensor:
 def _model(problem: Problem) -> Model:
     layer = nn.Linear(len(problem.start), 1, bias=False, dtype=torch.float64)
     with torch.no_grad():
-        layer.weight.copy_(torch.tensor([problem.start]))
-    return Model(layer, _squared if problem.loss == "squared" else _logistic)
+        layer.weight.copy_(torch.tensor([problem.start], dtype=torch.float64))
+    loss = _squared if problem.loss == "squared" else _logistic
+    if problem.method not in AGGREGATIONS:
+        return Model(layer, loss)
+    assert problem.factors is not None
+    aggregation, scale = AGGREGATIONS[problem.method], problem.factors.scale
+    return lora(Model(nn.Sequential(layer), loss), rank=1, targets=("0",), aggregation=aggregation, alpha=scale)
+
+
+def _begun(problem: Problem, model: Model) -> Tensor:
+    """The parameters a run begins with."""
+    vector = model.init()
+    if isinstance(model, LoraModel) and problem.factors is not None:
+        values = {**model.constants(), **model.layout.view(vector)}
+        (one,) = model.adapted
+        values[one.a].copy_(torch.tensor([problem.factors.a], dtype=torch.float64))
+        values[one.b].fill_(problem.factors.b)
+    return vector
 
 
 def _data(problem: Problem) -> FederatedDataset:

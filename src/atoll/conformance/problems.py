@@ -30,6 +30,21 @@ class Client:
 
 
 @dataclass(frozen=True)
+class Factors:
+    """What is trained in the place of the parameters: the model is the inner product of x + scale * b a with the input.
+
+    Attributes:
+        a: start of A, [1, d] of a model with d parameters.
+        b: start of B, [1, 1].
+        scale: of the product.
+    """
+
+    a: Vector
+    b: float
+    scale: float
+
+
+@dataclass(frozen=True)
 class Problem:
     """What an implementation is to do, and what must come out.
 
@@ -50,7 +65,8 @@ class Problem:
         rounds: how many.
         cohorts: who takes part in each round; empty: everyone in all.
         weights: "examples", or "uniform": of clients in the mean.
-        expected: the server's parameters after every round, or after the last alone.
+        factors: of rank one, which clients train in the place of the parameters; None: there are none.
+        expected: the server's parameters after every round, or after the last alone; with factors x + scale * b a.
         tolerance: largest difference allowed in any number.
     """
 
@@ -68,6 +84,7 @@ class Problem:
     loss: Literal["squared", "logistic"] = "squared"
     cohorts: tuple[tuple[str, ...], ...] = ()
     weights: Literal["examples", "uniform"] = "examples"
+    factors: Factors | None = None
     tolerance: float = 1e-6
 
     def cohort(self, round: int) -> tuple[Client, ...]:
@@ -339,14 +356,16 @@ def _servers() -> list[Problem]:
     ]  # fmt: skip
 
 
+LINES = (
+    Client("one", ((1.0, 0.5), (-0.5, 1.0)), (1.0, -2.0)),
+    Client("two", ((0.3, -1.0), (1.2, 0.4), (-0.7, -0.6)), (0.5, 2.0, 1.0)),
+    Client("three", ((0.1, 1.1),), (-1.0,)),
+)
+
+
 def _regressions() -> list[Problem]:
-    lines = (
-        Client("one", ((1.0, 0.5), (-0.5, 1.0)), (1.0, -2.0)),
-        Client("two", ((0.3, -1.0), (1.2, 0.4), (-0.7, -0.6)), (0.5, 2.0, 1.0)),
-        Client("three", ((0.1, 1.1),), (-1.0,)),
-    )
-    xs = [x for c in lines for x in c.inputs]
-    ys = [y for c in lines for y in c.targets]
+    xs = [x for c in LINES for x in c.inputs]
+    ys = [y for c in LINES for y in c.targets]
     (aa, ab), (_, bb) = ([sum(x[i] * x[j] for x in xs) for j in (0, 1)] for i in (0, 1))
     ay, by = (sum(x[i] * y for x, y in zip(xs, ys, strict=True)) for i in (0, 1))
     area = aa * bb - ab * ab
@@ -359,7 +378,7 @@ def _regressions() -> list[Problem]:
     )
     return [
         Problem(
-            name="least squares", method="fedavg", clients=lines, start=(0.5, -0.5), lr=0.6, batch=3, epochs=1,
+            name="least squares", method="fedavg", clients=LINES, start=(0.5, -0.5), lr=0.6, batch=3, epochs=1,
             rounds=25, expected=(solution,),
             derivation="One step on all of a client's examples, weighted by their number, is gradient descent on all "
             "examples together: it ends at the solution of the pooled normal equations X'X w = X'y.",
@@ -388,4 +407,76 @@ def _newton(clients: Sequence[Client]) -> Vector:
     return w0, w1
 
 
-PROBLEMS: tuple[Problem, ...] = (*_fedavg(), *_corrected(), *_servers(), *_regressions())
+LowRank = tuple[float, float, float]
+"""a_1, a_2 and b."""
+
+
+def _low_rank() -> list[Problem]:
+    start, begun, count, lr, rounds = (0.5, -0.5), Factors((0.6, -0.4), 0.0, 1.5), 4, 0.2, 6
+    shares = [len(c.targets) / sum(len(d.targets) for d in LINES) for c in LINES]
+
+    def product(f: LowRank) -> Vector:
+        return begun.scale * f[2] * f[0], begun.scale * f[2] * f[1]
+
+    def trained(w: Vector, f: LowRank, client: Client, both: bool) -> LowRank:
+        """A client's factors after its steps on all of its examples, by the slope g in x + scale * b a."""
+        for _ in range(count):
+            now = [w[i] + product(f)[i] for i in (0, 1)]
+            g = [0.0, 0.0]
+            for x, y in zip(client.inputs, client.targets, strict=True):
+                error = now[0] * x[0] + now[1] * x[1] - y
+                g = [g[i] + 2 * error * x[i] / len(client.targets) for i in (0, 1)]
+            by = lr * begun.scale
+            moved = [f[i] - by * f[2] * g[i] if both else f[i] for i in (0, 1)]
+            f = (moved[0], moved[1], f[2] - by * (f[0] * g[0] + f[1] * g[1]))
+        return f
+
+    def mean(of: Sequence[Sequence[float]]) -> tuple[float, ...]:
+        return tuple(sum(p * v for p, v in zip(shares, column, strict=True)) for column in zip(*of, strict=True))
+
+    def path(method: str) -> tuple[Vector, ...]:
+        w, f, found = start, (begun.a[0], begun.a[1], begun.b), list[Vector]()
+        for _ in range(rounds):
+            ends = [trained(w, f, c, both=method != "ffa_lora") for c in LINES]
+            a, d, b = mean(ends)
+            f = (a, d, b)
+            if method == "fedex_lora":
+                exact, got = mean([product(e) for e in ends]), product(f)
+                w = (w[0] + exact[0] - got[0], w[1] + exact[1] - got[1])
+            found.append((w[0] + product(f)[0], w[1] + product(f)[1]))
+        return tuple(found)
+
+    base: dict[str, Any] = {"clients": LINES, "start": start, "lr": lr, "batch": 3, "epochs": count, "factors": begun}
+    steps = (
+        "With g a client's slope in the weight x + scale * b a, its step is b <- b - eta scale a g' and a <- a - eta "
+        "scale b g, both at once, with x constant. {}"
+    )
+    exact = path("fedex_lora")
+    return [
+        Problem(
+            name="factors averaged each for itself", method="fedit", rounds=rounds, expected=path("fedit"),
+            derivation=steps.format("The server's factors are sum p_i a_i and sum p_i b_i."), **base,
+        ),
+        Problem(
+            name="one factor constant", method="ffa_lora", rounds=rounds, expected=path("ffa_lora"),
+            derivation=steps.format("Here a is never trained, so that the mean of b is that of the products."), **base,
+        ),
+        Problem(
+            name="the average of the products, factors kept", method="fedex_lora", rounds=rounds, expected=exact,
+            derivation=steps.format(
+                "The server's factors are means, and x <- x + scale (sum p_i b_i a_i - (sum p_i b_i)(sum p_i a_i)): "
+                "a round ends at the x it began with plus scale sum p_i b_i a_i."
+            ),
+            **base,
+        ),
+        Problem(
+            name="the average of the products, factors anew", method="flora", rounds=1, expected=exact[:1],
+            derivation=steps.format(
+                "x <- x + scale sum p_i b_i a_i. Later rounds begin with factors that are drawn, and are not asked for."
+            ),
+            **base,
+        ),
+    ]  # fmt: skip
+
+
+PROBLEMS: tuple[Problem, ...] = (*_fedavg(), *_corrected(), *_servers(), *_regressions(), *_low_rank())

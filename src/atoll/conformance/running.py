@@ -102,6 +102,7 @@ def page(problems: Sequence[Problem] = PROBLEMS) -> str:
             f"- loss {problem.loss}, start {_numbers(problem.start)}, rate {problem.lr:g}, batches of {problem.batch}, "
             f"passes {problem.epochs}, rounds {problem.rounds}, {who}, weights by {problem.weights}"
             + (f", {options}" if options else "")
+            + (f", factors a {_numbers(f.a)}, b {f.b:g}, scale {f.scale:g}" if (f := problem.factors) else "")
             + f"\n- expected after {'each' if whole else 'the last'} round: {numbers}; tolerance {problem.tolerance:g}"
         )
     return "\n\n".join(parts) + "\n"
