@@ -150,6 +150,32 @@ def test_names_do_not_depend_on_what_was_built_before() -> None:
     assert process.private_names == {"dense_1/kernel", "dense_1/bias"}
 
 
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+def test_layers_that_are_not_trainable_are_constants(engine: str) -> None:
+    network, module = perceptron()
+    network.layers[0].trainable = False
+    module[0].requires_grad_(False)
+    model, twin = atoll.from_keras(network, "cross_entropy"), atoll.Model(module, "cross_entropy")
+    assert model.buffer_layout.size == 0 and model.size == twin.size == 33
+    assert model.frozen_bytes == twin.frozen_bytes == 4 * 50
+    found, expected = trained(model, clients(4), engine), trained(twin, clients(4), engine)
+    torch.testing.assert_close(transposed(found[0], model), expected[0], rtol=0, atol=NEAR)
+
+
+def test_statistics_of_a_layer_that_is_not_trainable_stay_as_they_are() -> None:
+    parts = NETWORKS["statistics"][1]()
+    still = next(part for part in parts if isinstance(part, layers.BatchNormalization))
+    still.trainable = False
+    network = keras.Sequential([keras.Input((4,)), *parts])
+    before = [np.array(w) for w in still.get_weights()]
+    model = atoll.from_keras(network, "cross_entropy")
+    assert model.buffer_layout.size == 0
+    vector, _, losses = trained(model, clients(4))
+    after: Any = model.module(vector)
+    kept = after.keras().layers[network.layers.index(still)].get_weights()
+    assert all(np.array_equal(a, b) for a, b in zip(before, kept, strict=True)) and losses[2] < losses[0]
+
+
 def test_a_trained_keras_model_comes_back() -> None:
     network = keras.Sequential([keras.Input((4,)), *NETWORKS["statistics"][1]()])
     before = [np.array(w) for w in network.get_weights()]

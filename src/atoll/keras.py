@@ -34,6 +34,7 @@ class _Held:
 class Stateless(nn.Module):
     """A Keras model whose variables are this module's parameters and buffers.
 
+    What a layer holds that is not `trainable` is a frozen parameter: a constant of the model, which never travels.
     Names are those of Keras without the counter of the process: `dense/kernel`, `dense_1/bias`, whatever was built
     before. Masks of Keras's random layers are drawn from torch's generator, which keys them by client, round and step.
 
@@ -49,8 +50,21 @@ class Stateless(nn.Module):
         self._others = _names(model, model.non_trainable_variables, renamed)
         for name, variable in zip(self._trained, model.trainable_variables, strict=True):
             self.register_parameter(name, nn.Parameter(_value(variable)))
+        frozen = {
+            id(variable)
+            for part in model._flatten_layers()  # pyright: ignore[reportPrivateUsage]
+            if not part.trainable
+            for variable in part.variables
+        }
+        self._seeds = frozenset(
+            n for n, v in zip(self._others, model.non_trainable_variables, strict=True) if v.name == SEED
+        )
         for name, variable in zip(self._others, model.non_trainable_variables, strict=True):
-            if variable.name != SEED:
+            if name in self._seeds:
+                continue
+            if id(variable) in frozen:
+                self.register_parameter(name, nn.Parameter(_value(variable), requires_grad=False))
+            else:
                 self.register_buffer(name, _value(variable))
         self.config = _config(model, renamed)
 
@@ -61,7 +75,7 @@ class Stateless(nn.Module):
         if isinstance(x, torch.fx.Proxy):
             raise TypeError("a Keras model has no graph of torch's layers")
         trained = [getattr(self, n) for n in self._trained]
-        others = [self._drawn() if n not in self._buffers else getattr(self, n) for n in self._others]
+        others = [self._drawn() if n in self._seeds else getattr(self, n) for n in self._others]
         with keras.device(f"{trained[0].device.type}:{trained[0].device.index or 0}"):
             output, renewed = self._held.model.stateless_call(trained, others, x, training=self.training)
         for name, old, new in zip(self._others, others, renewed, strict=True):
@@ -80,7 +94,7 @@ class Stateless(nn.Module):
             (self._others, made.non_trainable_variables),
         ):
             for name, variable in zip(names, variables, strict=True):
-                if variable.name != SEED:
+                if name not in self._seeds:
                     variable.assign(getattr(self, name).detach())
         return made
 

@@ -94,6 +94,15 @@ def test_fedncm_is_the_nearest_mean_of_the_pooled_data(engine: Callable[[], Engi
     assert np.array_equal((z @ weight.T + bias).argmax(axis=1), nearest.predict(z))
 
 
+@pytest.mark.parametrize("build", [fed3r, fedncm])
+def test_the_layer_may_be_the_whole_model(build: Callable[[], Algorithm]) -> None:
+    clients = data()
+    bare = nn.Linear(INPUTS, CLASSES, dtype=torch.float64)
+    within = Model(stack(head=nn.Linear(INPUTS, CLASSES, dtype=torch.float64)), "cross_entropy")
+    alone = solved(build(), Model(bare, "cross_entropy"), clients)
+    torch.testing.assert_close(alone, solved(build(), within, clients), rtol=0, atol=0)
+
+
 def test_regression_too() -> None:
     made = model(outputs=2, loss="mse")
     clients, draw = data(), torch.Generator().manual_seed(8)

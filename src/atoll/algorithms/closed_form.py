@@ -31,12 +31,16 @@ class State(NamedTuple):
 
 
 class Head(NamedTuple):
-    """The layer that is solved for."""
+    """The layer that is solved for; without a name it is the whole model."""
 
     name: str
     width: int  # inputs d
     outputs: int  # K
     bias: bool
+
+    def parameter(self, name: str) -> str:
+        """Its weight's or bias's name in the model; the layer may be the model itself."""
+        return f"{self.name}.{name}" if self.name else name
 
 
 Statistics = Callable[[Tensor, Tensor], Tensor]
@@ -94,7 +98,13 @@ def find_head(model: Model, name: str | None, method: str) -> Head:
     Raises:
         InvalidArgument: there is no such layer, or several could be meant.
     """
-    known = {n: m for n, m in model.modules() if isinstance(m, nn.Linear) and f"{n}.weight" in model.layout.names}
+    known: dict[str, Head] = {}
+    for at, layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            biased = isinstance(getattr(layer, "bias", None), Tensor)
+            one = Head(at, layer.in_features, layer.out_features, biased)
+            if one.parameter("weight") in model.layout.names:
+                known[at] = one
     told = ", ".join(known) or "none"
     if name is None and len(known) != 1:
         raise InvalidArgument(
@@ -103,12 +113,12 @@ def find_head(model: Model, name: str | None, method: str) -> Head:
         )
     if name is not None and name not in known:
         raise invalid("head", name, f"the name of a linear layer that is trained: {told}")
-    found = next(iter(known)) if name is None else name
-    layer = known[found]
-    bias = isinstance(getattr(layer, "bias", None), Tensor)
-    if bias and f"{found}.bias" not in model.layout.names:
-        raise InvalidArgument(f"{method} solves for the bias of {found!r} too, but it is frozen: train it, or drop it.")
-    return Head(found, layer.in_features, layer.out_features, bias)
+    found = known[next(iter(known)) if name is None else name]
+    if found.bias and found.parameter("bias") not in model.layout.names:
+        raise InvalidArgument(
+            f"{method} solves for the bias of {found.name!r} too, but it is frozen: train it, or drop it."
+        )
+    return found
 
 
 def _bound(spec: Spec, layout: Layout, head: Head, method: Callable[[Head], Method]) -> Algorithm:
@@ -138,9 +148,9 @@ def _bound(spec: Spec, layout: Layout, head: Head, method: Callable[[Head], Meth
         weight, bias = form.solve(total)
         vector = state.vector.clone()
         views = layout.view(vector)
-        views[f"{head.name}.weight"].copy_(weight)
+        views[head.parameter("weight")].copy_(weight)
         if head.bias:
-            views[f"{head.name}.bias"].copy_(bias)
+            views[head.parameter("bias")].copy_(bias)
         return State(vector, total)
 
     def accepts(model: Model, data: Any) -> None:
@@ -153,8 +163,8 @@ def _bound(spec: Spec, layout: Layout, head: Head, method: Callable[[Head], Meth
             )
         with torch.no_grad():
             output = model.call(views, held, batch, train=False)
-        own = views[f"{head.name}.bias"] if head.bias else None
-        found = nn.functional.linear(inputs, views[f"{head.name}.weight"], own)
+        own = views[head.parameter("bias")] if head.bias else None
+        found = nn.functional.linear(inputs, views[head.parameter("weight")], own)
         if output.shape != found.shape or not torch.allclose(output, found, rtol=1e-4, atol=1e-5):
             raise InvalidArgument(
                 f"{spec['name']} solves for {head.name!r}, but the model's output is not what that layer gives: name "
