@@ -19,9 +19,9 @@ from atoll.bench import figures, workloads
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 NAMES = (
-    "compression", "compression_speed", "deployment", "flamby_heart", "inversion", "long_run", "mnist_2nn", "mnist_cnn",
-    "niid_mnist", "opacus_mnist", "personalisation", "privacy", "recipes", "robustness", "round_time", "rules", "scale",
-    "secagg", "transfer",
+    "compression", "compression_speed", "deployment", "flamby_heart", "inversion", "long_run", "method_time",
+    "mnist_2nn", "mnist_cnn", "niid_mnist", "opacus_mnist", "personalisation", "privacy", "recipes", "robustness",
+    "round_time", "rules", "scale", "secagg", "transfer",
 )  # fmt: skip
 SHARED = ("mnist_images", "reporting")
 SPEED = ("run", "scaling", "environments", "figures", "workloads", "networks", "modules", "harness", "digest")
