@@ -21,12 +21,13 @@ from atoll.algorithms import Algorithm
 
 PARTIES = 10
 ALPHA = 0.5
-ROUNDS, PUBLISHED_ROUNDS = 5, 50
+ROUNDS, PUBLISHED_ROUNDS = 7, 50
 EPOCHS = 10
 BATCH = 64
 LR, MOMENTUM = 0.01, 0.9
-PLAIN_LR = 0.1
-"""Of scaffold, which takes no momentum: LR / (1 - MOMENTUM), how far a steady gradient moves the model in a step."""
+PLAIN_LR = 0.05
+"""Of scaffold, which takes no momentum: half of LR / (1 - MOMENTUM), by which a steady gradient would move the model as
+far in a step; at that rate the corrections of parties of such different sizes grow from round to round."""
 MU = 0.01
 PUBLISHED: Mapping[str, float] = {"fedavg": 0.9889, "scaffold": 0.9907, "fedprox": 0.9902, "fednova": 0.9803}
 TOLERANCE = 0.005
@@ -159,7 +160,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"{epochs} local epochs, batches of {BATCH}, sgd with rate {LR:g} and momentum {MOMENTUM:g}; two "
                 f"convolutions of 6 and 16 channels and three linear layers, {model().size:,} parameters. fedprox: mu "
                 f"{MU:g}. scaffold (option II) is defined for plain sgd and runs with rate {PLAIN_LR:g} and no "
-                "momentum: a steady gradient moves the model as far. Nothing was tuned.",
+                f"momentum, half of the {LR / (1 - MOMENTUM):g} at which a steady gradient moves the model as far. "
+                "That rate was tried first: accuracy rose to 97.7 and fell to 91.2 in the fifth round, and a plain "
+                "loop on a fifth of the images did likewise. The published code adds the corrections beside the "
+                "momentum. Nothing else was tuned.",
                 "Accuracy in percent on the official 10,000 test images after the last round, mean over seeds "
                 f"{', '.join(map(str, seeds))}; published: a replication of the row with one seed.{cut} A method is "
                 f"within when it is no more than {100 * TOLERANCE:g} points from the published figure; above is better "

@@ -1,6 +1,7 @@
 """What a run gives back: the model, its history, and ways to look at both."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -190,10 +191,7 @@ class Result:
             body["spec"],
             body["engine"],
             body["privacy"],
-            {
-                kind: {c: {m: float("nan") if v is None else v for m, v in values.items()} for c, values in of.items()}
-                for kind, of in body["clients"].items()
-            },
+            clients_of(body["clients"]),
             body["notes"],
             folder,
             model,
@@ -263,3 +261,11 @@ class Result:
         found = self._process.personal(self._state, self._data, [client])
         assert found.buffers is not None
         return found.rows[0], found.buffers[0]
+
+
+def clients_of(body: Mapping[str, Mapping[str, Mapping[str, float | None]]]) -> dict[str, dict[str, dict[str, float]]]:
+    """Metrics of clients as they are written down, where what is undefined is None, as they are told."""
+    return {
+        kind: {c: {m: float("nan") if v is None else v for m, v in values.items()} for c, values in of.items()}
+        for kind, of in body.items()
+    }

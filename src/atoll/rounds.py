@@ -314,7 +314,7 @@ class Process:
 
     def vector(self, state: State) -> Tensor:
         """A copy of the global model [P]; private parameters at their start values."""
-        return self._whole(self.algorithm.model(state.algorithm), state.private).clone()
+        return self.whole(self.algorithm.model(state.algorithm), state.private).clone()
 
     def open(
         self,
@@ -990,7 +990,7 @@ class Process:
 
     def survey(self, task: Task, part: "Split") -> tuple[Tensor, tuple[Any, ...]]:
         """Sums [clients, 2 + ...] of the global model over clients' examples, and the metrics."""
-        return split_sums(self.model, self._whole(task.message.vector, task.private), task.buffers, part)
+        return split_sums(self.model, self.whole(task.message.vector, task.private), task.buffers, part)
 
     def examine(
         self,
@@ -1016,7 +1016,7 @@ class Process:
         if personal:
             rows, buffers = self.personal_rows(task, cohort, remembered)
         else:
-            vector = self._whole(task.message.vector, task.private)
+            vector = self.whole(task.message.vector, task.private)
             rows, buffers = vector.expand(count, -1), task.buffers.expand(count, -1)
         assert buffers is not None
         sizes = split.sizes[torch.from_numpy(places)]
@@ -1051,7 +1051,7 @@ class Process:
             found = self.algorithm.personal(task.message, own, cohort)
         return Personal(found.rows, cohort.buffers if found.buffers is None else found.buffers)
 
-    def _whole(self, shared: Tensor, private: Tensor) -> Tensor:
+    def whole(self, shared: Tensor, private: Tensor) -> Tensor:
         """A model [P] of its shared [D] and private [P - D] part; the shared part itself where nothing is private."""
         if self.selection.everything:
             return shared

@@ -20,10 +20,15 @@ from atoll.net.storage import state_of
 SITES = ("hospital-a", "hospital-b")
 
 
-def simulated(found: Place, rounds: int) -> torch.Tensor:
-    """The model that one client after the other gives, on one machine."""
+def simulation(found: Place, rounds: int) -> atoll.Result:
+    """What one client after the other gives, on one machine."""
     experiment = build(found.folder / "app.py", {"rounds": str(rounds)}, str(found.folder / "all.csv"))
-    return experiment.simulate(engine="loop", progress=False).vector
+    return experiment.simulate(engine="loop", progress=False)
+
+
+def simulated(found: Place, rounds: int) -> torch.Tensor:
+    """The model of the same."""
+    return simulation(found, rounds).vector
 
 
 def deployed(found: Place, name: str) -> torch.Tensor:
@@ -63,10 +68,17 @@ def test_a_newcomers_way_from_nothing_to_a_model(tmp_path: Path) -> None:
         approved(found)
         told = found.atoll("watch", name)
         assert "round 3/3: 2 updates" in told and "finished" in told
-        assert torch.equal(deployed(found, "heart"), simulated(found, 3)), "the very bits of the simulation"
+        assert told.count("held-out examples after round") == 3
+        result, same = atoll.Result.load(found.run("heart")), simulation(found, 3)
+        assert torch.equal(result.vector, same.vector), "the very bits of the simulation"
+        for mine, expected in zip(result.history, same.history, strict=True):
+            assert set(mine.test) == {"loss", "auc"}
+            assert mine.test == pytest.approx(expected.test, abs=1e-6, nan_ok=True)
+        for site, metrics in same.clients["global"].items():
+            assert result.clients["global"][site] == pytest.approx(metrics, abs=1e-6, nan_ok=True)
         assert "finished" in found.atoll("runs", "atoll-server/runs") and "finished" in found.atoll("runs", "--server")
         left = found.atoll("audit", "--home", "atoll-hospital-a")
-        assert left.count("update") == 3 and "survey" in left
+        assert left.count("update") == 3 and left.count("evaluation") == 3 and "survey" in left
         checked = found.atoll("doctor", "--home", "atoll-hospital-a", "--data", "hospital-a.csv")
         assert "BAD" not in checked and "20 rows" in checked
         no_secret_is_written(found, words)

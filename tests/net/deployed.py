@@ -23,12 +23,18 @@ def sites(build: Callable[[], Process], data: FederatedDataset) -> dict[str, Tra
 
 
 def deploy(
-    build: Callable[[], Process], data: FederatedDataset, rounds: int, training: Mapping[str, Training], **more: Any
+    build: Callable[[], Process],
+    data: FederatedDataset,
+    rounds: int,
+    training: Mapping[str, Training],
+    *,
+    evaluate: int = 0,
+    **more: Any,
 ) -> World:
     """A finished run."""
     channel = build().chain.channel
     sums = 0 if channel.seal is None else channel.least
-    plan = Plan("r", rounds, least=len(data.clients), keep=not sums, sums=sums)
+    plan = Plan("r", rounds, least=len(data.clients), keep=not sums, sums=sums, evaluate=evaluate)
     made = World(build(), plan, dict(training), **more).run()
     assert made.done, (made.server and made.server.state, made.notices)
     return made

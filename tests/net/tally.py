@@ -76,6 +76,7 @@ def tallied(rounds: int, sites: int, sealed: bool = False) -> tuple[Process, dic
 
     process = made()
     training: dict[str, Training] = {
-        name: Trainer(made(), FederatedDataset.from_arrays({name: pair})) for name, pair in data.items()
+        name: Trainer(made(), FederatedDataset.from_arrays({name: pair}, test={name: pair}))
+        for name, pair in data.items()
     }
-    return process, training, FederatedDataset.from_arrays(data)
+    return process, training, FederatedDataset.from_arrays(data, test=data)

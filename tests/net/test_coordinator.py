@@ -149,6 +149,7 @@ EVENTS: dict[type, Any] = {
     core.Summed: lambda s: core.Summed(s.round, s.turn, FOUR, "e" * 64),
     core.Voided: lambda s: core.Voided(s.round, s.turn, "too few", {}),
     core.Reduced: lambda s: core.Reduced(s.round, s.attempt, MODEL),
+    core.Evaluated: lambda s: core.Evaluated(s.round),
     core.Failed: lambda s: core.Failed(s.round, s.attempt, "it broke"),
     core.Ticked: lambda s: core.Ticked(),
     core.Pause: lambda s: core.Pause("a rest"),
@@ -163,6 +164,7 @@ MISPLACED = {
     *((p, W.Started) for p in Phase),
     *((p, W.Opened) for p in Phase if p is not P.OPENING),
     *((p, W.Reduced) for p in Phase if p is not P.REDUCING),
+    *((p, W.Evaluated) for p in Phase),  # of a run that evaluates, see below
     *((p, e) for e in (W.Advanced, W.Summed, W.Voided) for p in Phase),  # the machine speaks when it is asked
     *((p, W.Failed) for p in Phase if p not in (P.OPENING, P.COLLECTING, P.SUMMING, P.REDUCING)),
     *((p, e) for e in (W.Resume, W.Discard) for p in Phase if p is not P.PAUSED),
@@ -195,7 +197,8 @@ def test_every_event_in_every_phase(phase: Phase, event: type) -> None:
 def test_any_sequence_of_events(seed: int) -> None:
     """The state is always that of its journal (checked by `Run`), and an accepted update stays until its round ends."""
     rng = random.Random(seed)
-    run = Run(Plan("r", 3, least=2, cohort=2, over=1.5, quorum=2, deadline=5.0, attempts=2))
+    evaluate = rng.choice([0, 1, 2])
+    run = Run(Plan("r", 3, least=2, cohort=2, over=1.5, quorum=2, deadline=5.0, attempts=2, evaluate=evaluate))
     for _ in range(60):
         event = EVENTS[rng.choice(list(EVENTS))](run.state)
         if hasattr(event, "site"):
@@ -212,11 +215,14 @@ def test_any_sequence_of_events(seed: int) -> None:
         run(event)
         lost = before.accepted.keys() - run.state.accepted.keys()
         given_up = isinstance(event, core.Revoked | core.Discard | core.Stop)
-        assert not lost or run.state.round > before.round or given_up
+        heard = isinstance(event, core.Evaluated | core.Failed) and before.kind == "evaluate"
+        assert not lost or run.state.round > before.round or given_up or heard
         assert not run.state.accepted.keys() & run.state.excluded.keys()
         assert run.state.accepted.keys() <= set(run.state.cohort)
         if run.state.phase is Phase.REDUCING:
-            assert len(run.state.accepted) >= 2
+            assert len(run.state.accepted) >= (1 if run.state.kind == "evaluate" else 2)
+        assert (run.state.attempt == 0) or run.state.kind == "train"
+        assert run.state.evaluated <= run.state.round
 
 
 # --- updates ----------------------------------------------------------------------------------------------------------
@@ -316,6 +322,102 @@ def test_a_site_that_went_stays_out_of_the_attempt() -> None:
     run(core.Joined("a"))
     assert answer(run(update("a", run.state))).cause == "excluded"
     assert isinstance(answer(run(core.Asked("a"))), Wait)
+
+
+# --- evaluations ------------------------------------------------------------------------------------------------------
+
+EVALUATED = msgspec.structs.replace(PLAN, evaluate=1)
+
+
+def examined(plan: Plan = EVALUATED) -> Run:
+    """A run whose first round is done, and whose sites are asked what its model is worth."""
+    run = Run(plan).opened()
+    for name in NAMES:
+        run(update(name, run.state))
+    *_, opened = run(core.Reduced(0, 1, MODEL))
+    assert opened == core.Open(1, 0, NAMES, 3, "")
+    run.opened()
+    assert run.state.kind == "evaluate" and run.state.deadline == plan.patience
+    return run
+
+
+def test_after_a_round_everybody_is_asked_what_its_model_is_worth() -> None:
+    run = examined()
+    assert isinstance(run(core.Asked("a"))[0], core.Offer)
+    run(update("c", run.state))
+    assert answer(run(update("c", run.state))) == Received("r", 1, 0, (0, 1)), "it is heard once"
+    run(update("a", run.state))
+    *_, reduce = run(update("b", run.state))
+    assert isinstance(reduce, core.Reduce) and (reduce.round, reduce.attempt) == (1, 0)
+    assert [u.claim.site for u in reduce.updates] == ["a", "b", "c"]
+    assert run(core.Reduced(1, 0, MODEL)) == (core.Misplaced("Reduced", Phase.REDUCING),)
+    *_, opened = run(core.Evaluated(1))
+    assert opened == core.Open(1, 1, NAMES, 3, ""), "the very cohort and attempt of a run without evaluations"
+    assert run.state.kind == "train" and run.state.sites["a"].counted == (1, 0)
+    assert run(core.Evaluated(1)) == (core.Misplaced("Evaluated", Phase.OPENING),)
+
+
+def test_the_same_bytes_are_no_alarm_in_an_evaluation() -> None:
+    run = examined()
+    run(update("a", run.state))
+    assert not [e for e in run(update("b", run.state)) if isinstance(e, core.Alarm)]
+
+
+def test_an_evaluation_waits_no_longer_than_it_may_and_needs_nobody() -> None:
+    for said in ("", "a"):
+        run = examined()
+        for name in said:
+            run(update(name, run.state))
+        run.now = EVALUATED.patience
+        effects = run(core.Ticked())
+        if said:
+            assert run.state.phase is Phase.REDUCING
+            effects = run(core.Evaluated(1))
+        assert effects[-1] == core.Open(1, 1, NAMES, 3, "") and run.state.evaluated == 1
+        assert answer(run(update("b", run.state, attempt=0))).cause == "stale"
+    assert Plan("r", 1, evaluate=1).patience == 600.0
+
+
+def test_an_evaluation_that_fails_does_not_hold_the_run() -> None:
+    run = examined()
+    assert run(core.Failed(1, 0, "its metrics broke"))[-1] == core.Open(1, 1, NAMES, 3, "")
+    run = examined()
+    run(core.Pause("a rest"))
+    run(core.Discard("enough of it"))
+    assert run(core.Resume())[-1] == core.Open(1, 1, NAMES, 3, "")
+    run = examined()
+    run(core.Pause("a rest"))
+    assert run(core.Resume())[-1] == core.Open(1, 0, NAMES, 3, BASE), "a rest is no end of it"
+    run = examined(msgspec.structs.replace(EVALUATED, rounds=1))
+    run(core.Pause("a rest"))
+    run(core.Discard("enough of it"))
+    run(core.Resume())
+    assert run.state.phase is Phase.FINISHED
+
+
+def test_the_last_model_is_evaluated_before_the_run_ends_if_anybody_is_there() -> None:
+    for there in (True, False):
+        run = Run(msgspec.structs.replace(EVALUATED, rounds=3, evaluate=2))
+        run.opened()
+        for number in range(3):
+            for name in NAMES:
+                run(update(name, run.state))
+            if number == 2 and not there:
+                for name in NAMES:
+                    run(core.Left(name))
+            run(core.Reduced(number, 1, MODEL))
+            asked = run.state.kind == "evaluate"
+            assert asked == (number > 0 and (number < 2 or there)), "after round 2, and after the last"
+            if run.state.phase is Phase.OPENING:
+                run.opened()
+            if asked:
+                for name in NAMES:
+                    run(update(name, run.state))
+                run(core.Evaluated(number + 1))
+                if run.state.phase is Phase.OPENING:
+                    run.opened()
+        assert run.state.phase is Phase.FINISHED and run.state.reason == "all 3 rounds are done."
+        assert isinstance(answer(run(core.Asked("a"))), Ended)
 
 
 # --- time -------------------------------------------------------------------------------------------------------------
@@ -472,7 +574,8 @@ def test_another_attempt_asks_others_first() -> None:
     "options",
     [
         {"rounds": 0}, {"least": 0}, {"attempts": 0}, {"cohort": 0}, {"over": 0.5}, {"over": float("inf")},
-        {"quorum": 0}, {"quorum": 3, "cohort": 2}, {"deadline": 0.0}, {"deadline": float("nan")},
+        {"quorum": 0}, {"quorum": 3, "cohort": 2}, {"deadline": 0.0}, {"deadline": float("nan")}, {"evaluate": -1},
+        {"evaluate": 1, "sums": 3, "keep": False},
     ],
     ids=str,
 )  # fmt: skip

@@ -16,6 +16,8 @@ from atoll.net.service import Service
 
 SITES, ROUNDS = 4, 3
 STRICT = Plan("r", ROUNDS, least=SITES)
+EVALUATED = Plan("r", ROUNDS, least=SITES, evaluate=1)
+COMING = Plan("r", ROUNDS, least=2, cohort=3, over=1.3, quorum=2, deadline=8.0, attempts=2, evaluate=2)
 LOOSE = Plan("r", ROUNDS, least=2, cohort=3, over=1.3, quorum=2, deadline=8.0, attempts=2)
 
 
@@ -61,14 +63,38 @@ def fault_of(plan: Plan, seed: int, faults: Sequence[Fault], **more: Any) -> str
         return f"sums {vector[: plan.rounds].tolist()}, but {tallies} were accepted"
     if vector[plan.rounds : 2 * plan.rounds].tolist() != visits:
         return f"remembered {vector[plan.rounds : 2 * plan.rounds].tolist()}, not {visits}"
+    if wrong := evaluated_wrong(made):
+        return wrong
     for site, round, attempt in made.acknowledged - made.given_up():
-        if counted[round].get(site) != attempt:
+        if attempt and counted[round].get(site) != attempt:
             return f"{site} was told that attempt {attempt} of round {round} is safe, but {counted[round]} counted"
     for site in made.training:
         if remembered(made, site) != sum(site in c for c in counted):
             return f"{site} remembers {remembered(made, site)} rounds"
     if plan.deadline is None and not torch.equal(vector, quiet(plan)):
         return "other bits than without faults"
+    return ""
+
+
+def evaluated_wrong(made: World) -> str:
+    """What is wrong with a run's evaluations; "" when nothing is."""
+    plan, heard = made.plan, made.evaluated()
+    due = [r for r in range(1, plan.rounds + 1) if plan.evaluate and (r % plan.evaluate == 0 or r == plan.rounds)]
+    if sorted(heard) != due:
+        return f"evaluated before rounds {sorted(heard)}, not {due}"
+    assert made.server is not None
+    for round, who in heard.items():
+        found = made.said[round].splits["test"] if who else None
+        if found is not None and (list(found.clients), found.examples.tolist()) != (who, [int(s[1:]) + 1 for s in who]):
+            return f"after round {round} {who} were heard, but {found.clients} counted"
+        if plan.deadline is None and who != sorted(made.training):
+            return f"after round {round} only {who} were heard"
+    last = heard.get(plan.rounds)
+    if last:
+        value = float(made.server.process.vector(made.server.model).sum())
+        losses = made.said[plan.rounds].splits["test"].values[:, 0].tolist()
+        if any(abs(loss - value * value) > 1e-12 * value * value for loss in losses):
+            return f"the last model's losses are {losses}, not {value * value}"
     return ""
 
 
@@ -106,6 +132,19 @@ def test_every_update_counts_once(start: int) -> None:
 @pytest.mark.parametrize("start", range(0, 150, 50))
 def test_deadlines_quorums_and_sites_that_come_and_go(start: int) -> None:
     judge(LOOSE, range(start, start + 50))
+
+
+@pytest.mark.parametrize("plan", [EVALUATED, COMING], ids=["everybody", "whoever is there"])
+def test_evaluations_hear_everybody_once_and_change_nothing(plan: Plan) -> None:
+    judge(plan, range(40))
+    assert torch.equal(quiet(EVALUATED), quiet(STRICT)), "the bits of a run that is never evaluated"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", [EVALUATED, COMING], ids=["everybody", "whoever is there"])
+@pytest.mark.parametrize("start", range(1000, 2000, 100))
+def test_evaluations_at_length(plan: Plan, start: int) -> None:
+    judge(plan, range(start, start + 100))
 
 
 @pytest.mark.slow

@@ -30,6 +30,7 @@ from torch import Tensor
 from atoll.net import control, coordinator
 from atoll.net.agent import Agent, Training
 from atoll.net.coordinator import Plan
+from atoll.net.evaluating import Said
 from atoll.net.keys import public_text
 from atoll.net.masker import Masker
 from atoll.net.party import Pace
@@ -267,6 +268,7 @@ class World:
         self.acknowledged: set[tuple[str, int, int]] = set()
         self.trained: dict[tuple[str, int, int], int] = {}
         self.notices: list[str] = []
+        self.said: dict[int, Said] = {}
         self.lost: set[int] = set()
         self.again: dict[int, float] = {}
         self.late: dict[int, float] = {}
@@ -376,8 +378,9 @@ class World:
         try:
             if who == SERVER:
                 self.server = self.make_service(
-                    self.process, self.plan, disk, now=self.now, block=3, notice=self.notices.append
-                )
+                    self.process, self.plan, disk, now=self.now, block=3, notice=self.notices.append,
+                    evaluated=self.said.__setitem__,
+                )  # fmt: skip
                 for site in self.training:
                     self.server.happen(self.joined(site), self.now)
                 self.tick()
@@ -517,6 +520,17 @@ class World:
             if isinstance(entry.event, coordinator.Discard):
                 found |= {(s, a.claim.round, a.claim.attempt) for s, a in state.accepted.items()}
             state, _ = coordinator.handle(self.plan, state, entry.event, entry.now)
+        return found
+
+    def evaluated(self) -> dict[int, list[str]]:
+        """Whose answers every evaluation has in it, by the journal; of one that failed, or had none, nobody's."""
+        found, state = dict[int, list[str]](), coordinator.State()
+        for entry in self.entries():
+            before = state
+            state, _ = coordinator.handle(self.plan, state, entry.event, entry.now)
+            if state.evaluated > before.evaluated:
+                whole = isinstance(entry.event, coordinator.Evaluated)
+                found[state.evaluated] = sorted(before.accepted) if whole else []
         return found
 
     def counted(self) -> list[dict[str, int]]:

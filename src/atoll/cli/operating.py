@@ -124,7 +124,7 @@ def changes(before: View | None, now: View) -> list[str]:
         line = _site_line(site)
         if site.name not in known or _site_line(known[site.name]) != line:
             lines.append(f"  {site.name}: {line}")
-    told = {c.round for c in before.closed} if before is not None else set[int]()
+    told = {c.round: c for c in before.closed} if before is not None else dict[int, calls.Closed]()
     for closed in now.closed:
         if closed.round not in told:
             loss = "" if closed.loss is None else f", loss {closed.loss:.4g}"
@@ -132,6 +132,8 @@ def changes(before: View | None, now: View) -> list[str]:
                 f"round {closed.round}/{now.rounds}: {closed.clients} updates{loss}, {closed.bytes_up:,} bytes, "
                 f"{closed.seconds:.1f} s"
             )
+        if closed.metrics and (closed.round not in told or told[closed.round].metrics != closed.metrics):
+            lines.append(f"  held-out examples after round {closed.round}: {_metrics(closed)}")
     if now.privacy is not None and (before is None or before.privacy != now.privacy):
         lines.append(_privacy(now.privacy))
     lines += [f"  ! {n}" for n in now.notices if before is None or n not in before.notices]
@@ -145,6 +147,10 @@ def changes(before: View | None, now: View) -> list[str]:
         ready = sum(s.standing in ("ready", "preparing") for s in now.sites)
         lines.append(f"waiting for {now.least} sites; {ready} are there")
     return lines
+
+
+def _metrics(closed: calls.Closed) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in closed.metrics.items())
 
 
 def _privacy(spent: calls.Spent) -> str:
@@ -184,6 +190,9 @@ def show(view: View) -> None:
         last = view.closed[-1]
         loss = "" if last.loss is None else f", loss {last.loss:.4g}"
         out.print(f"last round: {last.round}, {last.clients} updates{loss}, {last.seconds:.1f} s", markup=False)
+        evaluated = [c for c in view.closed if c.metrics]
+        if evaluated:
+            out.print(f"held-out examples after round {evaluated[-1].round}: {_metrics(evaluated[-1])}", markup=False)
     if view.privacy is not None:
         out.print(_privacy(view.privacy), markup=False, soft_wrap=True)
     for notice in view.notices[-5:]:

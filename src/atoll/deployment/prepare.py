@@ -4,9 +4,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from atoll import sampling
+from atoll.data import FederatedDataset
+from atoll.data.table import Table
 from atoll.errors import CompositionError, InvalidArgument, invalid
 from atoll.experiment import Experiment, configure, load_app
-from atoll.net import noise
+from atoll.net import evaluating, noise
 from atoll.net.admission import Rules
 from atoll.net.calls import Charter
 from atoll.net.coordinator import Plan
@@ -118,7 +120,16 @@ def plan_of(experiment: Experiment, process: Process, charter: Charter) -> Plan:
         keep=terms is None,
         sums=sums,
         step=STEP if charter.deadline is None else charter.deadline,
+        evaluate=experiment.evaluate_every if held_out(experiment) and not evaluating.why_not(process) else 0,
     )
+
+
+def held_out(experiment: Experiment) -> bool:
+    """Whether sites have examples apart from those they train on."""
+    data = experiment.data
+    if isinstance(data, Table):
+        return data.test > 0 or data.validation > 0
+    return isinstance(data, FederatedDataset) and (data.validation is not None or data.test is not None)
 
 
 def rules_of(process: Process, charter: Charter) -> Rules:

@@ -11,12 +11,13 @@ to the network; when it dies, a new one goes on where the run's journal ends. In
     survey/, spread/            what sites answered about their tables
 """
 
+import math
 import sys
 import time
 import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -25,13 +26,13 @@ import msgspec
 
 from atoll.collecting import Collected
 from atoll.data.table import Table
-from atoll.deployment.prepare import experiment_of, identity_of, plan_of, process_of, rules_of
+from atoll.deployment.prepare import experiment_of, held_out, identity_of, plan_of, process_of, rules_of
 from atoll.deployment.survey import Agreement
 from atoll.deployment.telling import Teller
 from atoll.errors import AtollError, RunError
-from atoll.history import Record
+from atoll.history import Record, plain
 from atoll.journal import Journal, locked, open_journal
-from atoll.net import control, coordinator
+from atoll.net import control, coordinator, evaluating
 from atoll.net.buffers import Buffer
 from atoll.net.calls import Closed, Spent
 from atoll.net.children import (
@@ -51,6 +52,7 @@ from atoll.net.children import (
     Told,
     host_calls,
 )
+from atoll.net.evaluating import Said
 from atoll.net.frames import Limits
 from atoll.net.noise import ledger_of, terms_of
 from atoll.net.packing import pack_report
@@ -59,7 +61,7 @@ from atoll.net.state import Overtaken, State
 from atoll.net.storage import Content, Disk, scope, write_durably
 from atoll.privacy.accounting import Event
 from atoll.privacy.terms import statement
-from atoll.result import Result
+from atoll.result import Result, clients_of
 from atoll.rounds import Process
 from atoll.spec import digest, identity
 
@@ -88,7 +90,7 @@ class Runner:
         self.process: Process = process_of(experiment, "loop")
         self.experiment, self.identity = experiment, identity_of(self.process)
         self.plan = plan_of(experiment, self.process, host.charter)
-        self.largest = _largest(self.process)
+        self.largest = max(_largest(self.process), evaluating.LARGEST if self.plan.evaluate else 0)
         table = experiment.data
         self.agreement = Agreement(table, self.plan.least, Disk(self.folder)) if isinstance(table, Table) else None
         # What was released is never forgotten, not by a machine without power either.
@@ -106,6 +108,7 @@ class Runner:
             limits=Limits(bytes=self.largest),
             initial=experiment.initial,
             closed=self._round_closed,
+            evaluated=self._model_evaluated,
             notice=self._noticed,
         )
         self._begin()
@@ -284,6 +287,29 @@ class Runner:
         self._journal.append("round", record.to_dict())
         self._closed.append(_shown(record))
 
+    def _model_evaluated(self, round: int, said: Said) -> None:
+        """Write what sites said of the model into the record of the round it came from."""
+        records = [r for r in self._journal.history() if r.round == round]
+        if not records:  # of a run that was begun anew from a backup
+            return
+        found = {split: of.metrics for split, of in said.splits.items()}
+        test, personal = said.splits.get("test"), said.splits.get("personal/test")
+        record = replace(
+            records[0],
+            validation=found.get("validation", {}),
+            test=found.get("test", {}),
+            spread={} if test is None else test.spread,
+            personal=found.get("personal/test", {}),
+            personal_spread={} if personal is None else personal.spread,
+            notes=said.notes,
+        )
+        self._journal.append("round", record.to_dict())
+        if round == self.plan.rounds:
+            each = (("global", test), ("personal", personal))
+            final = {name: {c: of.client(c) for c in of.clients} for name, of in each if of is not None}
+            self._journal.append("clients", plain(final))
+        self._closed.append(_shown(record))
+
     def _enter(self, releases: int) -> None:
         """Enter releases, where the run is looked at, up to so many.
 
@@ -295,16 +321,28 @@ class Runner:
             self._journal.append("release", asdict(Event(promised.multiplier)))
             self._entered += 1
 
+    def _evaluation(self) -> str:
+        """What the result's reader should know of its evaluations."""
+        if self.plan.evaluate:
+            return "Evaluated by the sites, each on its own held-out examples, which stayed where they are."
+        if why := evaluating.why_not(self.process):
+            return f"Trained over sites: nothing was evaluated, since {why}."
+        if not held_out(self.experiment):
+            return "Trained over sites: nothing was evaluated, since the experiment holds no examples out."
+        return "Trained over sites: nothing was evaluated, as the experiment asks for (evaluate_every=0)."
+
     def _finish(self) -> None:
         """Write the result of a run that is over."""
         process, state = self.process, self.service.model
+        final = [e.body for e in self._journal.events("clients")]
         result = Result(
             vector=process.vector(state),
             buffers=state.buffers,
             history=[r for r in self._journal.history() if r.round <= self.service.state.round],
             spec=self._spec,
             engine={"engine": "sites", "sites": self.charter.engine},
-            notes=["Trained over sites: nothing was evaluated, since the examples stayed where they are."],
+            clients=clients_of(final[-1]) if final else {},
+            notes=[self._evaluation()],
             directory=self.folder,
             model=process.model,
         )
@@ -322,7 +360,9 @@ class Runner:
 
 def _shown(record: Record) -> Closed:
     loss = record.loss if record.loss == record.loss else None
-    return Closed(record.round, record.clients, loss, record.bytes_up, record.seconds.get("train", 0.0))
+    said = record.test or record.validation
+    metrics = {name: value for name, value in said.items() if math.isfinite(value)}
+    return Closed(record.round, record.clients, loss, record.bytes_up, record.seconds.get("train", 0.0), metrics)
 
 
 def _event(event: str, site: str, reason: str, key: str) -> coordinator.Event:

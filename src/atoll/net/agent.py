@@ -24,7 +24,7 @@ from atoll.aggregators.rows import finite_rows
 from atoll.errors import NonFiniteError, RunError
 from atoll.memory import ClientMemory
 from atoll.messages import Report
-from atoll.net import party
+from atoll.net import evaluating, party
 from atoll.net.buffers import Buffer
 from atoll.net.control import Abstain, Answer, Deliver, Request, Stamp, Turn, Work, content_hash
 from atoll.net.frames import FrameError, Limits, TensorSpec, decode, encode
@@ -247,7 +247,7 @@ class Agent:
 
 
 class Trainer:
-    """Works on tasks with a process and the site's own data.
+    """Works on tasks, to train or to evaluate, with a process and the site's own data.
 
     Args:
         process: the very one of the server.
@@ -263,12 +263,12 @@ class Trainer:
         self._layout, self._dtype = start.memory.layout, process.model.dtype
 
     def __call__(self, work: Work, content: Buffer, memory: Buffer) -> Done:
-        """Train on a task; the content is used up.
+        """Train on a task, or evaluate its model; the content is used up.
 
         Raises:
             FrameError: a task that is not of this experiment, or a memory that is not this process's.
             NonFiniteError: training diverged; nothing may be sent.
-            RunError: the task is not for this site.
+            RunError: the task is not for this site, or asks what must not be told.
         """
         process = self._process
         task = unpack_task(self._template, work, content, self._limits)
@@ -279,6 +279,11 @@ class Trainer:
             spec = TensorSpec("memory", self._dtype, (1, self._layout.size))
             kept.stage([self._site], decode(memory, (spec,))["memory"])
             kept.commit()
+        if task.kind == "evaluate":
+            if why := evaluating.why_not(process):
+                raise RunError(f"an evaluation was asked for, and {why}.")
+            frame = evaluating.answer(process, task, self._data, kept)
+            return Done(frame, evaluating.NOTHING, len(frame), memory)  # it remembers what it did
         engine = process.engine
         engine.prepare(process, self._data)
         with engine.threads():

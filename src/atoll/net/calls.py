@@ -290,6 +290,8 @@ class Closed(_Struct, frozen=True):
         loss: mean over the examples of local training; None: there is none.
         bytes_up: received.
         seconds: since its task was first given to a site.
+        metrics: of its model on the sites' test examples, or their validation examples where there are no others; empty
+            while it is not evaluated.
     """
 
     round: int
@@ -297,6 +299,7 @@ class Closed(_Struct, frozen=True):
     loss: float | None
     bytes_up: int
     seconds: float
+    metrics: dict[str, float] = {}
 
 
 class Spent(_Struct, frozen=True):

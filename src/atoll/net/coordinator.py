@@ -7,7 +7,8 @@
     COLLECTING -> too few in time                -> GATHERING   another attempt at the same round, or PAUSED
     SUMMING    -> Summed                         -> REDUCING    the sum is there; whoever is in it is counted
     SUMMING    -> too few, a void turn           -> SUMMING     another turn, with fresh keys; or PAUSED, or GATHERING
-    REDUCING   -> Reduced                        -> GATHERING   the next round, or FINISHED
+    REDUCING   -> Reduced                        -> GATHERING   the next round, or an evaluation, or FINISHED
+    REDUCING   -> Evaluated                      -> GATHERING   the next round, or FINISHED
     any        -> Pause, a fault                 -> PAUSED      Resume goes on where it was
     PAUSED     -> Discard                        -> PAUSED      the attempt is void: Resume begins another
 
@@ -26,6 +27,10 @@ step by step (`control.STEPS`) what a machine of `secagg` asks, which whoever ca
 `Sum.said`, always the same. A step is closed when all that may answer have, or its time is over: `Close`, and the
 machine tells by `Advanced`, `Summed` or `Voided`. A turn is never taken up again under its number, so that no site is
 ever asked for two kinds of shares of one peer.
+
+An evaluation asks every site that is there what the model after a round is worth on its own held-out examples. It goes
+through the phases of a round as attempt 0 at the next one, of which there is no other: whoever answers in time is
+heard, nobody is asked twice, and where it fails the run goes on without it.
 
 With noise on the sums (`Guarantee`) every noised sum is counted by the very entry by which its model becomes the run's:
 before that nobody has seen anything of it. Where combining fails behind the noise, why is told, so that it counts too.
@@ -61,6 +66,12 @@ from atoll.net.control import (
     plain,
 )
 
+PATIENCE = 600.0
+"""Seconds that an evaluation waits for a site that does not answer, where the run has no deadline."""
+
+Kind = Literal["train", "evaluate"]
+"""What sites are asked for."""
+
 
 class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a run asks for.
@@ -79,6 +90,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             sends depends on the cohort, as under a summing channel; updates of a failed attempt are then void.
         sums: fewest sites of a secure sum; 0: updates are seen one by one.
         step: seconds after which a step of a secure sum does not wait for more answers.
+        evaluate: after every so many rounds, and after the last, sites are asked what the model is worth; 0: never.
     """
 
     run: str
@@ -93,6 +105,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     keep: bool = True
     sums: int = 0
     step: float = 600.0
+    evaluate: int = 0
 
     def __post_init__(self) -> None:
         if not named_well(self.run):
@@ -116,6 +129,15 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise invalid("quorum", self.quorum, f"at least {self.sums}, the fewest sites of a secure sum")
         if not 0 < self.step < math.inf:
             raise invalid("step", self.step, "seconds above 0")
+        if self.evaluate < 0:
+            raise invalid("evaluate", self.evaluate, "a number of rounds, or 0 for never")
+        if self.evaluate and self.sums:
+            raise invalid("evaluate", self.evaluate, "0 with a secure sum", "What a site says of a model is no sum.")
+
+    @property
+    def patience(self) -> float:
+        """Seconds after which an evaluation does not wait for more answers."""
+        return PATIENCE if self.deadline is None else self.deadline
 
 
 class Guarantee(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -223,7 +245,9 @@ class State(msgspec.Struct, frozen=True):
         number: events recorded so far.
         now: seconds, of the last recorded event; never goes back.
         round: the round at work, from 0.
-        attempt: at this round, from 1; 0 before the first.
+        attempt: at this round, from 1; 0 before the first, and while its model is evaluated.
+        kind: what the sites of the attempt are asked for.
+        evaluated: the last round before which the model was evaluated, or was to be; 0: none.
         tries: attempts since the round began or the run was resumed.
         base: hash of the task's frame; "" while it is not made.
         model: hash of the checkpoint the round starts from.
@@ -249,6 +273,8 @@ class State(msgspec.Struct, frozen=True):
     now: float = 0.0
     round: int = 0
     attempt: int = 0
+    kind: Kind = "train"
+    evaluated: int = 0
     tries: int = 0
     base: str = ""
     model: str = ""
@@ -425,6 +451,12 @@ class Reduced(_Event, frozen=True, omit_defaults=True):
     multiplier: float = 0.0
 
 
+class Evaluated(_Event, frozen=True):
+    """What sites said of the model a round begins with is added up."""
+
+    round: int
+
+
 class Failed(_Event, frozen=True, omit_defaults=True):
     """A task could not be made, or updates could not be combined, and trying again would not help.
 
@@ -465,7 +497,7 @@ class Stop(_Event, frozen=True):
 
 Event = (
     Started | Restarted | Joined | Left | SitePaused | Revoked | Opened | Asked | Submitted | Declined | Spoke
-    | Abstained | Advanced | Summed | Voided | Reduced | Failed | Ticked | Pause | Resume | Discard | Stop
+    | Abstained | Advanced | Summed | Voided | Reduced | Evaluated | Failed | Ticked | Pause | Resume | Discard | Stop
 )  # fmt: skip
 
 
@@ -523,7 +555,10 @@ class Close(msgspec.Struct, frozen=True):
 
 
 class Open(msgspec.Struct, frozen=True):
-    """Make the task of this attempt; when `base` is "" tell its hash by `Opened`, else it must have this one."""
+    """Make the task of this attempt; when `base` is "" tell its hash by `Opened`, else it must have this one.
+
+    Attempt 0 is an evaluation.
+    """
 
     round: int
     attempt: int
@@ -535,7 +570,8 @@ class Open(msgspec.Struct, frozen=True):
 class Reduce(msgspec.Struct, frozen=True):
     """Combine these updates in this order, store the next model, then tell by `Reduced`.
 
-    Where `total` is not "", they are the sum with this hash, of that turn.
+    Of attempt 0 they are what sites say of the model: add them up, then tell by `Evaluated`. Where `total` is not "",
+    they are the sum with this hash, of that turn.
     """
 
     round: int
@@ -621,6 +657,13 @@ def _settled(plan: Plan, state: State, now: float, *, late: bool = False) -> Han
     if state.phase is not Phase.COLLECTING:
         return state, ()
     count = len(state.accepted)
+    if state.kind == "evaluate":
+        if state.outstanding and not late:
+            return state, ()
+        if not count:
+            return _spoken_of(plan, state)
+        chosen = replace(state, phase=Phase.REDUCING, deadline=None)
+        return chosen, (_reduction(chosen),)
     if count >= state.wanted or ((late or not state.outstanding) and count >= (plan.quorum or state.wanted)):
         if plan.sums:
             return _turned(plan, state, now)
@@ -638,7 +681,7 @@ def _again(plan: Plan, state: State, now: float) -> Handled:
         return state, (reopened,)
     if state.phase is Phase.COLLECTING:
         # How long nobody could deliver is not known: sites get the whole time again.
-        return replace(state, deadline=None if plan.deadline is None else now + plan.deadline), (reopened,)
+        return replace(state, deadline=_deadline(plan, state, now)), (reopened,)
     if state.phase is Phase.SUMMING:
         if state.sum is None:
             after, then = _turned(plan, replace(state, tries=state.tries + 1), now)
@@ -745,8 +788,50 @@ def _tried(plan: Plan, state: State) -> Handled:
     return _gathered(plan, after)
 
 
+def _deadline(plan: Plan, state: State, now: float) -> float | None:
+    """When an attempt that begins now stops to wait."""
+    waits = plan.patience if state.kind == "evaluate" else plan.deadline
+    return None if waits is None else now + waits
+
+
+def _due(plan: Plan, state: State) -> bool:
+    """Whether the model the round begins with is to be evaluated before."""
+    reached = state.round >= plan.rounds or (plan.evaluate > 0 and state.round % plan.evaluate == 0)
+    return plan.evaluate > 0 and reached and state.round > state.evaluated
+
+
+def _examined(plan: Plan, state: State) -> Handled:
+    """Ask every site that is there what the model is worth; at the end nobody is waited for."""
+    there = tuple(state.active)
+    if not there:
+        return _spoken_of(plan, state) if state.round >= plan.rounds else (state, ())
+    population = sum(s.status != "revoked" for s in state.sites.values())
+    after = replace(
+        state, phase=Phase.OPENING, kind="evaluate", attempt=0, base="", cohort=there, population=population,
+        wanted=len(there), excluded={},
+    )  # fmt: skip
+    return after, (Open(state.round, 0, there, population, ""),)
+
+
+def _spoken_of(plan: Plan, state: State) -> Handled:
+    """The model was evaluated, or could not be: the round begins, or the run is over."""
+    done = state.round >= plan.rounds
+    after = replace(
+        state, phase=Phase.FINISHED if done else Phase.GATHERING, kind="train", evaluated=state.round, attempt=0,
+        tries=0, base="", cohort=(), wanted=0, accepted={}, excluded={}, deadline=None,
+        reason=f"all {plan.rounds} rounds are done." if done else "",
+    )  # fmt: skip
+    if done:
+        return after, (Forget(state.round + 1),)
+    return _gathered(plan, after)
+
+
 def _gathered(plan: Plan, state: State) -> Handled:
     """Begin an attempt if enough sites are there."""
+    if _due(plan, state):
+        return _examined(plan, state)
+    if state.round >= plan.rounds:  # the evaluation of the last model was given up
+        return _spoken_of(plan, state)
     if state.spent:
         return _over(state)
     held = [s for s in sorted(state.accepted) if state.sites[s].status != "revoked"]
@@ -760,8 +845,8 @@ def _gathered(plan: Plan, state: State) -> Handled:
     population = sum(s.status != "revoked" for s in state.sites.values())
     after = replace(
         state,
-        phase=Phase.OPENING, attempt=attempt, tries=state.tries + 1, base="", cohort=cohort, population=population,
-        wanted=wanted, excluded={},
+        phase=Phase.OPENING, kind="train", attempt=attempt, tries=state.tries + 1, base="", cohort=cohort,
+        population=population, wanted=wanted, excluded={},
     )  # fmt: skip
     return after, (Open(state.round, attempt, cohort, population, ""),)
 
@@ -852,8 +937,8 @@ def _opened(plan: Plan, state: State, event: Event, now: float) -> Handled:
     assert isinstance(event, Opened)
     if (event.round, event.attempt) != (state.round, state.attempt):
         return _misplaced(plan, state, event, now)
-    deadline = None if plan.deadline is None else now + plan.deadline
-    after, then = _settled(plan, replace(state, phase=Phase.COLLECTING, base=event.base, deadline=deadline), now)
+    opened = replace(state, phase=Phase.COLLECTING, base=event.base, deadline=_deadline(plan, state, now))
+    after, then = _settled(plan, opened, now)
     return _recorded(state, after, event, now, then)
 
 
@@ -936,8 +1021,8 @@ def _submitted(plan: Plan, state: State, event: Event, now: float) -> Handled:
     if plan.sums:
         return _recorded(state, after, event, now, (reply, *then))
     twins = [s for s, a in state.accepted.items() if a.claim.sha256 == claim.sha256]
-    if state.guarantee is not None:
-        twins = []  # that two updates are the same tells of the data, and no noise hides it
+    if state.guarantee is not None or state.kind == "evaluate":
+        twins = []  # that two updates are the same tells of the data, and no noise hides it; evaluations may be
     alarms = (Alarm(site, f"sent the very bytes of {', '.join(twins[:5])}"),) if twins else ()
     return _recorded(state, after, event, now, (reply, *alarms, *then), first=(Store(claim),))
 
@@ -1067,28 +1152,45 @@ def _voided(plan: Plan, state: State, event: Event, now: float) -> Handled:
 
 def _reduced(plan: Plan, state: State, event: Event, now: float) -> Handled:
     assert isinstance(event, Reduced)
-    if (event.round, event.attempt, event.multiplier) != (state.round, state.attempt, state.multiplier):
+    told = (event.round, event.attempt, event.multiplier)
+    if state.kind != "train" or told != (state.round, state.attempt, state.multiplier):
         return _misplaced(plan, state, event, now)
-    sites = dict(state.sites)
-    for name, update in state.accepted.items():
-        stamp = (update.claim.round, update.claim.attempt)
-        sites[name] = replace(sites[name], counted=stamp, sha256=update.claim.sha256)
-    done = state.round + 1 >= plan.rounds
+    done = state.round + 1 >= plan.rounds and not plan.evaluate
     closed = replace(
         state,
         phase=Phase.FINISHED if done else Phase.GATHERING, round=state.round + 1, attempt=0, tries=0, base="",
-        model=event.model, cohort=(), wanted=0, accepted={}, excluded={}, sites=sites, turn=0, sum=None, total="",
-        reason=f"all {plan.rounds} rounds are done." if done else "",
+        model=event.model, cohort=(), wanted=0, accepted={}, excluded={}, sites=_counting(state), turn=0, sum=None,
+        total="", reason=f"all {plan.rounds} rounds are done." if done else "",
         releases=state.releases + (event.multiplier > 0),
     )  # fmt: skip
     after, then = _settled(plan, closed, now)
     return _recorded(state, after, event, now, (Forget(state.round + 1), *then))
 
 
+def _counting(state: State) -> dict[str, Site]:
+    """All sites; of those in the round that is over with their update counted."""
+    sites = dict(state.sites)
+    for name, update in state.accepted.items():
+        stamp = (update.claim.round, update.claim.attempt)
+        sites[name] = replace(sites[name], counted=stamp, sha256=update.claim.sha256)
+    return sites
+
+
+def _evaluated(plan: Plan, state: State, event: Event, now: float) -> Handled:
+    assert isinstance(event, Evaluated)
+    if state.kind != "evaluate" or event.round != state.round:
+        return _misplaced(plan, state, event, now)
+    after, then = _spoken_of(plan, replace(state, sites=_counting(state)))
+    return _recorded(state, after, event, now, then)
+
+
 def _failed(plan: Plan, state: State, event: Event, now: float) -> Handled:
     assert isinstance(event, Failed)
     if (event.round, event.attempt) != (state.round, state.attempt):
         return _misplaced(plan, state, event, now)
+    if state.kind == "evaluate":
+        after, then = _spoken_of(plan, state)
+        return _recorded(state, after, event, now, then)
     if event.multiplier and (state.phase is not Phase.REDUCING or event.multiplier != state.multiplier):
         return _misplaced(plan, state, event, now)
     after = replace(
@@ -1127,7 +1229,8 @@ def _discarded(plan: Plan, state: State, event: Event, now: float) -> Handled:
     """The attempt at work is void, as if too few had answered: its sites are told by the next one's task."""
     assert isinstance(event, Discard)
     after = replace(
-        state, back=Phase.GATHERING, accepted={}, excluded={}, base="", reason=event.reason, sum=None, total=""
+        state, back=Phase.GATHERING, accepted={}, excluded={}, base="", reason=event.reason, sum=None, total="",
+        evaluated=state.round if state.kind == "evaluate" else state.evaluated,
     )  # fmt: skip
     return _recorded(state, after, event, now)
 
@@ -1142,7 +1245,8 @@ _EVERYWHERE: dict[type[_Event], Handler] = {
     Restarted: _restarted, Joined: _member, Left: _member, SitePaused: _member, Revoked: _member, Asked: _asked,
     Declined: _declined, Submitted: _submitted_else, Spoke: _spoke_else, Abstained: _abstained, Advanced: _misplaced,
     Summed: _misplaced, Voided: _misplaced, Ticked: _idle, Started: _misplaced, Opened: _misplaced,
-    Reduced: _misplaced, Failed: _misplaced, Pause: _paused, Resume: _misplaced, Discard: _misplaced, Stop: _stopped,
+    Reduced: _misplaced, Evaluated: _misplaced, Failed: _misplaced, Pause: _paused, Resume: _misplaced,
+    Discard: _misplaced, Stop: _stopped,
 }  # fmt: skip
 _SOMEWHERE: dict[tuple[Phase, type[_Event]], Handler] = {
     (Phase.GATHERING, Started): _started,
@@ -1158,6 +1262,7 @@ _SOMEWHERE: dict[tuple[Phase, type[_Event]], Handler] = {
     (Phase.SUMMING, Ticked): _ticked,
     (Phase.SUMMING, Failed): _failed,
     (Phase.REDUCING, Reduced): _reduced,
+    (Phase.REDUCING, Evaluated): _evaluated,
     (Phase.REDUCING, Failed): _failed,
     (Phase.PAUSED, Pause): _misplaced,
     (Phase.PAUSED, Resume): _resumed,

@@ -95,6 +95,9 @@ def gathered(views: list[View], members: dict[str, tuple[str, float | None]]) ->
             ("privacy_budget", "Largest epsilon that the run may spend."),
         )
     }  # fmt: skip
+    said = GaugeMetricFamily(
+        "atoll_model_metric", "Metrics of the model that sites evaluated last.", labels=["run", "metric"]
+    )
     standing = GaugeMetricFamily("atoll_run_sites", "Sites of a run by where they stand.", labels=["run", "standing"])
     for view in views:
         last = view.closed[-1] if view.closed else None
@@ -111,10 +114,14 @@ def gathered(views: list[View], members: dict[str, tuple[str, float | None]]) ->
         for name, value in values.items():
             if value is not None:
                 told[name].add_metric([view.run], value)
+        evaluated = [closed for closed in view.closed if closed.metrics]
+        for name, value in evaluated[-1].metrics.items() if evaluated else ():
+            said.add_metric([view.run, name], value)
         stand = Counter(site.standing for site in view.sites)
         for name in STANDINGS:
             standing.add_metric([view.run, name], stand[name])
     yield from told.values()
+    yield said
     yield standing
     silence = GaugeMetricFamily(
         "atoll_member_silence_seconds", "Seconds since a member was heard of.", labels=["member", "role"]

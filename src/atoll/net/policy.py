@@ -25,6 +25,7 @@ from atoll.errors import InvalidArgument, RunError, invalid
 from atoll.net.buffers import Buffer
 from atoll.net.calls import Charter
 from atoll.net.control import Hash, Line, Step
+from atoll.net.evaluating import LARGEST, fault_of
 from atoll.net.frames import FrameError, Limits, declared, decode
 from atoll.net.storage import Journal, write_file
 
@@ -143,8 +144,8 @@ class Approvals:
 # --- what leaves ------------------------------------------------------------------------------------------------------
 
 
-What = Literal["update", "survey", "spread"] | Step
-"""What leaves: an update, an answer about the table, or one in a step of a secure sum."""
+What = Literal["update", "evaluation", "survey", "spread"] | Step
+"""What leaves: an update, what is said of a model, an answer about the table, or one in a step of a secure sum."""
 
 
 class Sent(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -214,11 +215,7 @@ def inspect(frame: Buffer, largest: int) -> list[Sent]:
     Raises:
         InvalidArgument: it is something else, and may not leave.
     """
-    limits = Limits(bytes=largest)
-    try:
-        tensors = decode(frame, declared(frame, limits), limits, copy=False)
-    except FrameError as error:
-        raise InvalidArgument(f"the report is no frame: {error}") from error
+    tensors = _opened(frame, largest)
     names = [n for n in tensors if n not in ("weight", "metrics")]
     codes = names == ["wire"] or all(n.startswith("wire/") for n in names)
     metrics, weight = tensors.get("metrics"), tensors.get("weight")
@@ -226,6 +223,32 @@ def inspect(frame: Buffer, largest: int) -> list[Sent]:
         raise InvalidArgument("the report holds other things than codes, a weight and two sums.")
     if metrics.dtype != torch.float64 or tuple(metrics.shape) != (1, 2) or weight.numel() > 1:
         raise InvalidArgument("the report's weight and sums are not one number and two.")
+    return _made_of(tensors)
+
+
+def inspect_evaluation(frame: Buffer) -> list[Sent]:
+    """What an answer to an evaluation is made of, when it is one: nothing but sums over held-out examples, all finite.
+
+    Args:
+        frame: as the process that ran the author's code gave it.
+
+    Raises:
+        InvalidArgument: it is something else, and may not leave.
+    """
+    if finding := fault_of(frame):
+        raise InvalidArgument(f"what is said of the model is not sums: {finding}")
+    return _made_of(_opened(frame, LARGEST))
+
+
+def _opened(frame: Buffer, largest: int) -> dict[str, torch.Tensor]:
+    limits = Limits(bytes=largest)
+    try:
+        return decode(frame, declared(frame, limits), limits, copy=False)
+    except FrameError as error:
+        raise InvalidArgument(f"the report is no frame: {error}") from error
+
+
+def _made_of(tensors: dict[str, torch.Tensor]) -> list[Sent]:
     sent: list[Sent] = []
     for name, tensor in tensors.items():
         norm = math.hypot(*(float(torch.linalg.vector_norm(p.double())) for p in tensor.reshape(-1).split(PIECE)))

@@ -23,7 +23,7 @@ from atoll.collecting import Collected
 from atoll.errors import AtollError, NonFiniteError, RunError, invalid
 from atoll.messages import Task
 from atoll.net import coordinator as core
-from atoll.net import noise
+from atoll.net import evaluating, noise
 from atoll.net.admission import Finding, Rules, examine
 from atoll.net.buffers import Buffer
 from atoll.net.control import (
@@ -43,6 +43,7 @@ from atoll.net.control import (
     decode_request,
 )
 from atoll.net.coordinator import Entry, Plan
+from atoll.net.evaluating import Said
 from atoll.net.frames import Limits, Schema
 from atoll.net.packing import PARTS, pack_state, pack_task, report_schema, unpack_state
 from atoll.net.reading import BLOCK
@@ -76,6 +77,7 @@ class Service:
         initial: start vector [P]; default the module's own values.
         closed: called with a round and its combined updates before the round is recorded: again for the same round
             after a crash in between.
+        evaluated: likewise with the number of rounds that are done, and what sites said of the model after them.
         notice: called with what the operator should hear of: alarms, events out of place, disks that are full.
 
     Raises:
@@ -95,6 +97,7 @@ class Service:
         block: int = BLOCK,
         initial: Tensor | None = None,
         closed: Callable[[int, Collected], None] | None = None,
+        evaluated: Callable[[int, Said], None] | None = None,
         notice: Callable[[str], None] | None = None,
     ) -> None:
         self.process, self.plan, self.files = process, plan, files
@@ -104,12 +107,15 @@ class Service:
         noise.check_plan(process, plan)
         if plan.keep and process.chain.channel.seal is not None:
             raise invalid("keep", True, "False with a summing channel, whose codes depend on the cohort")
+        if plan.evaluate and (why := evaluating.why_not(process)):
+            raise invalid("evaluate", plan.evaluate, "0", f"Nothing is evaluated: {why}.")
         self._terms = summing(process)
         least = 0 if self._terms is None else self._terms.least
         if plan.sums != least:
             raise invalid("sums", plan.sums, f"{least}, as the channel {process.chain.channel.name} has it")
         self._notice = notice or (lambda text: None)
         self._closed = closed or (lambda round, collected: None)
+        self._evaluated = evaluated or (lambda round, said: None)
         self._spool = Spool(files)
         self._log = files.journal("journal")
         self._task: Task | None = None
@@ -292,6 +298,10 @@ class Service:
     def _examined(self, claim: Deliver, content: Content) -> Finding:
         if self._task is None:
             return Finding("transport", "the task is being made again.")
+        if self.state.kind == "evaluate":
+            if content.size > evaluating.LARGEST:
+                return Finding("content", f"it has {content.size} bytes, more than an answer has.")
+            return evaluating.examine(claim, bytes(content.whole()))
         if self._terms is not None:
             return self._trained(claim)
         assert self._schema is not None
@@ -378,16 +388,10 @@ class Service:
 
     def _opened(self, effect: core.Open, now: float) -> None:
         try:
-            task = self.process.open(self.model, effect.cohort, effect.population)
+            task = self._made(effect)
             values, frame = pack_task(task)
-            if self._terms is not None:
-                blank = self.process.blank(task)
-                assert isinstance(blank.wire, Mapping)
-                self._length, self._sent = blank.wire["ring"].shape[1], sent(blank.wire)
-            elif self._schema is None:
-                self._schema = report_schema(self.process, task)
         except Exception as error:  # whatever an author's code raises, the run is paused and not lost
-            self.happen(core.Failed(effect.round, effect.attempt, _told(error)), now)
+            self._fails(effect, error, now)
             return
         base = content_hash(*frame)
         if effect.base and effect.base != base:
@@ -404,7 +408,44 @@ class Service:
         if not effect.base:
             self.happen(core.Opened(effect.round, effect.attempt, base), now)
 
+    def _made(self, effect: core.Open) -> Task:
+        """The task of an attempt; what comes back on one to train is known from here on."""
+        if not effect.attempt:
+            return self.process.open_global(self.model, effect.cohort, effect.population)
+        task = self.process.open(self.model, effect.cohort, effect.population)
+        if self._terms is not None:
+            blank = self.process.blank(task)
+            assert isinstance(blank.wire, Mapping)
+            self._length, self._sent = blank.wire["ring"].shape[1], sent(blank.wire)
+        elif self._schema is None:
+            self._schema = report_schema(self.process, task)
+        return task
+
+    def _fails(self, effect: core.Open | core.Reduce, error: Exception, now: float) -> None:
+        """Tell that trying again would not help; an evaluation is gone on without."""
+        if not effect.attempt:
+            self._notice(f"the model after round {effect.round} is not evaluated: {_told(error)}")
+        self.happen(core.Failed(effect.round, effect.attempt, _told(error)), now)
+
+    def _summarised(self, effect: core.Reduce, now: float) -> None:
+        """Add up what sites say of the model."""
+        process, clients = self.process, tuple(u.claim.site for u in effect.updates)
+        try:
+            own = process.open(self.model, clients, len(clients), kind="evaluate").message.vector
+            same = torch.equal(own, process.open_global(self.model, clients, len(clients)).message.vector)
+            said = evaluating.added(process, self._spool, [u.claim for u in effect.updates], personal=same)
+            self._evaluated(effect.round, said)
+        except OSError:
+            raise
+        except Exception as error:  # metrics may be an author's
+            self._fails(effect, error, now)
+            return
+        self.happen(core.Evaluated(effect.round), now)
+
     def _reduced(self, effect: core.Reduce, now: float) -> None:
+        if not effect.attempt:
+            self._summarised(effect, now)
+            return
         noising = self._noising
         if self._next is None:  # else the journal refused it, and may have it nevertheless: it stays as it is
             if noising is not None:

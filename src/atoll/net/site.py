@@ -45,7 +45,7 @@ from atoll.net.home import Home
 from atoll.net.masker import Masker
 from atoll.net.news import News
 from atoll.net.peers import Peers
-from atoll.net.policy import Approvals, Left, Outgoing, Sent, What, experiment_hash, inspect, source
+from atoll.net.policy import Approvals, Left, Outgoing, Sent, What, experiment_hash, inspect, inspect_evaluation, source
 from atoll.net.storage import Disk, scope, state_of, write_file
 from atoll.secagg import Identity
 
@@ -546,6 +546,10 @@ class Part:
         except Failed as failed:
             log.error("run %s: %s", self.run, failed)
             raise RunError(failed.kind) from failed
+        evaluates = work.kind == "evaluate"
+        assert self._ready is not None
+        if evaluates and self._ready.sums is not None:
+            raise RunError("an evaluation was asked for, and the experiment shows the server sums alone.")
         largest = 4 * len(content) + 2**24
         reply, blob = await child.call(
             Train(work, len(content)), worker_replies, (content, memory), seconds=self.site.bounds.task, largest=largest
@@ -557,10 +561,11 @@ class Part:
             await self._drop()
             raise RunError("the task's process answered with something else than a report.")
         frame = blob[: reply.frame]
-        tensors, sha256 = inspect(frame, largest), content_hash(frame)
-        assert self._ready is not None
+        tensors = inspect_evaluation(frame) if evaluates else inspect(frame, largest)
+        sha256 = content_hash(frame)
         if self._ready.sums is None:  # else it stays here, and what is made of it in a sum is entered then
-            self._leaves("update", work.round + 1, work.attempt, len(frame), sha256, tensors)
+            what = "evaluation" if evaluates else "update"
+            self._leaves(what, work.round + 1, work.attempt, len(frame), sha256, tensors)
         return Done(frame, reply.parts, reply.sent, blob[reply.frame :], sha256)
 
     def _leaves(self, what: What, round: int, attempt: int, size: int, sha256: str, tensors: list[Sent]) -> None:

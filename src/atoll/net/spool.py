@@ -68,6 +68,15 @@ class Spool:
             raise _damaged(claim) from error
         return reading
 
+    def whole(self, claim: Deliver) -> bytes:
+        """A small answer, as it came.
+
+        Raises:
+            OSError: it cannot be read.
+            SpoolError: it is gone, or changed on disk.
+        """
+        return self._kept(self.path(claim), claim.sha256, f"what {claim.site} sent for round {claim.round + 1}")
+
     def read(self, claim: Say) -> bytes:
         """A masked vector, as it came.
 
