@@ -1,6 +1,6 @@
 """Who passes the conformance problems: Atoll on its engines, and other frameworks in environments of their own.
 
-python benchmarks/speed/environments.py flower fedjax     # once
+python benchmarks/speed/environments.py flower fedjax fluke pfl     # once
 python benchmarks/conformance/run.py
 """
 
@@ -21,7 +21,21 @@ from atoll.conformance import Outcome
 from atoll.conformance.own import adapter
 from atoll.engines import Loop, Vectorized
 
-FRAMEWORKS = {"Flower": ("flower", "flower_.py"), "FedJAX": ("fedjax", "fedjax_.py")}
+FRAMEWORKS = {
+    "Flower": ("flower", "flower_.py"),
+    "FedJAX": ("fedjax", "fedjax_.py"),
+    "fluke": ("fluke", "fluke_.py"),
+    "pfl-research": ("pfl", "pfl_.py"),
+}
+# Where failures come from, found in the sources of the versions that environments.py installs.
+READ = {
+    "fluke": "fluke 0.8.1 as its source reads: fednova's x is sum w_i y_i with w_i = p_i (sum p_j K_j) / K_i, which "
+    "sum to one where the K_i are equal alone; fedavgm's x stays as it is in the first round; fedadagrad, fedadam "
+    "and fedyogi multiply d by the server's rate, and begin with v = 0.",
+    "pfl-research": "pfl 0.6.0 as its source reads: scaffold's c_i <- c_i - c + (y - x) / (K eta), and -a_i (x - b_i) "
+    "under option I, have the opposite sign; under option I users whose state is in memory share one tensor, too; "
+    "fedadam is torch's optimiser, which corrects bias and begins with v = 0.",
+}
 ENGINES = {"loop": lambda: Loop(), "rows": lambda: Vectorized("rows"), "single": lambda: Vectorized("single")}
 MINUTES = 15
 
@@ -77,14 +91,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         setting=[
             "The problems, their derivations and expected numbers are in docs/conformance.md. A failure says by how "
             "much the furthest number was off, and after which round. Other frameworks run through the adapters beside "
-            "the script, in double precision, with the settings a problem names. Where a framework means something "
-            "else by a setting (a server optimiser that corrects bias, or whose second moment begins at another "
-            "value) the difference shows as a failure: it is not the formula of the paper that the problem cites, and "
-            "need not be a defect. In Flower the client is its user's code: of fedprox its strategy alone is tried.",
+            "the script, in double precision, with the settings a problem names; what pfl-research hands from a client "
+            "to the server is in single precision always. Where a framework means something else by a setting (a "
+            "server optimiser that corrects bias, or whose second moment begins at another value) the difference shows "
+            "as a failure: it is not the formula of the paper that the problem cites, and need not be a defect. In "
+            "Flower the client is its user's code: of fedprox its strategy alone is tried.",
             "Versions: " + (", ".join(f"{n} {v}" for n, v in versions.items()) or "none of another framework") + ".",
         ],
         tables=[Table("Outcomes", ["method", "problem", *outcomes], rows)],
-        remarks=[counts + ".", *absent],
+        remarks=[counts + ".", *(READ[name] for name in outcomes if name in READ), *absent],
         passed=passed,
         numbers={
             "versions": versions,

@@ -45,7 +45,7 @@ ENVIRONMENTS = {
             ("numpy>=2", "jax==0.10.2", "jaxlib==0.10.2", "fedjax==0.0.17"),
             "import jax; jax.tree_map = jax.tree_util.tree_map; import fedjax",
         ),
-        # fluke imports torchvision, whose wheels do not fit every build of torch; its contestant brings a stand-in.
+        # fluke imports torchvision, whose wheels do not fit every build of torch: contestants/stand_in.py stands in.
         Environment("fluke", (TORCH, "fluke-fl==0.8.1"), "import torch, omegaconf"),
     )
 }

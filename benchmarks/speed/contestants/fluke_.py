@@ -1,36 +1,15 @@
-"""fluke: its centralised federated averaging, clients and server made by hand of its own classes, evaluation off.
+"""fluke: its centralised federated averaging, clients and server made by hand of its own classes, evaluation off."""
 
-fluke imports torchvision for data sets and networks that are not used here, and torchvision's wheel does not fit the
-build of torch that everybody shares: it finds an empty stand-in instead.
-"""
-
-import sys
-import types
-from importlib.machinery import ModuleSpec
 from typing import Any
 
+import stand_in
 from harness import begin, reader
 from workloads import LR
 
 
-def stand_in() -> None:
-    """Modules named torchvision whose every attribute is an empty class."""
-
-    def missing(name: str) -> type:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return type(name, (), {})
-
-    for part in ("", ".datasets", ".datasets.utils", ".models", ".transforms"):
-        made = types.ModuleType(f"torchvision{part}")
-        made.__spec__ = ModuleSpec(made.__name__, None)
-        made.__getattr__ = missing  # type: ignore[method-assign]
-        sys.modules[made.__name__] = made
-
-
 def main() -> None:
     options = reader(__doc__).parse_args()
-    stand_in()
+    stand_in.torchvision()
     import torch
     from fluke import FlukeENV
     from fluke.algorithms import CentralizedFL
