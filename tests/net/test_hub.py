@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from atoll.net import children, control, hub
+from atoll.deployment import runner
+from atoll.errors import InvalidArgument
+from atoll.net import children, control, coordinator, hub
 from atoll.net.calls import Charter, Spent
 from atoll.net.children import Happen, HostCall, Place, Summary, Told
 from atoll.net.enrolment import Member
@@ -130,6 +132,24 @@ def test_what_noise_took_is_told_to_watchers(tmp_path: Path) -> None:
     version, spent = run.view({}).version, Spent(1.5, 1e-5, 3.0, True)
     run._learn(Told(summary("collecting", privacy=spent)))
     assert run.view({}).privacy == spent and run.view({}).version > version
+
+
+@pytest.mark.parametrize("action", ["resume", "discard"])
+def test_a_run_is_resumed_and_its_updates_are_given_up_while_it_is_paused_alone(tmp_path: Path, action: str) -> None:
+    made, run, process = house(tmp_path, summary("collecting", reason="it was"))
+    admin = Member("admin", "admin", "", 0.0)
+
+    async def steered() -> None:
+        with pytest.raises(InvalidArgument, match="not paused, it is collecting"):
+            await made._control(admin, "r", action, "")
+        run.summary = process.told = summary("paused")
+        await made._control(admin, "r", action, "they cannot be combined")
+
+    asyncio.run(steered())
+    (told,) = (call for call in process.heard if isinstance(call, Happen))
+    assert (told.event, told.reason) == (action, "they cannot be combined")
+    happened = runner._event(action, "", "why", "")
+    assert happened == (coordinator.Resume() if action == "resume" else coordinator.Discard("why"))
 
 
 def test_a_run_that_could_not_be_kept_never_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

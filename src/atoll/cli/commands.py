@@ -358,6 +358,15 @@ def resume(run: Named, home: Home = None, debug: Debug = False) -> None:
 
 @app.command()
 @guarded
+def discard(run: Named, reason: Reason = "", home: Home = None, debug: Debug = False) -> None:
+    """Give up the updates a paused run has of the round at work; resumed, it asks the sites again."""
+    from atoll.cli.operating import steer
+
+    steer(run, "discard", reason=reason, home=home)
+
+
+@app.command()
+@guarded
 def stop(run: Named, reason: Reason = "", home: Home = None, debug: Debug = False) -> None:
     """End a run for good; the model of its last round stays."""
     from atoll.cli.operating import steer

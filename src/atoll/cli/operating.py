@@ -1,4 +1,4 @@
-"""`atoll submit`, `watch`, `sites`, `pause`, `resume`, `stop`, `revoke`: what operators do with runs and members."""
+"""What operators do with runs and members, from `atoll submit` and `watch` to `discard`, `stop` and `revoke`."""
 
 import asyncio
 import time
@@ -250,10 +250,14 @@ def _ago(seconds: float | None) -> str:
 # --- steering ---------------------------------------------------------------------------------------------------------
 
 
-def steer(run: str, action: Literal["pause", "resume", "stop"], *, reason: str, home: Path | None) -> None:
-    """Pause, resume or stop a run."""
+def steer(run: str, action: Literal["pause", "resume", "discard", "stop"], *, reason: str, home: Path | None) -> None:
+    """Pause, resume or stop a run, or give up what a paused one has of its attempt at a round."""
     ask(home_for(home, STEERING, action), calls.Control(run, action, reason))
-    say({"pause": "paused", "resume": "resumed", "stop": "stopped"}[action] + f" {run}.")
+    done = {
+        "pause": f"paused {run}.", "resume": f"resumed {run}.", "stop": f"stopped {run}.",
+        "discard": f"the updates of {run}'s round at work are given up: `atoll resume {run}` asks for others.",
+    }  # fmt: skip
+    say(done[action])
 
 
 def revoke(name: str, *, home: Path | None) -> None:

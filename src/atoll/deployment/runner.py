@@ -84,6 +84,7 @@ class Runner:
         self._notices: list[str] = []
         self._closed: list[Closed] = []
         self._counted: tuple[int, Spent] | None = None
+        self._record: Record | None = None
         self.folder, self.charter = Path(host.folder), host.charter
         app = self.folder / "objects" / host.charter.code
         experiment = experiment_of(_readable(self.folder, app), host.charter.settings)
@@ -285,17 +286,20 @@ class Runner:
         )  # fmt: skip
         self._last = now
         self._journal.append("round", record.to_dict())
+        self._record = record
         self._closed.append(_shown(record))
 
     def _model_evaluated(self, round: int, said: Said) -> None:
         """Write what sites said of the model into the record of the round it came from."""
-        records = [r for r in self._journal.history() if r.round == round]
-        if not records:  # of a run that was begun anew from a backup
+        known = [] if self._record is None else [self._record]
+        if not known or known[0].round != round:  # this process has not closed it itself
+            known = [r for r in self._journal.history() if r.round == round]
+        if not known:  # the folder was restored from a backup
             return
         found = {split: of.metrics for split, of in said.splits.items()}
         test, personal = said.splits.get("test"), said.splits.get("personal/test")
         record = replace(
-            records[0],
+            known[0],
             validation=found.get("validation", {}),
             test=found.get("test", {}),
             spread={} if test is None else test.spread,
@@ -377,6 +381,8 @@ def _event(event: str, site: str, reason: str, key: str) -> coordinator.Event:
             return coordinator.Pause(reason)
         case "resume":
             return coordinator.Resume()
+        case "discard":
+            return coordinator.Discard(reason)
         case _:
             return coordinator.Stop(reason)
 

@@ -132,10 +132,10 @@ class ListRuns(_Tagged, frozen=True):
 
 
 class Control(_Tagged, frozen=True):
-    """Pause, resume or stop a run."""
+    """Pause, resume or stop a run, or give up the updates a paused one has of its attempt at a round."""
 
     run: Name
-    action: Literal["pause", "resume", "stop"]
+    action: Literal["pause", "resume", "discard", "stop"]
     reason: Line = ""
 
 

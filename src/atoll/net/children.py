@@ -94,7 +94,7 @@ class Receive(_Said, frozen=True):
 class Happen(_Said, frozen=True):
     """Something happened to a site, or an operator decided something; `key` is that of a site that joined."""
 
-    event: Literal["joined", "left", "revoked", "pause", "resume", "stop"]
+    event: Literal["joined", "left", "revoked", "pause", "resume", "discard", "stop"]
     site: str
     reason: str
     now: float

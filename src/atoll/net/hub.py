@@ -812,7 +812,7 @@ class Hub:
             assert run.summary is not None
             raise InvalidArgument(f"{name} is over: {run.summary.reason}")
         phase = run.summary.phase if run.summary else ""
-        if action == "resume" and phase != "paused":
+        if action in ("resume", "discard") and phase != "paused":
             raise InvalidArgument(f"{name} is not paused, it is {phase or 'not loaded'}.")
         if action == "pause" and phase == "paused":
             raise InvalidArgument(f"{name} is paused already: {run.summary.reason if run.summary else ''}")
