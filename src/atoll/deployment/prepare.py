@@ -120,8 +120,17 @@ def plan_of(experiment: Experiment, process: Process, charter: Charter) -> Plan:
         keep=terms is None,
         sums=sums,
         step=STEP if charter.deadline is None else charter.deadline,
-        evaluate=experiment.evaluate_every if held_out(experiment) and not evaluating.why_not(process) else 0,
+        evaluate=0 if unevaluated(experiment, process) else experiment.evaluate_every,
     )
+
+
+def unevaluated(experiment: Experiment, process: Process) -> str:
+    """Why sites never say what a model of the run is worth; "": they do."""
+    if why := evaluating.why_not(process):
+        return why
+    if not held_out(experiment):
+        return "the experiment holds no examples out"
+    return "" if experiment.evaluate_every else "the experiment asks for no evaluation (evaluate_every=0)"
 
 
 def held_out(experiment: Experiment) -> bool:

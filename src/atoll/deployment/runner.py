@@ -26,7 +26,7 @@ import msgspec
 
 from atoll.collecting import Collected
 from atoll.data.table import Table
-from atoll.deployment.prepare import experiment_of, held_out, identity_of, plan_of, process_of, rules_of
+from atoll.deployment.prepare import experiment_of, identity_of, plan_of, process_of, rules_of, unevaluated
 from atoll.deployment.survey import Agreement
 from atoll.deployment.telling import Teller
 from atoll.errors import AtollError, RunError
@@ -323,13 +323,12 @@ class Runner:
 
     def _evaluation(self) -> str:
         """What the result's reader should know of its evaluations."""
-        if self.plan.evaluate:
-            return "Evaluated by the sites, each on its own held-out examples, which stayed where they are."
-        if why := evaluating.why_not(self.process):
+        why = unevaluated(self.experiment, self.process)
+        if not why and not any(r.test or r.validation for r in self._journal.history()):
+            why = "no site said what the model is worth on its own examples"
+        if why:
             return f"Trained over sites: nothing was evaluated, since {why}."
-        if not held_out(self.experiment):
-            return "Trained over sites: nothing was evaluated, since the experiment holds no examples out."
-        return "Trained over sites: nothing was evaluated, as the experiment asks for (evaluate_every=0)."
+        return "Evaluated by the sites, each on its own held-out examples, which stayed where they are."
 
     def _finish(self) -> None:
         """Write the result of a run that is over."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from atoll.data import FederatedDataset
 from atoll.data.cells import Raw
 from atoll.data.table import Table
-from atoll.deployment.prepare import experiment_of, identity_of, process_of
+from atoll.deployment.prepare import experiment_of, identity_of, process_of, unevaluated
 from atoll.deployment.survey import agreed, first_answer, second_answer
 from atoll.errors import DataError, RunError
 from atoll.net.agent import Trainer
@@ -65,6 +65,8 @@ class Worker:
             case Train(work, length):
                 if self._trainer is None:
                     raise RunError("the data is not bound yet.")
+                if work.kind == "evaluate" and (why := unevaluated(self._experiment, self._process)):
+                    raise RunError(f"an evaluation was asked for, and {why}.")
                 done = self._trainer(work, blob[:length], blob[length:])
                 return Trained(done.parts, done.sent, len(done.frame)), (done.frame, done.memory)
             case Begin():
