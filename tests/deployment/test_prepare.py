@@ -8,9 +8,9 @@ from torch import nn
 
 import atoll
 from atoll.algorithms import fedavg
-from atoll.deployment.prepare import plan_of, process_of, unevaluated
+from atoll.deployment.prepare import plan_of, process_of, splits_of, unevaluated
 from atoll.deployment.worker import Worker
-from atoll.errors import RunError
+from atoll.errors import InvalidArgument, RunError
 from atoll.local import local_sgd
 from atoll.net.calls import Charter
 from atoll.net.children import Train
@@ -18,6 +18,7 @@ from atoll.net.control import Work
 
 CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "never": ({"evaluate_every": 0}, "evaluate_every=0"),
+    "no split": ({"splits": ()}, "no held-out examples"),
     "nothing held out": ({"data": atoll.table(client="c", target="y", test=0.0)}, "holds no examples out"),
     "a sum": ({"channel": atoll.transforms.secure_sum(clip=1.0, weight_cap=8.0)}, "sums alone"),
 }
@@ -43,6 +44,14 @@ def test_nobody_is_asked_nor_answers_where_the_experiment_has_no_evaluations(cha
     work = Work("r", 1, 0, "0" * 64, 1, "evaluate", 0, ("a",), 1, {}, None)
     with pytest.raises(RunError, match=rf"evaluation was asked for.*{why}"):
         worker.carry_out(Train(work, 0), memoryview(b""))
+
+
+def test_only_the_splits_that_the_experiment_names_are_told_of() -> None:
+    assert [splits_of(experiment(splits=s)) for s in (None, ("test",), ("validation", "test"))] == [
+        ("validation", "test"), ("test",), ("validation", "test"),
+    ]  # fmt: skip
+    with pytest.raises(InvalidArgument, match=r"splits.*held-out examples alone"):
+        process_of(experiment(splits=("train", "test")), "loop")
 
 
 def test_an_experiment_with_examples_held_out_is_evaluated() -> None:

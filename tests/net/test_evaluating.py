@@ -19,8 +19,8 @@ from atoll.net import evaluating
 from atoll.net.agent import Trainer
 from atoll.net.control import Deliver, Work, content_hash
 from atoll.net.coordinator import Plan
-from atoll.net.evaluating import LARGEST, NOTHING, added, examine, fault_of
-from atoll.net.frames import encode
+from atoll.net.evaluating import LARGEST, NOTHING, added, examine, fault_of, schema
+from atoll.net.frames import Limits, decode, encode
 from atoll.net.packing import pack_task
 from atoll.net.policy import inspect_evaluation
 from atoll.net.service import Service
@@ -187,6 +187,33 @@ def test_what_is_sums_leaves_with_its_shapes_and_counts() -> None:
     assert examine(deliver(frame, sha256="0" * 64), frame).fault == "transport"
     assert examine(deliver(frame), frame + b"\0").fault == "transport"
     assert fault_of(b"no frame")
+
+
+def asked(process: Process, data: FederatedDataset, **more: Any) -> dict[str, Tensor]:
+    """What a site answers to an evaluation of the first model."""
+    task = process.open_global(process.init(), tuple(data.clients), 1)
+    values, parts = pack_task(task)
+    content = b"".join(bytes(part) for part in parts)
+    work = Work("r", 1, 0, content_hash(content), len(content), "evaluate", 0, task.clients, 1, values, None)
+    return decode(Trainer(process, data, **more)(work, bytearray(content), b"").frame, schema(), Limits(bytes=LARGEST))
+
+
+def test_nothing_is_said_of_a_split_that_was_not_asked_for() -> None:
+    process, data = Process(network(), fedavg(PLAN), engine="loop"), clients().select(["c1"])
+    both, one = asked(process, data), asked(process, data, splits=("validation",))
+    assert (both["validation"][0, 1], both["test"][0, 1]) == (3, 7)
+    assert torch.equal(one["validation"], both["validation"]) and one["test"].tolist() == [[0, 0]]
+
+
+def test_metrics_of_more_sums_than_an_answer_has_are_told_of() -> None:
+    model = atoll.Model(nn.Linear(5, 2), "cross_entropy", metrics=(atoll.metrics.auc(bins=2**15),))
+    with pytest.raises(RunError, match=f"more than the {LARGEST} of an answer"):
+        asked(Process(model, fedavg(PLAN), engine="loop"), two_classes())
+
+
+def two_classes() -> FederatedDataset:
+    some = (torch.ones(4, 5), torch.tensor([0, 1, 0, 1]))
+    return FederatedDataset.from_arrays({"a": some}, validation={"a": some}, test={"a": some})
 
 
 def test_a_site_that_tells_of_another_model_is_left_out_and_named() -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from atoll.errors import RunError
 from atoll.evaluation import Evaluation, summarise
 from atoll.memory import ClientMemory
 from atoll.messages import Task
@@ -50,7 +51,9 @@ def why_not(process: Process) -> str:
     return ""
 
 
-def answer(process: Process, task: Task, data: "FederatedDataset", memory: ClientMemory) -> bytes:
+def answer(
+    process: Process, task: Task, data: "FederatedDataset", memory: ClientMemory, splits: Sequence[str] = SPLITS
+) -> bytes:
     """The frame in which a site says what a model is worth on its own examples.
 
     Args:
@@ -58,6 +61,10 @@ def answer(process: Process, task: Task, data: "FederatedDataset", memory: Clien
         task: from `Process.open_global`.
         data: the site's, with the site as its only client.
         memory: of the site.
+        splits: of which something is said.
+
+    Raises:
+        RunError: the metrics have more sums than an answer can.
     """
     process.engine.prepare(process, data)
     (site,) = data.clients
@@ -67,13 +74,19 @@ def answer(process: Process, task: Task, data: "FederatedDataset", memory: Clien
         for split in SPLITS:
             part = getattr(data, split)
             found[split] = found[PERSONAL + split] = torch.zeros(1, 2, dtype=torch.float64)
-            if part is None or not len(part):
+            if split not in splits or part is None or not len(part):
                 continue
             found["outputs"][0] = _outputs(process, task, {n: t[:1] for n, t in part.fields.items()})
             found[split], _ = process.survey(task, part)
             if process.personalised:
                 _, found[PERSONAL + split], _ = process.engine.looked(process, task, data, memory, split, chosen)
-    return encode(found)
+    frame = encode(found)
+    if len(frame) > LARGEST:
+        raise RunError(
+            f"the sums of the model's metrics have {len(frame)} bytes, more than the {LARGEST} of an answer: take "
+            "metrics that do not grow with the classes, or of fewer bins, or evaluate_every=0."
+        )
+    return frame
 
 
 def _outputs(process: Process, task: Task, batch: Mapping[str, Tensor]) -> int:
