@@ -17,6 +17,7 @@ from atoll.evaluation import Evaluation
 from atoll.local import local_sgd
 from atoll.net import evaluating
 from atoll.net.agent import Trainer
+from atoll.net.buffers import Buffer
 from atoll.net.control import Deliver, Work, content_hash
 from atoll.net.coordinator import Plan
 from atoll.net.evaluating import LARGEST, NOTHING, added, examine, fault_of, schema
@@ -265,3 +266,20 @@ def test_metrics_that_break_do_not_stop_the_run() -> None:
     whole = clients()
     world = deploy(made, whole, 2, {c: Trainer(made(), whole.select([c])) for c in whole.clients}, evaluate=1)
     assert not world.said and [n for n in world.notices if "not evaluated" in n and "nought" in n]
+
+
+def test_an_evaluation_that_nobody_answers_is_told_of() -> None:
+    def made() -> Process:
+        return Process(network(), fedavg(PLAN), engine="loop")
+
+    class Silent(Trainer):
+        def __call__(self, work: Work, content: Buffer, memory: Buffer) -> Any:
+            if work.kind == "evaluate":
+                raise RunError("it tells nothing.")
+            return super().__call__(work, content, memory)
+
+    whole = clients()
+    world = deploy(made, whole, 2, {c: Silent(made(), whole.select([c])) for c in whole.clients}, evaluate=1)
+    told = [n for n in world.notices if "not evaluated" in n]
+    why = "no site answered (c0: it tells nothing; c1: it tells nothing; c2: it tells nothing)."
+    assert told == [f"the model after round {number} is not evaluated: {why}" for number in (1, 2)] and not world.said

@@ -96,7 +96,8 @@ class Runner:
         # What was released is never forgotten, not by a machine without power either.
         durability = host.durability if self.process.chain.noise is None else "power"
         self._journal: Journal = open_journal(self.folder, durability)
-        self._last, self._given, self._entered = time.monotonic(), "", 0
+        self._last, self._entered = time.monotonic(), 0
+        self._given = (-1, "", "")  # the task that was given to a site last
         state = State(host.state, durability=durability, patience=PATIENCE)
         self._files = Disk(self.folder, state=state, scope=scope(host.charter.run), durability=durability)
         self.service = Service(
@@ -149,8 +150,8 @@ class Runner:
             with suppress(FileNotFoundError):  # of a message that came twice, the first has taken it
                 content = Content(files=self._files, path=f"uploads/{upload}")
         answer, _ = self.service.receive(site, message, content, now)
-        if isinstance(answer, control.Work) and answer.base != self._given:
-            self._given, self._last = answer.base, time.monotonic()
+        if isinstance(answer, control.Work) and (given := (answer.round, answer.kind, answer.base)) != self._given:
+            self._given, self._last = given, time.monotonic()
         return control.encode(answer)
 
     def _happen(self, event: coordinator.Event, now: float) -> None:

@@ -275,6 +275,9 @@ class Service:
 
     def _taken(self, after: core.State, event: core.Event) -> None:
         """A recorded event is the truth from here on."""
+        known = isinstance(event, core.Evaluated | core.Failed | core.Discard)
+        if after.evaluated > self.state.evaluated and not known:
+            self._notice(_unheard(self.state, event, after.evaluated))
         self.state = after
         if isinstance(event, core.Reduced):
             assert self._next is not None
@@ -536,6 +539,15 @@ def _finite(leaf: Leaf) -> bool:
     if isinstance(leaf, torch.Tensor):
         return not leaf.is_floating_point() or bool(finite_rows(leaf.reshape(1, -1)))
     return not isinstance(leaf, float) or math.isfinite(leaf)
+
+
+def _unheard(state: core.State, event: core.Event, round: int) -> str:
+    """What an operator is told of an evaluation that this event ended, to which nobody answered."""
+    out = dict(state.excluded)
+    if isinstance(event, core.Declined):
+        out[event.site] = event.claim.reason
+    why = "; ".join(f"{site}: {reason.rstrip('.')}" for site, reason in sorted(out.items())[:5])
+    return f"the model after round {round} is not evaluated: no site answered{f' ({why})' if why else ''}."
 
 
 def _told(error: Exception) -> str:
