@@ -12,7 +12,7 @@ import atoll
 from atoll import aggregators, transforms
 from atoll.algorithms import Algorithm, apfl, ditto, fedavg, fedbn, fedper, ifca
 from atoll.data import FederatedDataset
-from atoll.errors import InvalidArgument, RunError
+from atoll.errors import InvalidArgument, NonFiniteError, RunError
 from atoll.evaluation import Evaluation
 from atoll.local import local_sgd
 from atoll.net import evaluating
@@ -187,6 +187,8 @@ def test_what_is_sums_leaves_with_its_shapes_and_counts() -> None:
     assert examine(deliver(frame, parts=(1, 0, 0)), frame).fault == "content"
     assert examine(deliver(frame, sha256="0" * 64), frame).fault == "transport"
     assert examine(deliver(frame), frame + b"\0").fault == "transport"
+    assert examine(deliver(frame), frame, 4.0).fault == ""
+    assert examine(deliver(frame), frame, 3.0).fault == "content", "more examples than a site's word is taken for"
     assert fault_of(b"no frame")
 
 
@@ -210,6 +212,13 @@ def test_metrics_of_more_sums_than_an_answer_has_are_told_of() -> None:
     model = atoll.Model(nn.Linear(5, 2), "cross_entropy", metrics=(atoll.metrics.auc(bins=2**15),))
     with pytest.raises(RunError, match=f"more than the {LARGEST} of an answer"):
         asked(Process(model, fedavg(PLAN), engine="loop"), two_classes())
+
+
+def test_outputs_that_are_not_finite_are_told_as_such() -> None:
+    some = (torch.full((1, 5), 1e25), torch.zeros(1, 1))
+    data, model = FederatedDataset.from_arrays({"a": some}, test={"a": some}), atoll.Model(nn.Linear(5, 1), "mse")
+    with pytest.raises(NonFiniteError, match="on test examples are not finite"):
+        asked(Process(model, fedavg(PLAN), engine="loop"), data)
 
 
 def two_classes() -> FederatedDataset:
@@ -283,3 +292,20 @@ def test_an_evaluation_that_nobody_answers_is_told_of() -> None:
     told = [n for n in world.notices if "not evaluated" in n]
     why = "no site answered (c0: it tells nothing; c1: it tells nothing; c2: it tells nothing)."
     assert told == [f"the model after round {number} is not evaluated: {why}" for number in (1, 2)] and not world.said
+
+
+def test_who_is_not_in_an_evaluation_is_named_in_it() -> None:
+    def made() -> Process:
+        return Process(network(), fedavg(PLAN), engine="loop")
+
+    class Silent(Trainer):
+        def __call__(self, work: Work, content: Buffer, memory: Buffer) -> Any:
+            if work.kind == "evaluate":
+                raise NonFiniteError("not finite.")
+            return super().__call__(work, content, memory)
+
+    whole = clients()
+    training = {c: (Silent if c == "c1" else Trainer)(made(), whole.select([c])) for c in whole.clients}
+    said = deploy(made, whole, 1, training, evaluate=1).said[1]
+    assert said.splits["test"].clients == ("c2",)
+    assert said.notes[-1] == "1 of 3 sites said nothing of the model (c1: not finite)."

@@ -304,7 +304,7 @@ class Service:
         if self.state.kind == "evaluate":
             if content.size > evaluating.LARGEST:
                 return Finding("content", f"it has {content.size} bytes, more than an answer has.")
-            return evaluating.examine(claim, bytes(content.whole()))
+            return evaluating.examine(claim, bytes(content.whole()), self.rules.weight_cap)
         if self._terms is not None:
             return self._trained(claim)
         assert self._schema is not None
@@ -437,7 +437,7 @@ class Service:
             own = process.open(self.model, clients, len(clients), kind="evaluate").message.vector
             same = torch.equal(own, process.open_global(self.model, clients, len(clients)).message.vector)
             said = evaluating.added(process, self._spool, [u.claim for u in effect.updates], personal=same)
-            self._evaluated(effect.round, said)
+            self._evaluated(effect.round, said._replace(notes=(*said.notes, *_silent(self.state))))
         except OSError:
             raise
         except Exception as error:  # metrics may be an author's
@@ -539,6 +539,13 @@ def _finite(leaf: Leaf) -> bool:
     if isinstance(leaf, torch.Tensor):
         return not leaf.is_floating_point() or bool(finite_rows(leaf.reshape(1, -1)))
     return not isinstance(leaf, float) or math.isfinite(leaf)
+
+
+def _silent(state: core.State) -> list[str]:
+    """What a reader of an evaluation should know of sites that are not in it."""
+    out = [s for s in state.cohort if s not in state.accepted]
+    told = "; ".join(f"{s}: {state.excluded.get(s, 'no answer in time').rstrip('.')}" for s in out[:5])
+    return [f"{len(out)} of {len(state.cohort)} sites said nothing of the model ({told})."] if out else []
 
 
 def _unheard(state: core.State, event: core.Event, round: int) -> str:
