@@ -13,11 +13,12 @@ def site(name: str, standing: str = "ready", **more: Any) -> SiteView:
     return SiteView(name, standing, **given)
 
 
-def view(phase: str, *sites: SiteView, reason: str = "", closed: int = 2) -> View:
+def view(phase: str, *sites: SiteView, reason: str = "", closed: int = 2, attempt: int = 1) -> View:
     return View(
-        version=1, run="r", title="", phase=phase, reason=reason, round=closed + 1, rounds=5, attempt=0, wanted=2,
-        least=2, sites=list(sites), closed=[Closed(i + 1, 2, None, 0, 1.0) for i in range(closed)], notices=[], by="a",
-        at=0.0,
+        version=1, run="r", title="", phase=phase, reason=reason, round=closed + 1, rounds=5, attempt=attempt,
+        wanted=2, least=2, sites=list(sites),
+        closed=[Closed(i + 1, 2, None, 0, 1.0) for i in range(closed)], notices=[],
+        by="a", at=0.0,
     )  # fmt: skip
 
 
@@ -56,6 +57,10 @@ def view(phase: str, *sites: SiteView, reason: str = "", closed: int = 2) -> Vie
             view("collecting", site("a", doing="asked", seen=600.0), site("b", doing="delivered")),
             "r, after 2 of 5 rounds, waits for updates of round 3: a did not deliver yet. a: is silent: its machine or "
             "its line is down.",
+        ),
+        (
+            view("collecting", site("a", doing="asked"), closed=5, attempt=0),
+            "r, after 5 of 5 rounds, waits for what sites say of the model: a did not deliver yet.",
         ),
         (view("collecting", site("a", doing="delivered")), "updates of round 3: whoever was asked has delivered."),
         (

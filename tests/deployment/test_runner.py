@@ -93,3 +93,20 @@ def test_an_error_that_is_no_text_can_be_told_all_the_same() -> None:
     for error in (ValueError("data-\udcff.csv"), RunError("data-\udcff.csv")):
         for told in (runner._broken(error), coordinator.Failed(0, 1, service._told(error))):
             assert b"data-?.csv" in msgspec.json.encode(told)
+
+
+def test_a_rounds_seconds_begin_with_its_own_task_and_not_with_an_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both may be the very same bytes."""
+    clock, told = iter([10.0, 25.0]), list[float]()
+    work = control.Work("r", 1, 0, "0" * 64, 1, "evaluate", 0, ("a",), 1, {}, None)
+    train = msgspec.structs.replace(work, attempt=1, kind="train")
+    said = iter([work, work, train, train])
+    held: Any = SimpleNamespace(
+        _last=0.0, _given=(-1, "", ""),
+        service=SimpleNamespace(receive=lambda *given: (next(said), Content())),
+    )  # fmt: skip
+    monkeypatch.setattr(runner.time, "monotonic", lambda: next(clock))
+    for _ in range(4):
+        runner.Runner._received(held, "a", b"", "", 0.0)
+        told.append(held._last)
+    assert told == [10.0, 10.0, 25.0, 25.0]

@@ -353,7 +353,8 @@ def test_after_a_round_everybody_is_asked_what_its_model_is_worth() -> None:
     assert run(core.Reduced(1, 0, MODEL)) == (core.Misplaced("Reduced", Phase.REDUCING),)
     *_, opened = run(core.Evaluated(1))
     assert opened == core.Open(1, 1, NAMES, 3, ""), "the very cohort and attempt of a run without evaluations"
-    assert run.state.kind == "train" and run.state.sites["a"].counted == (1, 0)
+    assert run.state.kind == "train" and run.state.sites["a"].counted == (0, 1), "an answer is no update"
+    assert answer(run(update("a", run.state, attempt=0))).cause == "stale"
     assert run(core.Evaluated(1)) == (core.Misplaced("Evaluated", Phase.OPENING),)
 
 

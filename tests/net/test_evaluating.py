@@ -12,15 +12,16 @@ import atoll
 from atoll import aggregators, transforms
 from atoll.algorithms import Algorithm, apfl, ditto, fedavg, fedbn, fedper, ifca
 from atoll.data import FederatedDataset
-from atoll.errors import InvalidArgument, RunError
+from atoll.errors import InvalidArgument, NonFiniteError, RunError
 from atoll.evaluation import Evaluation
 from atoll.local import local_sgd
 from atoll.net import evaluating
 from atoll.net.agent import Trainer
+from atoll.net.buffers import Buffer
 from atoll.net.control import Deliver, Work, content_hash
 from atoll.net.coordinator import Plan
-from atoll.net.evaluating import LARGEST, NOTHING, added, examine, fault_of
-from atoll.net.frames import encode
+from atoll.net.evaluating import LARGEST, NOTHING, added, examine, fault_of, schema
+from atoll.net.frames import Limits, decode, encode
 from atoll.net.packing import pack_task
 from atoll.net.policy import inspect_evaluation
 from atoll.net.service import Service
@@ -186,7 +187,43 @@ def test_what_is_sums_leaves_with_its_shapes_and_counts() -> None:
     assert examine(deliver(frame, parts=(1, 0, 0)), frame).fault == "content"
     assert examine(deliver(frame, sha256="0" * 64), frame).fault == "transport"
     assert examine(deliver(frame), frame + b"\0").fault == "transport"
+    assert examine(deliver(frame), frame, 4.0).fault == ""
+    assert examine(deliver(frame), frame, 3.0).fault == "content", "more examples than a site's word is taken for"
     assert fault_of(b"no frame")
+
+
+def asked(process: Process, data: FederatedDataset, **more: Any) -> dict[str, Tensor]:
+    """What a site answers to an evaluation of the first model."""
+    task = process.open_global(process.init(), tuple(data.clients), 1)
+    values, parts = pack_task(task)
+    content = b"".join(bytes(part) for part in parts)
+    work = Work("r", 1, 0, content_hash(content), len(content), "evaluate", 0, task.clients, 1, values, None)
+    return decode(Trainer(process, data, **more)(work, bytearray(content), b"").frame, schema(), Limits(bytes=LARGEST))
+
+
+def test_nothing_is_said_of_a_split_that_was_not_asked_for() -> None:
+    process, data = Process(network(), fedavg(PLAN), engine="loop"), clients().select(["c1"])
+    both, one = asked(process, data), asked(process, data, splits=("validation",))
+    assert (both["validation"][0, 1], both["test"][0, 1]) == (3, 7)
+    assert torch.equal(one["validation"], both["validation"]) and one["test"].tolist() == [[0, 0]]
+
+
+def test_metrics_of_more_sums_than_an_answer_has_are_told_of() -> None:
+    model = atoll.Model(nn.Linear(5, 2), "cross_entropy", metrics=(atoll.metrics.auc(bins=2**15),))
+    with pytest.raises(RunError, match=f"more than the {LARGEST} of an answer"):
+        asked(Process(model, fedavg(PLAN), engine="loop"), two_classes())
+
+
+def test_outputs_that_are_not_finite_are_told_as_such() -> None:
+    some = (torch.full((1, 5), 1e25), torch.zeros(1, 1))
+    data, model = FederatedDataset.from_arrays({"a": some}, test={"a": some}), atoll.Model(nn.Linear(5, 1), "mse")
+    with pytest.raises(NonFiniteError, match="on test examples are not finite"):
+        asked(Process(model, fedavg(PLAN), engine="loop"), data)
+
+
+def two_classes() -> FederatedDataset:
+    some = (torch.ones(4, 5), torch.tensor([0, 1, 0, 1]))
+    return FederatedDataset.from_arrays({"a": some}, validation={"a": some}, test={"a": some})
 
 
 def test_a_site_that_tells_of_another_model_is_left_out_and_named() -> None:
@@ -238,3 +275,37 @@ def test_metrics_that_break_do_not_stop_the_run() -> None:
     whole = clients()
     world = deploy(made, whole, 2, {c: Trainer(made(), whole.select([c])) for c in whole.clients}, evaluate=1)
     assert not world.said and [n for n in world.notices if "not evaluated" in n and "nought" in n]
+
+
+def test_an_evaluation_that_nobody_answers_is_told_of() -> None:
+    def made() -> Process:
+        return Process(network(), fedavg(PLAN), engine="loop")
+
+    class Silent(Trainer):
+        def __call__(self, work: Work, content: Buffer, memory: Buffer) -> Any:
+            if work.kind == "evaluate":
+                raise RunError("it tells nothing.")
+            return super().__call__(work, content, memory)
+
+    whole = clients()
+    world = deploy(made, whole, 2, {c: Silent(made(), whole.select([c])) for c in whole.clients}, evaluate=1)
+    told = [n for n in world.notices if "not evaluated" in n]
+    why = "no site answered (c0: it tells nothing; c1: it tells nothing; c2: it tells nothing)."
+    assert told == [f"the model after round {number} is not evaluated: {why}" for number in (1, 2)] and not world.said
+
+
+def test_who_is_not_in_an_evaluation_is_named_in_it() -> None:
+    def made() -> Process:
+        return Process(network(), fedavg(PLAN), engine="loop")
+
+    class Silent(Trainer):
+        def __call__(self, work: Work, content: Buffer, memory: Buffer) -> Any:
+            if work.kind == "evaluate":
+                raise NonFiniteError("not finite.")
+            return super().__call__(work, content, memory)
+
+    whole = clients()
+    training = {c: (Silent if c == "c1" else Trainer)(made(), whole.select([c])) for c in whole.clients}
+    said = deploy(made, whole, 1, training, evaluate=1).said[1]
+    assert said.splits["test"].clients == ("c2",)
+    assert said.notes[-1] == "1 of 3 sites said nothing of the model (c1: not finite)."

@@ -126,6 +126,12 @@ def test_what_an_authors_code_says_is_plain_text_to_watchers(tmp_path: Path) -> 
     assert all(text.isprintable() for text in (view.title, view.reason, *view.notices))
 
 
+def test_names_of_metrics_are_plain_text_to_watchers(tmp_path: Path) -> None:
+    _, run, _ = house(tmp_path, summary("gathering"))
+    run._learn(Told(summary("collecting", closed=[hub.Closed(1, 2, 0.5, 9, 1.0, {"a\x1b[2Jb": 0.25})])))
+    assert [c.metrics for c in run.view({}).closed] == [{"a [2Jb": 0.25}]
+
+
 def test_what_noise_took_is_told_to_watchers(tmp_path: Path) -> None:
     _, run, _ = house(tmp_path, BLANK)
     assert run.view({}).privacy is None

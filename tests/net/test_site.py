@@ -6,11 +6,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from atoll.net.calls import Charter, Errand
-from atoll.net.children import Child, Ready
-from atoll.net.control import Terms
+from atoll.net.children import Child, Ready, Trained
+from atoll.net.control import Terms, Work
+from atoll.net.evaluating import NOTHING
+from atoll.net.frames import encode
 from atoll.net.party import Phase
+from atoll.net.policy import Left
 from atoll.net.site import Bounds, Failed, Part
 
 TERMS = Terms(32, 1.0, 4.0, (2, 3), 64, 3, "lying")
@@ -91,3 +95,28 @@ def test_a_site_says_nothing_else_while_its_report_is_on_its_way(tmp_path: Path)
         assert said == ["due"]
 
     asyncio.run(speak())
+
+
+def test_no_number_leaves_beside_an_evaluation_that_was_looked_at(tmp_path: Path) -> None:
+    """The author's process would have the server told of more, or its client remember something else."""
+    none = torch.zeros(1, 2, dtype=torch.float64)
+    names = ("validation", "test", "personal/validation", "personal/test")
+    frame = encode({"outputs": torch.ones(1, dtype=torch.int64)} | dict.fromkeys(names, none))
+    left = list[Left]()
+    author: Any = Author(None)
+
+    async def call(*given: Any, **more: Any) -> tuple[Trained, bytes]:
+        return Trained((10**9, 123456789, 5), 987654321, len(frame)), frame + b"else"
+
+    author.call = call
+    site: Any = SimpleNamespace(
+        home=SimpleNamespace(folder=tmp_path), client=None, bounds=Bounds(),
+        outgoing=SimpleNamespace(write=left.append), errand=lambda run: Errand(Charter("r", "0" * 64, {}), "i", "", ""),
+    )  # fmt: skip
+    part = Part(site, "r")
+    part._child, part._ready, part._bound = author, Ready("i", False, None), True
+    work = Work("r", 3, 0, "0" * 64, 1, "evaluate", 0, ("a",), 1, {}, None)
+    done = asyncio.run(part._trained(work, b"1", b"memory"))
+    assert (done.frame, done.parts, done.sent, done.memory) == (frame, NOTHING, len(frame), b"memory")
+    (entry,) = left
+    assert (entry.what, entry.round, entry.attempt) == ("evaluation", 3, 0), "of the model after round 3"

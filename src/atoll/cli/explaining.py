@@ -44,7 +44,8 @@ def explained(view: View) -> str:
         case "collecting":
             late = [s.name for s in view.sites if s.doing == "asked"]
             told = f"{_names(late)} did not deliver yet." if late else "whoever was asked has delivered."
-            return f"{where}, waits for updates of round {view.round}: {told}{_troubles(view)}"
+            what = "what sites say of the model" if view.evaluating else f"updates of round {view.round}"
+            return f"{where}, waits for {what}: {told}{_troubles(view)}"
         case "summing":
             late = [s.name for s in view.sites if s.doing == "asked"]
             told = f"{_names(late)} did not answer yet." if late else "all that were asked have answered."

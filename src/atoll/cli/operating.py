@@ -26,7 +26,7 @@ def submit(
     app: str, *, name: str | None, settings: Sequence[str], options: Mapping[str, Any], home: Path | None, quiet: bool
 ) -> None:
     """Start a run over sites; see `atoll submit --help`."""
-    from atoll.deployment.prepare import experiment_of, plan_of, process_of, rules_of
+    from atoll.deployment.prepare import experiment_of, plan_of, process_of, rules_of, unevaluated
 
     mine, path = home_for(home, STEERING, "submit"), app_path(app)
     given = parsed(settings)
@@ -41,8 +41,8 @@ def submit(
     if quiet:
         typer.echo(run)
         return
-    if experiment.evaluate_every:
-        say("over sites nothing is evaluated yet: rounds tell the loss of local training.", "dim")
+    if experiment.evaluate_every and (why := unevaluated(experiment, process)):
+        say(f"nothing is evaluated, since {why}: rounds tell the loss of local training, where it may be told.", "dim")
     say(f"submitted {run}: sites take part once their owners approve it (atoll review, at each site). Watch it with:")
     say(f"  atoll watch {run}")
 
@@ -176,7 +176,8 @@ def show(view: View) -> None:
     from rich.text import Text
 
     out = console()
-    head = f"{view.run}: {view.phase}, round {view.round} of {view.rounds}, attempt {view.attempt}"
+    at = f"round {view.round} of {view.rounds}, attempt {view.attempt}"
+    head = f"{view.run}: {view.phase}, {'what sites say of the model' if view.evaluating else at}"
     out.print(head + (f"; {view.reason}" if view.reason else ""), markup=False, soft_wrap=True)
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for column in ("site", "stands", "this round", "counted", "heard", "last"):

@@ -50,6 +50,11 @@ def process_of(experiment: Experiment, engine: str) -> Process:
     Raises:
         InvalidArgument, CompositionError: what a run over sites would leave out in silence, or not protect.
     """
+    if experiment.splits is not None and "train" in experiment.splits:
+        raise invalid(
+            "splits", tuple(experiment.splits), 'of "validation" and "test" in a run over sites',
+            "Sites evaluate on held-out examples alone.",
+        )  # fmt: skip
     for name, value in (
         ("downlink", tuple(experiment.downlink) if isinstance(experiment.downlink, Sequence) else experiment.downlink),
         ("server_data", experiment.server_data),
@@ -120,8 +125,25 @@ def plan_of(experiment: Experiment, process: Process, charter: Charter) -> Plan:
         keep=terms is None,
         sums=sums,
         step=STEP if charter.deadline is None else charter.deadline,
-        evaluate=experiment.evaluate_every if held_out(experiment) and not evaluating.why_not(process) else 0,
+        evaluate=0 if unevaluated(experiment, process) else experiment.evaluate_every,
     )
+
+
+def unevaluated(experiment: Experiment, process: Process) -> str:
+    """Why sites never say what a model of the run is worth; "": they do."""
+    if why := evaluating.why_not(process):
+        return why
+    if not held_out(experiment):
+        return "the experiment holds no examples out"
+    if not splits_of(experiment):
+        return f"the experiment asks for no held-out examples (splits={tuple(experiment.splits or ())})"
+    return "" if experiment.evaluate_every else "the experiment asks for no evaluation (evaluate_every=0)"
+
+
+def splits_of(experiment: Experiment) -> tuple[str, ...]:
+    """The held-out examples on which the experiment has its model evaluated."""
+    asked = evaluating.SPLITS if experiment.splits is None else experiment.splits
+    return tuple(split for split in evaluating.SPLITS if split in asked)
 
 
 def held_out(experiment: Experiment) -> bool:

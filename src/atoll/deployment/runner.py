@@ -26,7 +26,7 @@ import msgspec
 
 from atoll.collecting import Collected
 from atoll.data.table import Table
-from atoll.deployment.prepare import experiment_of, held_out, identity_of, plan_of, process_of, rules_of
+from atoll.deployment.prepare import experiment_of, identity_of, plan_of, process_of, rules_of, unevaluated
 from atoll.deployment.survey import Agreement
 from atoll.deployment.telling import Teller
 from atoll.errors import AtollError, RunError
@@ -97,7 +97,8 @@ class Runner:
         # What was released is never forgotten, not by a machine without power either.
         durability = host.durability if self.process.chain.noise is None else "power"
         self._journal: Journal = open_journal(self.folder, durability)
-        self._last, self._given, self._entered = time.monotonic(), "", 0
+        self._last, self._entered = time.monotonic(), 0
+        self._given = (-1, "", "")  # the task that was given to a site last
         state = State(host.state, durability=durability, patience=PATIENCE)
         self._files = Disk(self.folder, state=state, scope=scope(host.charter.run), durability=durability)
         self.service = Service(
@@ -150,8 +151,8 @@ class Runner:
             with suppress(FileNotFoundError):  # of a message that came twice, the first has taken it
                 content = Content(files=self._files, path=f"uploads/{upload}")
         answer, _ = self.service.receive(site, message, content, now)
-        if isinstance(answer, control.Work) and answer.base != self._given:
-            self._given, self._last = answer.base, time.monotonic()
+        if isinstance(answer, control.Work) and (given := (answer.round, answer.kind, answer.base)) != self._given:
+            self._given, self._last = given, time.monotonic()
         return control.encode(answer)
 
     def _happen(self, event: coordinator.Event, now: float) -> None:
@@ -327,13 +328,12 @@ class Runner:
 
     def _evaluation(self) -> str:
         """What the result's reader should know of its evaluations."""
-        if self.plan.evaluate:
-            return "Evaluated by the sites, each on its own held-out examples, which stayed where they are."
-        if why := evaluating.why_not(self.process):
+        why = unevaluated(self.experiment, self.process)
+        if not why and not any(r.test or r.validation for r in self._journal.history()):
+            why = "no site said what the model is worth on its own examples"
+        if why:
             return f"Trained over sites: nothing was evaluated, since {why}."
-        if not held_out(self.experiment):
-            return "Trained over sites: nothing was evaluated, since the experiment holds no examples out."
-        return "Trained over sites: nothing was evaluated, as the experiment asks for (evaluate_every=0)."
+        return "Evaluated by the sites, each on its own held-out examples, which stayed where they are."
 
     def _finish(self) -> None:
         """Write the result of a run that is over."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from atoll.data import FederatedDataset
 from atoll.data.cells import Raw
 from atoll.data.table import Table
-from atoll.deployment.prepare import experiment_of, identity_of, process_of
+from atoll.deployment.prepare import experiment_of, identity_of, process_of, splits_of, unevaluated
 from atoll.deployment.survey import agreed, first_answer, second_answer
 from atoll.errors import DataError, RunError
 from atoll.net.agent import Trainer
@@ -59,12 +59,14 @@ class Worker:
             case Spread():
                 return self.ready, (second_answer(self._raw(), bytes(blob)),)
             case Prepare():
-                self._trainer = Trainer(self._process, self._bound(bytes(blob)))
+                self._trainer = Trainer(self._process, self._bound(bytes(blob)), splits=splits_of(self._experiment))
                 self._cells = None
                 return self.ready, ()
             case Train(work, length):
                 if self._trainer is None:
                     raise RunError("the data is not bound yet.")
+                if work.kind == "evaluate" and (why := unevaluated(self._experiment, self._process)):
+                    raise RunError(f"an evaluation was asked for, and {why}.")
                 done = self._trainer(work, blob[:length], blob[length:])
                 return Trained(done.parts, done.sent, len(done.frame)), (done.frame, done.memory)
             case Begin():

@@ -12,7 +12,7 @@ With a secure sum a finished report stays here, and the server is told that it i
 makes of it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -253,10 +253,18 @@ class Trainer:
         process: the very one of the server.
         data: the site's, with the site as its only client.
         limits: of frames.
+        splits: held-out examples of which something is said in evaluations.
     """
 
-    def __init__(self, process: Process, data: "FederatedDataset", limits: Limits | None = None) -> None:
-        self._process, self._data, self._limits = process, data, limits
+    def __init__(
+        self,
+        process: Process,
+        data: "FederatedDataset",
+        limits: Limits | None = None,
+        *,
+        splits: Sequence[str] = evaluating.SPLITS,
+    ) -> None:
+        self._process, self._data, self._limits, self._splits = process, data, limits, splits
         (self._site,) = data.clients
         start = process.init()
         self._template = process.open(start, (self._site,), 1, kind="evaluate")  # for what it is made of alone
@@ -282,7 +290,7 @@ class Trainer:
         if task.kind == "evaluate":
             if why := evaluating.why_not(process):
                 raise RunError(f"an evaluation was asked for, and {why}.")
-            frame = evaluating.answer(process, task, self._data, kept)
+            frame = evaluating.answer(process, task, self._data, kept, self._splits)
             return Done(frame, evaluating.NOTHING, len(frame), memory)  # it remembers what it did
         engine = process.engine
         engine.prepare(process, self._data)

@@ -329,7 +329,7 @@ class View(_Struct, frozen=True):
         reason: why it is paused, over or broken.
         round: at work, from 1.
         rounds: planned.
-        attempt: at the round.
+        attempt: at the round; 0: none yet, or its model is evaluated before.
         wanted: updates with which the attempt closes at once.
         least: sites it waits for.
         sites: everybody who takes part, or could.
@@ -361,6 +361,11 @@ class View(_Struct, frozen=True):
     def over(self) -> bool:
         """Whether nothing more will happen."""
         return self.phase in ("finished", "stopped")
+
+    @property
+    def evaluating(self) -> bool:
+        """Whether sites are asked what the model is worth."""
+        return self.attempt == 0 and self.phase in ("opening", "collecting", "reducing")
 
 
 class RunList(_Struct, frozen=True):

@@ -30,7 +30,8 @@ ever asked for two kinds of shares of one peer.
 
 An evaluation asks every site that is there what the model after a round is worth on its own held-out examples. It goes
 through the phases of a round as attempt 0 at the next one, of which there is no other: whoever answers in time is
-heard, nobody is asked twice, and where it fails the run goes on without it.
+heard, nobody is asked twice, and where it fails the run goes on without it. No update is counted by it, so that what a
+site remembers stays that of its last one.
 
 With noise on the sums (`Guarantee`) every noised sum is counted by the very entry by which its model becomes the run's:
 before that nobody has seen anything of it. Where combining fails behind the noise, why is told, so that it counts too.
@@ -1155,32 +1156,27 @@ def _reduced(plan: Plan, state: State, event: Event, now: float) -> Handled:
     told = (event.round, event.attempt, event.multiplier)
     if state.kind != "train" or told != (state.round, state.attempt, state.multiplier):
         return _misplaced(plan, state, event, now)
+    sites = dict(state.sites)
+    for name, update in state.accepted.items():
+        stamp = (update.claim.round, update.claim.attempt)
+        sites[name] = replace(sites[name], counted=stamp, sha256=update.claim.sha256)
     done = state.round + 1 >= plan.rounds and not plan.evaluate
     closed = replace(
         state,
         phase=Phase.FINISHED if done else Phase.GATHERING, round=state.round + 1, attempt=0, tries=0, base="",
-        model=event.model, cohort=(), wanted=0, accepted={}, excluded={}, sites=_counting(state), turn=0, sum=None,
-        total="", reason=f"all {plan.rounds} rounds are done." if done else "",
+        model=event.model, cohort=(), wanted=0, accepted={}, excluded={}, sites=sites, turn=0, sum=None, total="",
+        reason=f"all {plan.rounds} rounds are done." if done else "",
         releases=state.releases + (event.multiplier > 0),
     )  # fmt: skip
     after, then = _settled(plan, closed, now)
     return _recorded(state, after, event, now, (Forget(state.round + 1), *then))
 
 
-def _counting(state: State) -> dict[str, Site]:
-    """All sites; of those in the round that is over with their update counted."""
-    sites = dict(state.sites)
-    for name, update in state.accepted.items():
-        stamp = (update.claim.round, update.claim.attempt)
-        sites[name] = replace(sites[name], counted=stamp, sha256=update.claim.sha256)
-    return sites
-
-
 def _evaluated(plan: Plan, state: State, event: Event, now: float) -> Handled:
     assert isinstance(event, Evaluated)
     if state.kind != "evaluate" or event.round != state.round:
         return _misplaced(plan, state, event, now)
-    after, then = _spoken_of(plan, replace(state, sites=_counting(state)))
+    after, then = _spoken_of(plan, state)
     return _recorded(state, after, event, now, then)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from atoll.errors import NonFiniteError, RunError
 from atoll.evaluation import Evaluation, summarise
 from atoll.memory import ClientMemory
 from atoll.messages import Task
@@ -50,7 +51,9 @@ def why_not(process: Process) -> str:
     return ""
 
 
-def answer(process: Process, task: Task, data: "FederatedDataset", memory: ClientMemory) -> bytes:
+def answer(
+    process: Process, task: Task, data: "FederatedDataset", memory: ClientMemory, splits: Sequence[str] = SPLITS
+) -> bytes:
     """The frame in which a site says what a model is worth on its own examples.
 
     Args:
@@ -58,6 +61,11 @@ def answer(process: Process, task: Task, data: "FederatedDataset", memory: Clien
         task: from `Process.open_global`.
         data: the site's, with the site as its only client.
         memory: of the site.
+        splits: of which something is said.
+
+    Raises:
+        RunError: the metrics have more sums than an answer can.
+        NonFiniteError: a sum is not finite.
     """
     process.engine.prepare(process, data)
     (site,) = data.clients
@@ -67,13 +75,22 @@ def answer(process: Process, task: Task, data: "FederatedDataset", memory: Clien
         for split in SPLITS:
             part = getattr(data, split)
             found[split] = found[PERSONAL + split] = torch.zeros(1, 2, dtype=torch.float64)
-            if part is None or not len(part):
+            if split not in splits or part is None or not len(part):
                 continue
             found["outputs"][0] = _outputs(process, task, {n: t[:1] for n, t in part.fields.items()})
             found[split], _ = process.survey(task, part)
             if process.personalised:
                 _, found[PERSONAL + split], _ = process.engine.looked(process, task, data, memory, split, chosen)
-    return encode(found)
+    for split, sums in found.items():
+        if split != "outputs" and not bool(torch.isfinite(sums).all()):
+            raise NonFiniteError(f"round {task.round}: the model's loss or outputs on {split} examples are not finite.")
+    frame = encode(found)
+    if len(frame) > LARGEST:
+        raise RunError(
+            f"the sums of the model's metrics have {len(frame)} bytes, more than the {LARGEST} of an answer: take "
+            "metrics that do not grow with the classes, or of fewer bins, or evaluate_every=0."
+        )
+    return frame
 
 
 def _outputs(process: Process, task: Task, batch: Mapping[str, Tensor]) -> int:
@@ -91,24 +108,25 @@ def schema() -> Schema:
     return (TensorSpec("outputs", torch.int64, (1,)), *(TensorSpec(n, wide, (1, None)) for n in names))
 
 
-def examine(claim: Deliver, content: Buffer) -> Finding:
+def examine(claim: Deliver, content: Buffer, most: float | None = None) -> Finding:
     """What an answer is: one whose numbers are finite, and whose examples can be counted.
 
     Args:
         claim: its message.
         content: its frame.
+        most: examples of a split that count; None: any number.
     """
     if claim.size != len(content) or content_hash(content) != claim.sha256:
         return Finding("transport", "the content is not what was announced.")
     if claim.parts != NOTHING:
         return Finding("content", "it says that it has a row, and it is what a site says of a model.")
-    if fault := fault_of(content):
+    if fault := fault_of(content, MOST_EXAMPLES if most is None else most):
         return Finding("content", fault)
     return Finding()
 
 
-def fault_of(content: Buffer) -> str:
-    """What speaks against the frame of an answer; "": it is one."""
+def fault_of(content: Buffer, most: float = MOST_EXAMPLES) -> str:
+    """What speaks against the frame of an answer, about so many examples at most; "": it is one."""
     try:
         found = decode(content, schema(), Limits(bytes=LARGEST), copy=False)
     except FrameError as error:
@@ -120,8 +138,8 @@ def fault_of(content: Buffer) -> str:
         if sums.shape[1] < 2 or not bool(torch.isfinite(sums).all()):
             return f"{name}: what it says of the model is not finite, or is not there."
         examples = float(sums[0, 1])
-        if not 0 <= examples <= MOST_EXAMPLES or examples != int(examples):
-            return f"{name}: {examples:g} is no number of examples."
+        if not 0 <= examples <= most or examples != int(examples):
+            return f"{name}: {examples:g} is no number of examples up to {most:g}."
     return ""
 
 

@@ -387,7 +387,7 @@ class Run:
             self.notices.append(control.plain(text))
             log.warning("run %s: %s", self.charter.run, text)
         if now.closed:
-            self.closed |= {c.round: c for c in now.closed}
+            self.closed |= {c.round: _readable(c) for c in now.closed}
             self.closed = dict(sorted(self.closed.items())[-ROUNDS:])
         if before is None or (before.stage, before.question) != (now.stage, now.question):
             self.agenda.tell()
@@ -588,6 +588,11 @@ class Run:
 def _moment(s: Summary) -> tuple[object, ...]:
     """What concerns all sites."""
     return (s.phase, s.round, s.attempt, s.turn, s.step)
+
+
+def _readable(closed: Closed) -> Closed:
+    """A closed round whose metrics, which an author's code named, can be shown."""
+    return msgspec.structs.replace(closed, metrics={control.plain(n): v for n, v in closed.metrics.items()})
 
 
 def _outline(s: Summary) -> Summary:

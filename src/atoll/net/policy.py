@@ -164,7 +164,7 @@ class Left(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         at: seconds since 1970.
         run: whose.
         what: which of `What`.
-        round: from 1; 0: before the first.
+        round: from 1, of an evaluation the one whose model it is of; 0: before the first.
         attempt: at the round.
         bytes: that left.
         sha256: of them.

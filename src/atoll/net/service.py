@@ -275,6 +275,9 @@ class Service:
 
     def _taken(self, after: core.State, event: core.Event) -> None:
         """A recorded event is the truth from here on."""
+        known = isinstance(event, core.Evaluated | core.Failed | core.Discard)
+        if after.evaluated > self.state.evaluated and not known:
+            self._notice(_unheard(self.state, event, after.evaluated))
         self.state = after
         if isinstance(event, core.Reduced):
             assert self._next is not None
@@ -301,7 +304,7 @@ class Service:
         if self.state.kind == "evaluate":
             if content.size > evaluating.LARGEST:
                 return Finding("content", f"it has {content.size} bytes, more than an answer has.")
-            return evaluating.examine(claim, bytes(content.whole()))
+            return evaluating.examine(claim, bytes(content.whole()), self.rules.weight_cap)
         if self._terms is not None:
             return self._trained(claim)
         assert self._schema is not None
@@ -434,7 +437,7 @@ class Service:
             own = process.open(self.model, clients, len(clients), kind="evaluate").message.vector
             same = torch.equal(own, process.open_global(self.model, clients, len(clients)).message.vector)
             said = evaluating.added(process, self._spool, [u.claim for u in effect.updates], personal=same)
-            self._evaluated(effect.round, said)
+            self._evaluated(effect.round, said._replace(notes=(*said.notes, *_silent(self.state))))
         except OSError:
             raise
         except Exception as error:  # metrics may be an author's
@@ -536,6 +539,22 @@ def _finite(leaf: Leaf) -> bool:
     if isinstance(leaf, torch.Tensor):
         return not leaf.is_floating_point() or bool(finite_rows(leaf.reshape(1, -1)))
     return not isinstance(leaf, float) or math.isfinite(leaf)
+
+
+def _silent(state: core.State) -> list[str]:
+    """What a reader of an evaluation should know of sites that are not in it."""
+    out = [s for s in state.cohort if s not in state.accepted]
+    told = "; ".join(f"{s}: {state.excluded.get(s, 'no answer in time').rstrip('.')}" for s in out[:5])
+    return [f"{len(out)} of {len(state.cohort)} sites said nothing of the model ({told})."] if out else []
+
+
+def _unheard(state: core.State, event: core.Event, round: int) -> str:
+    """What an operator is told of an evaluation that this event ended, to which nobody answered."""
+    out = dict(state.excluded)
+    if isinstance(event, core.Declined):
+        out[event.site] = event.claim.reason
+    why = "; ".join(f"{site}: {reason.rstrip('.')}" for site, reason in sorted(out.items())[:5])
+    return f"the model after round {round} is not evaluated: no site answered{f' ({why})' if why else ''}."
 
 
 def _told(error: Exception) -> str:

@@ -41,6 +41,7 @@ from atoll.net.children import (
 )
 from atoll.net.client import Client, Turned, Unreachable
 from atoll.net.control import Answer, Deliver, Refused, Request, Say, Turn, Work, content_hash
+from atoll.net.evaluating import NOTHING
 from atoll.net.home import Home
 from atoll.net.masker import Masker
 from atoll.net.news import News
@@ -564,8 +565,10 @@ class Part:
         tensors = inspect_evaluation(frame) if evaluates else inspect(frame, largest)
         sha256 = content_hash(frame)
         if self._ready.sums is None:  # else it stays here, and what is made of it in a sum is entered then
-            what = "evaluation" if evaluates else "update"
-            self._leaves(what, work.round + 1, work.attempt, len(frame), sha256, tensors)
+            what, round = ("evaluation", work.round) if evaluates else ("update", work.round + 1)
+            self._leaves(what, round, work.attempt, len(frame), sha256, tensors)
+        if evaluates:  # not a number more than was looked at, and the client remembers what it did
+            return Done(frame, NOTHING, len(frame), memory, sha256)
         return Done(frame, reply.parts, reply.sent, blob[reply.frame :], sha256)
 
     def _leaves(self, what: What, round: int, attempt: int, size: int, sha256: str, tensors: list[Sent]) -> None:
