@@ -89,6 +89,16 @@ def test_readme_and_results_cover_every_benchmark() -> None:
         assert (BENCHMARKS / "results" / f"{name}.md").exists()
 
 
+def test_recipes_that_are_not_run_keep_what_is_recorded_of_them(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipes = load("recipes")
+    monkeypatch.setattr(recipes, "RESULTS", tmp_path)
+    assert recipes.recorded(["iot"]) == {}
+    (tmp_path / "recipes.json").write_text(json.dumps({"recipes": {"iot": {"tables": []}, "voice": {"tables": [1]}}}))
+    assert recipes.recorded(["iot"]) == {"voice": {"tables": [1]}}
+
+
 def test_a_stopped_search_for_rates_goes_on_where_it_was(
     load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
