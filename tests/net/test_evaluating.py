@@ -277,35 +277,40 @@ def test_metrics_that_break_do_not_stop_the_run() -> None:
     assert not world.said and [n for n in world.notices if "not evaluated" in n and "nought" in n]
 
 
+def made() -> Process:
+    return Process(network(), fedavg(PLAN), engine="loop")
+
+
+class Silent(Trainer):
+    """Trains, and raises this error when it is asked what a model is worth."""
+
+    error: Exception
+
+    def __call__(self, work: Work, content: Buffer, memory: Buffer) -> Any:
+        if work.kind == "evaluate":
+            raise self.error
+        return super().__call__(work, content, memory)
+
+
+def silent(data: FederatedDataset, error: Exception) -> Trainer:
+    trainer = Silent(made(), data)
+    trainer.error = error
+    return trainer
+
+
 def test_an_evaluation_that_nobody_answers_is_told_of() -> None:
-    def made() -> Process:
-        return Process(network(), fedavg(PLAN), engine="loop")
-
-    class Silent(Trainer):
-        def __call__(self, work: Work, content: Buffer, memory: Buffer) -> Any:
-            if work.kind == "evaluate":
-                raise RunError("it tells nothing.")
-            return super().__call__(work, content, memory)
-
     whole = clients()
-    world = deploy(made, whole, 2, {c: Silent(made(), whole.select([c])) for c in whole.clients}, evaluate=1)
+    training = {c: silent(whole.select([c]), RunError("it tells nothing.")) for c in whole.clients}
+    world = deploy(made, whole, 2, training, evaluate=1)
     told = [n for n in world.notices if "not evaluated" in n]
     why = "no site answered (c0: it tells nothing; c1: it tells nothing; c2: it tells nothing)."
     assert told == [f"the model after round {number} is not evaluated: {why}" for number in (1, 2)] and not world.said
 
 
 def test_who_is_not_in_an_evaluation_is_named_in_it() -> None:
-    def made() -> Process:
-        return Process(network(), fedavg(PLAN), engine="loop")
-
-    class Silent(Trainer):
-        def __call__(self, work: Work, content: Buffer, memory: Buffer) -> Any:
-            if work.kind == "evaluate":
-                raise NonFiniteError("not finite.")
-            return super().__call__(work, content, memory)
-
     whole = clients()
-    training = {c: (Silent if c == "c1" else Trainer)(made(), whole.select([c])) for c in whole.clients}
+    training = {c: Trainer(made(), whole.select([c])) for c in whole.clients}
+    training["c1"] = silent(whole.select(["c1"]), NonFiniteError("not finite."))
     said = deploy(made, whole, 1, training, evaluate=1).said[1]
     assert said.splits["test"].clients == ("c2",)
     assert said.notes[-1] == "1 of 3 sites said nothing of the model (c1: not finite)."

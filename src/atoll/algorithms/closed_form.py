@@ -42,6 +42,11 @@ class Head(NamedTuple):
         """Its weight's or bias's name in the model; the layer may be the model itself."""
         return f"{self.name}.{name}" if self.name else name
 
+    @property
+    def told(self) -> str:
+        """What messages call it."""
+        return repr(self.name) if self.name else "the model itself"
+
 
 Statistics = Callable[[Tensor, Tensor], Tensor]
 """(inputs of the head [n, d] float64, targets [n, ...]) -> sums [S] float64."""
@@ -116,7 +121,7 @@ def find_head(model: Model, name: str | None, method: str) -> Head:
     found = known[next(iter(known)) if name is None else name]
     if found.bias and found.parameter("bias") not in model.layout.names:
         raise InvalidArgument(
-            f"{method} solves for the bias of {found.name!r} too, but it is frozen: train it, or drop it."
+            f"{method} solves for the bias of {found.told} too, but it is frozen: train it, or drop it."
         )
     return found
 
@@ -159,7 +164,7 @@ def _bound(spec: Spec, layout: Layout, head: Head, method: Callable[[Head], Meth
         inputs = model.inputs(head.name, views, held, batch)
         if inputs.shape != (len(batch["y"]), head.width):
             raise InvalidArgument(
-                f"{spec['name']} needs one vector for every example, but {head.name!r} reads {tuple(inputs.shape)}."
+                f"{spec['name']} needs one vector for every example, but {head.told} reads {tuple(inputs.shape)}."
             )
         with torch.no_grad():
             output = model.call(views, held, batch, train=False)
@@ -167,7 +172,7 @@ def _bound(spec: Spec, layout: Layout, head: Head, method: Callable[[Head], Meth
         found = nn.functional.linear(inputs, views[head.parameter("weight")], own)
         if output.shape != found.shape or not torch.allclose(output, found, rtol=1e-4, atol=1e-5):
             raise InvalidArgument(
-                f"{spec['name']} solves for {head.name!r}, but the model's output is not what that layer gives: name "
+                f"{spec['name']} solves for {head.told}, but the model's output is not what that layer gives: name "
                 "the last layer by head=, and leave activations behind it to the loss."
             )
         form.targets(data.train.fields["y"], head.outputs)

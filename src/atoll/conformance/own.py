@@ -91,7 +91,7 @@ def _begun(problem: Problem, model: Model) -> Tensor:
     vector = model.init()
     if isinstance(model, LoraModel) and problem.factors is not None:
         values = {**model.constants(), **model.layout.view(vector)}
-        (one,) = model.adapted
+        (one,) = model.adapted  # of ffa_lora A is a constant, which is the model's own and written in place
         values[one.a].copy_(torch.tensor([problem.factors.a], dtype=torch.float64))
         values[one.b].fill_(problem.factors.b)
     return vector

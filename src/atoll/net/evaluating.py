@@ -1,7 +1,8 @@
 """What sites say of a model: sums over their own held-out examples, and what follows from them.
 
 A site answers an evaluation with the sums that a simulation makes of each client (`atoll.evaluation`), of the global
-model and, where clients have models of their own, of the one it would use. No example and no output leaves it.
+model and, where clients have models of their own, of the one it would use. No example and no output is sent; of a few
+examples sums may tell as much (docs/deployment.md).
 
     outputs                                 int64 [1]: outputs of the model, by which metrics are sized
     validation, test                        float64 [1, 2 + ...]: loss, examples, and each metric's sums
