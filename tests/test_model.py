@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from atoll.algorithms import fedavg
 from atoll.data import FederatedDataset
-from atoll.errors import InvalidArgument
+from atoll.errors import InvalidArgument, RunError
 from atoll.local import local_sgd
 from atoll.model import Model
 from atoll.rounds import Process
@@ -40,6 +40,36 @@ def test_the_users_module_and_what_is_given_out_are_copies() -> None:
     model.init().fill_(7)
     model.init_buffers().fill_(7)
     assert torch.equal(model.init(), first)
+
+
+class Scaled(nn.Module):
+    """A module of an author's own."""
+
+    def __init__(self, by: float = 1.0) -> None:
+        super().__init__()
+        self.by, self.linear = by, nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.by * self.linear(x)
+
+
+def test_start_values_are_no_part_of_what_a_model_is() -> None:
+    first, second, other = (Model(Scaled(by), "cross_entropy") for by in (1.0, 1.0, 2.0))
+    assert not torch.equal(first.init(), second.init())
+    assert first.spec == second.spec != other.spec
+
+
+@models
+def test_a_model_without_its_values_knows_its_form(name: str) -> None:
+    model, other = MODELS[name].model(), MODELS[name].model()
+    vector, buffers = model.init(), model.init_buffers()
+    model.forget()
+    with pytest.raises(RunError, match="given up its values"):
+        model.init()
+    assert model.spec == other.spec and model.layout == other.layout and torch.equal(model.init_buffers(), buffers)
+    assert all(torch.equal(t, other.constants()[n]) for n, t in model.constants().items())
+    for ours, theirs in zip(model.module(vector).parameters(), other.module(vector).parameters(), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @models

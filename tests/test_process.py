@@ -10,7 +10,7 @@ from problems import parabola, quadratics, scalar_model
 from registry import ENGINES, MODELS, squares, stack
 from torch import Tensor, nn
 
-from atoll import aggregators, spec, transforms
+from atoll import aggregators, server, spec, transforms
 from atoll.algorithms import fedavg, fedper, scaffold
 from atoll.data import FederatedDataset
 from atoll.errors import AtollError, CompositionError, DataError, InvalidArgument, NonFiniteError
@@ -463,6 +463,28 @@ def test_parts_compose_as_next_does() -> None:
     assert torch.equal(closed.buffers, expected.buffers) and torch.equal(
         closed.algorithm.variate, expected.algorithm.variate
     )
+
+
+@pytest.mark.parametrize("rule", [server.sgd(0.5), server.sgd(0.5, momentum=0.9), server.adam(), server.yogi()])
+def test_a_model_in_the_mean_s_memory_has_the_same_bits(rule: server.ServerOptimizer) -> None:
+    kind = MODELS["batch norm, mean"]
+    data, found = kind.data((3, 4, 6)), list[Tensor]()
+    for spare in (False, True):
+        parts = Process(kind.model(), fedavg(PLAN, server=rule))
+        state = parts.init(seed=4)
+        parts.engine.prepare(parts, data)
+        task = parts.open(state, tuple(data.clients), 3)
+        collector = parts.collector(state, task)
+        for report in parts.engine.run(parts, task, data, state.memory):
+            collector.add(report)
+        before, collected = parts.vector(state), collector.finish()
+        mean = collected.mean.clone()
+        closed = parts.close(state, task, collected, spare=spare)
+        found.append(torch.cat((parts.vector(closed), closed.buffers)))
+        assert torch.equal(parts.vector(state), before)
+        assert torch.equal(collected.mean, mean) != spare
+        assert (closed.algorithm.vector.data_ptr() == collected.mean.data_ptr()) == spare
+    assert torch.equal(*found)
 
 
 def test_evaluation_of_one_example_with_a_callable_loss() -> None:

@@ -14,7 +14,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from atoll import losses
 from atoll import metrics as metric_registry
-from atoll.errors import InvalidArgument, invalid
+from atoll.errors import InvalidArgument, RunError, invalid
 from atoll.random import key
 from atoll.spec import Spec, attributes, canonical, digest, record, source_hash
 from atoll.vectors import Layout
@@ -120,7 +120,7 @@ class Model:
         self._counters = {
             n: b.detach().clone() for n, b in module.named_buffers() if not b.is_floating_point() and n in persistent
         }
-        self._vector = self.layout.flatten(trainable).clone()
+        self._vector = self.layout.flatten(trainable)
         self._buffers = self.buffer_layout.flatten(floating).to(self.dtype).clone()
 
         # The training and the evaluating copy share every tensor; only their mode flags differ. What is trained is the
@@ -178,7 +178,10 @@ class Model:
 
         Raises:
             InvalidArgument: a layer holds trainable parameters but has no `reset_parameters` to draw them by.
+            RunError: the values were given up (`forget`).
         """
+        if self._vector.is_meta:
+            raise RunError("this model has given up its values: take them from a state, or build it anew.")
         if seed is None:
             return self._vector.clone()
         module = self.module(self._vector)
@@ -196,6 +199,15 @@ class Model:
                     )
         values = {n: p for n, p in module.named_parameters() if p.requires_grad}
         return self.layout.flatten(values).clone()
+
+    def forget(self) -> None:
+        """Give up the values of what is trained, and their memory, where a state has them: `init` works no more."""
+        self._vector = self._vector.to("meta")
+        values, module = self.layout.view(self._vector), self._training.module
+        kept = {id(t): t for t in (*module.parameters(), *module.buffers())}
+        kept |= {id(p): nn.Parameter(values[n]) for n, p in module.named_parameters() if n in values}
+        self._training = _Caller(copy.deepcopy(module, dict(kept)), self.forward_function)
+        self._evaluating = _Caller(copy.deepcopy(self._evaluating.module, dict(kept)), self.forward_function)
 
     def init_buffers(self) -> Tensor:
         """The module's own floating buffers as one vector [B]."""
@@ -398,7 +410,7 @@ class Model:
             dtype=str(self.dtype),
             frozen=self._frozen_hash,
             held=digest(*(b for _, b in module.named_buffers())),
-            attributes={n: attributes(m) for n, m in module.named_modules() if type(m) in own},
+            attributes={n: attributes(m, values=False) for n, m in module.named_modules() if type(m) in own},
             loss=self.loss.name if self.loss.kind != "any" else self.loss.function,
             metrics=[m if isinstance(m, str) else canonical(m) for m in self._metrics],
             buffers=self.buffer_rule,

@@ -275,7 +275,7 @@ class Process:
 
     def memory_layout(self, vector: Tensor) -> Layout:
         """Fields of a client's memory: the algorithm's, the transforms', private parameters, local buffers."""
-        return Layout.of(self._first_visit(vector, self.kept.take(self.model.init()), self.model.init_buffers()))
+        return Layout.of(self._first_visit(vector, vector.new_empty(self.kept.size), self.model.init_buffers()))
 
     def init(self, seed: int = 0, initial: Tensor | None = None) -> State:
         """The state before round one.
@@ -294,18 +294,18 @@ class Process:
                 f"a vector of {self.model.size} values of {self.model.dtype}",
                 "Take it from model.init(seed) or result.vector.",
             )
-        if not bool(torch.isfinite(vector).all()):
+        if not bool(finite_rows(vector[None])):
             raise invalid("initial", "a vector with NaN or infinite values", "finite")
         shared = self.selection.take(vector)
         memory = ClientMemory(self.memory_layout(shared), self.model.dtype)
-        begun = self.algorithm.init(shared.clone())
+        begun = self.algorithm.init(shared)
         return State(
             seed,
             0,
             begun,
             self.model.init_buffers(),
             self.chain.init(self.length, self.split),
-            self.judge.init(vector.new_zeros(self.length)),
+            self.judge.init(vector.new_zeros(0 if self.judge.rule is None else self.length)),
             self.kept.take(vector).clone(),
             memory,
             memory.version,
@@ -462,8 +462,11 @@ class Process:
 
     def blank(self, task: Task) -> Report:
         """A single client's report with nothing in it: the shapes and types that a site may send."""
-        row, weight = torch.zeros(1, self.length, dtype=self.row_dtype), torch.ones(1, 1, dtype=torch.float64)
         keys, channel = random.client_keys(("",)), self.chain.channel
+        row = torch.zeros(1, 1, dtype=self.row_dtype).expand(1, self.length)
+        weight = torch.ones(1, 1, dtype=torch.float64)
+        if self.chain.stages or channel.seal is not None:  # whoever reads it may want to write to it
+            row = row.contiguous()
         memory = {n: t[None].to(row.dtype) for n, t in self.chain.memory(self.length, self.split).items()}
         wire, _ = self.chain.encode(row, memory, task.shared, keys_of(task.seed, task.round, keys, self.split))
         sums, finite = torch.zeros(1, 2, dtype=torch.float64), torch.ones(1, dtype=torch.bool)
@@ -649,8 +652,15 @@ class Process:
             cohort=expected,
         )
 
-    def close(self, state: State, task: Task, collected: Collected, expected: float | None = None) -> State:
-        """The state after the round. Without any update the model stays as it is; the round counts."""
+    def close(self, state: State, task: Task, collected: Collected, *, spare: bool = False) -> State:
+        """The state after the round. Without any update the model stays as it is; the round counts.
+
+        Args:
+            state: before the round.
+            task: of the round.
+            collected: what came of it.
+            spare: whether the mean's memory may be written over, since nobody needs it afterwards.
+        """
         if not collected.count:
             return self._announce(replace(state, round=state.round + 1), task)
         if self.algorithm.statistics and collected.saturated:
@@ -678,7 +688,9 @@ class Process:
             task.round,
             collected.divisor,
             None if root is None else torch.cat((root[:width], root[len(mean) :])),
+            spare,
         )
+        transforms = self.chain.update(transforms, aggregate, collected.seen, collected.cohort)
         buffers = state.buffers
         if self.averaged_buffers:
             buffers = state.buffers + mean[width:]
@@ -687,7 +699,7 @@ class Process:
             round=state.round + 1,
             algorithm=self.algorithm.step(state.algorithm, aggregate),
             buffers=buffers,
-            transforms=self.chain.update(transforms, aggregate, collected.seen, collected.cohort),
+            transforms=transforms,
             aggregator=collected.aggregator,
         )
         return self._announce(after, task)

@@ -14,7 +14,7 @@ There is no bias correction, and v starts at tau^2, as in the paper.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -36,6 +36,21 @@ class Moments(NamedTuple):
     v: Tensor  # [D] second moment
 
 
+class Step(Protocol):
+    """How an optimiser steps."""
+
+    def __call__(self, state: Any, vector: Tensor, mean: Tensor, out: Tensor | None = None) -> tuple[Tensor, Any]:
+        """The vector [D] and the state after a step.
+
+        Args:
+            state: the optimiser's.
+            vector: before the step, [D].
+            mean: mean update [D].
+            out: memory [D] that the vector is written into, which may be the mean's; default new memory.
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class ServerOptimizer:
     """A server optimiser as two pure functions.
@@ -43,12 +58,12 @@ class ServerOptimizer:
     Attributes:
         spec: name and arguments.
         init: (vector [D]) -> state.
-        step: (state, vector [D], mean update [D]) -> (vector [D], state).
+        step: see `Step`.
     """
 
     spec: Spec
     init: Callable[[Tensor], Any]
-    step: Callable[[Any, Tensor, Tensor], tuple[Tensor, Any]]
+    step: Step
 
 
 def sgd(lr: float = 1.0, *, momentum: float = 0.0) -> ServerOptimizer:
@@ -62,11 +77,11 @@ def sgd(lr: float = 1.0, *, momentum: float = 0.0) -> ServerOptimizer:
     def init(vector: Tensor) -> Momentum:
         return Momentum(torch.zeros_like(vector) if momentum else vector.new_empty(0))
 
-    def step(state: Momentum, vector: Tensor, mean: Tensor) -> tuple[Tensor, Momentum]:
+    def step(state: Momentum, vector: Tensor, mean: Tensor, out: Tensor | None = None) -> tuple[Tensor, Momentum]:
         if not momentum:
-            return torch.add(vector, mean, alpha=lr), state
+            return torch.add(vector, mean, alpha=lr, out=out), state
         velocity = torch.add(mean, state.velocity, alpha=momentum)
-        return torch.add(vector, velocity, alpha=lr), Momentum(velocity)
+        return torch.add(vector, velocity, alpha=lr, out=out), Momentum(velocity)
 
     return ServerOptimizer(record("sgd", lr=lr, momentum=momentum), init, step)
 
@@ -100,10 +115,10 @@ def _adaptive(
     def init(vector: Tensor) -> Moments:
         return Moments(torch.zeros_like(vector), torch.full_like(vector, tau * tau))
 
-    def step(state: Moments, vector: Tensor, mean: Tensor) -> tuple[Tensor, Moments]:
+    def step(state: Moments, vector: Tensor, mean: Tensor, out: Tensor | None = None) -> tuple[Tensor, Moments]:
         m = beta1 * state.m + (1 - beta1) * mean
         v = second(state.v, mean * mean)
-        return vector + lr * m / (v.sqrt() + tau), Moments(m, v)
+        return torch.add(vector, lr * m / (v.sqrt() + tau), out=out), Moments(m, v)
 
     return ServerOptimizer(record(name, lr=lr, betas=betas, tau=tau), init, step)
 

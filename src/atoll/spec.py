@@ -97,15 +97,20 @@ def _callable(value: Any) -> Spec:
     return told
 
 
-def attributes(holder: object) -> Any:
-    """What an object holds that a spec can tell: numbers, texts, tensors and containers, not other objects."""
+def attributes(holder: object, *, values: bool = True) -> Any:
+    """What an object holds that a spec can tell: numbers, texts, tensors and containers, not other objects.
+
+    Args:
+        holder: the object.
+        values: whether a module's parameters and buffers are told.
+    """
     own = getattr(holder, "spec", None)
     if isinstance(own, dict):
         return cast(Spec, own)
     held = {n: v for n, v in getattr(holder, "__dict__", {}).items() if v is None or isinstance(v, TOLD)}
     if isinstance(holder, torch.nn.Module):
         held = {n: v for n, v in held.items() if n not in vars(torch.nn.Module())}
-        held |= {"repr": repr(holder), **holder.state_dict()}
+        held |= {"repr": repr(holder), **(holder.state_dict() if values else {})}
     return record(type(holder).__qualname__, **held)
 
 

@@ -333,6 +333,7 @@ class Aggregate:
         round: the round, from 0.
         divisor: what the weighted sum was divided by: the total weight, or the expected one.
         root: what training on the server's own data gave, averaged and summed part [D + S], where anybody looks at it.
+        spare: whether nobody needs the mean after the step, which may write a model into its memory.
     """
 
     mean: Tensor
@@ -343,6 +344,7 @@ class Aggregate:
     round: int
     divisor: float
     root: Tensor | None = None
+    spare: bool = False
 
 
 class Personal(NamedTuple):

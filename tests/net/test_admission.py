@@ -18,7 +18,7 @@ from atoll.messages import Report, Task
 from atoll.net.admission import Finding, Rules, examine
 from atoll.net.control import Deliver
 from atoll.net.frames import content_hash, encode
-from atoll.net.packing import pack_report, report_schema
+from atoll.net.packing import codes_of, pack_report, report_schema
 from atoll.net.storage import Content
 from atoll.rounds import Process
 
@@ -41,10 +41,7 @@ def blank(process: Process, task: Task) -> dict[str, Tensor]:
     """Tensors of a good update, to be spoilt."""
     report: Report = process.blank(task)
     report.metrics.fill_(1.0)
-    assert isinstance(report.wire, Tensor | dict)
-    codes = (
-        {"wire": report.wire} if isinstance(report.wire, Tensor) else {f"wire/{n}": t for n, t in report.wire.items()}
-    )
+    codes = {n: t.clone() for n, t in codes_of(report).items()}
     return codes | {"weight": report.weight, "metrics": report.metrics}
 
 

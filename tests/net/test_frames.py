@@ -12,7 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from atoll.net.frames import DTYPES, FrameError, Limits, Schema, TensorSpec, content_hash, decode, encode, schema_of
+from atoll.net.frames import (
+    DTYPES,
+    FrameError,
+    Limits,
+    Schema,
+    TensorSpec,
+    bytes_of,
+    content_hash,
+    decode,
+    encode,
+    schema_of,
+)
 
 NAMES = st.text("abcXYZ019._-/", min_size=1, max_size=12).filter(
     lambda n: not n.startswith("/") and ".." not in n.split("/")
@@ -48,6 +59,7 @@ def test_what_goes_in_comes_out(given: dict[str, Tensor]) -> None:
 @given(tensors())
 def test_frames_are_what_the_reference_writer_writes(given: dict[str, Tensor]) -> None:
     assert encode(given) == safetensors.torch.save(given)
+    assert bytes_of(given) == len(encode(given))
 
 
 def test_views_and_scalars_travel() -> None:

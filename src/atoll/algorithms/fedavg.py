@@ -80,7 +80,8 @@ def averaging(spec: dict[str, Any], local: Any, plan: Plan, optimizer: ServerOpt
         return State(vector, optimizer.init(vector))
 
     def step(state: State, aggregate: Aggregate) -> State:
-        return State(*optimizer.step(state.server, state.vector, aggregate.mean))
+        out = aggregate.mean if aggregate.spare else None
+        return State(*optimizer.step(state.server, state.vector, aggregate.mean, out))
 
     return Algorithm(
         spec,

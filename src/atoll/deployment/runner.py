@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
+from torch import Tensor
 
 from atoll.collecting import Collected
 from atoll.data.table import Table
@@ -55,7 +56,7 @@ from atoll.net.children import (
 from atoll.net.evaluating import Said
 from atoll.net.frames import Limits
 from atoll.net.noise import ledger_of, terms_of
-from atoll.net.packing import pack_report
+from atoll.net.packing import report_length
 from atoll.net.service import Service
 from atoll.net.state import Overtaken, State
 from atoll.net.storage import Content, Disk, scope, write_durably
@@ -114,6 +115,7 @@ class Runner:
             notice=self._noticed,
         )
         self._begin()
+        self.process.model.forget()  # what is trained is in the service's state; nothing is computed with it here
 
     # --- what it is told ----------------------------------------------------------------------------------------------
 
@@ -257,19 +259,25 @@ class Runner:
                 self._closed.append(_shown(record))
 
     def _made(self) -> dict[str, Any]:
-        start = self.process.init(self.plan.seed, self.experiment.initial)
         return {
             "title": self.experiment.title or self.charter.run,
             "experiment": {
                 **self.process.spec,
                 "cohort": self.plan.cohort,
                 "seed": self.plan.seed,
-                "initial": digest(self.process.vector(start)),
+                "initial": digest(self._start()),
                 "data": "sites",
                 "code": self.charter.code,
                 "settings": self.charter.settings,
             },
         }
+
+    def _start(self) -> Tensor:
+        """The model before the first round [P]."""
+        process, state = self.process, self.service.model
+        if state.round:  # the folder was restored from a backup, or its journal was lost
+            state = process.init(self.plan.seed, self.experiment.initial)
+        return process.whole(process.algorithm.model(state.algorithm), state.private)
 
     def _round_closed(self, round: int, collected: Collected) -> None:
         now = time.monotonic()
@@ -390,7 +398,7 @@ def _event(event: str, site: str, reason: str, key: str) -> coordinator.Event:
 def _largest(process: Process) -> int:
     """Bytes that a site's report can have: where codes differ in length, as many as several rows in the clear."""
     task = process.open(process.init(), ("",), 1, kind="evaluate")  # for what it is made of alone
-    frame = len(pack_report(process.blank(task)))
+    frame = report_length(process.blank(task))
     if process.chain.channel.seal is not None:
         return frame + COUNTS
     return frame if process.chain.facts.fixed_size else 4 * (frame + 8 * process.length) + 2**20

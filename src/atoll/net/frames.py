@@ -129,6 +129,28 @@ def pieces(tensors: Mapping[str, Tensor]) -> list[Buffer]:
     Raises:
         FrameError: as for `encode`.
     """
+    entries = _laid_out(tensors)
+    header = _header(entries)
+    parts: list[Buffer] = [len(header).to_bytes(8, "little") + header]
+    for name in entries:
+        flat = tensors[name].detach().to("cpu").contiguous().reshape(-1)
+        if flat.numel():
+            parts.append(flat.view(torch.uint8).numpy().data)
+    return parts
+
+
+def bytes_of(tensors: Mapping[str, Tensor]) -> int:
+    """Bytes of the frame of such tensors, which is not made.
+
+    Raises:
+        FrameError: as for `encode`.
+    """
+    entries = _laid_out(tensors)
+    return 8 + len(_header(entries)) + max((e.data_offsets[1] for e in entries.values()), default=0)
+
+
+def _laid_out(tensors: Mapping[str, Tensor]) -> dict[str, _Entry]:
+    """Where the tensors of a frame lie, in their order."""
     _check_machine()
     for name, tensor in tensors.items():
         if not _named_well(name, Limits().name):
@@ -144,13 +166,7 @@ def pieces(tensors: Mapping[str, Tensor]) -> list[Buffer]:
         size = tensor.numel() * tensor.element_size()
         entries[name] = _Entry(CODES[tensor.dtype], list(tensor.shape), (at, at + size))
         at += size
-    header = _header(entries)
-    parts: list[Buffer] = [len(header).to_bytes(8, "little") + header]
-    for name in entries:
-        flat = tensors[name].detach().to("cpu").contiguous().reshape(-1)
-        if flat.numel():
-            parts.append(flat.view(torch.uint8).numpy().data)
-    return parts
+    return entries
 
 
 def decode(

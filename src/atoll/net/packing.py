@@ -13,7 +13,18 @@ from atoll.errors import RunError
 from atoll.messages import Clear, Report, Scaled, Task
 from atoll.net.buffers import Buffer
 from atoll.net.control import LONGEST_TEXT, Deliver, Value, Work
-from atoll.net.frames import FrameError, Limits, Schema, TensorSpec, decode, encode, pieces, schema_of
+from atoll.net.frames import (
+    ALIGNMENT,
+    FrameError,
+    Limits,
+    Schema,
+    TensorSpec,
+    bytes_of,
+    decode,
+    encode,
+    pieces,
+    schema_of,
+)
 from atoll.rounds import Process, State
 from atoll.tree import leaves, rebuild
 from atoll.vectors import Change
@@ -87,7 +98,16 @@ def unpack_task(template: Task, work: Work, content: Buffer, limits: Limits | No
 
 def pack_report(report: Report) -> bytes:
     """The frame of one client's report: what it keeps for itself stays out."""
-    return encode(codes_of(report) | {"weight": report.weight.double(), "metrics": report.metrics.double()})
+    return encode(_sent(report))
+
+
+def report_length(report: Report) -> int:
+    """Bytes of that frame, which is not made."""
+    return bytes_of(_sent(report))
+
+
+def _sent(report: Report) -> dict[str, Tensor]:
+    return codes_of(report) | {"weight": report.weight.double(), "metrics": report.metrics.double()}
 
 
 def codes_of(report: Report) -> dict[str, Tensor]:
@@ -158,12 +178,17 @@ def pack_state(state: State) -> list[Buffer]:
     plain = _held({n: v for n, v in every.items() if not isinstance(v, Tensor)}, "state")
     own = {"seed": state.seed, "round": state.round, "served": state.served}
     values = msgspec.json.encode(own | {f"/{n}": v for n, v in plain.items()})
+    values += b" " * (-len(values) % ALIGNMENT)
     frame = pieces({n: v for n, v in every.items() if isinstance(v, Tensor)})
     return [len(values).to_bytes(8, "little") + values, *frame]
 
 
-def unpack_state(template: State, content: bytes) -> State:
+def unpack_state(template: State, content: Buffer) -> State:
     """The state of a checkpoint of the same process; its hash was checked by whoever read it.
+
+    Args:
+        template: any state of the process.
+        content: of the checkpoint; its tensors stay in it, where it can be written to.
 
     Raises:
         RunError: it belongs to another experiment.
@@ -173,7 +198,8 @@ def unpack_state(template: State, content: bytes) -> State:
     tensors = {n: v for n, v in every.items() if isinstance(v, Tensor)}
     try:
         values: dict[str, Any] = msgspec.json.decode(content[8 : 8 + length])
-        found: dict[str, Any] = dict(decode(content[8 + length :], schema_of(tensors)))
+        frame = memoryview(content)[8 + length :]
+        found: dict[str, Any] = dict(decode(frame, schema_of(tensors), copy=False))
         found |= {n[1:]: v for n, v in values.items() if n.startswith("/")}
         tree = rebuild({n: getattr(template, n) for n in PARTS}, found)
         return replace(template, **tree, seed=values["seed"], round=values["round"], served=values["served"])

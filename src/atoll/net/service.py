@@ -9,7 +9,6 @@ It has no clock, thread or socket: whoever owns those calls `receive` with what 
 `work` while `busy`. Killed anywhere and made anew on the same files, it goes on where its journal ends.
 """
 
-import hashlib
 import math
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -493,7 +492,7 @@ class Service:
                 block=self.block,
                 release=self._noising,
             )
-        closed = process.close(self.model, task, collected)
+        closed = process.close(self.model, task, collected, spare=True)
         wild = [name for name, leaf in leaves({n: getattr(closed, n) for n in PARTS}) if not _finite(leaf)]
         if wild:
             whole = bool(torch.isfinite(process.vector(closed)).all())
@@ -512,8 +511,8 @@ class Service:
 
     def _loaded(self, state: core.State) -> State:
         path = _model_path(state.round)
-        content = self.files.read(path) if self.files.size(path) >= 0 else b""
-        if hashlib.sha256(content).hexdigest() != state.model:
+        content = Content(files=self.files, path=path).whole() if self.files.size(path) >= 0 else memoryview(b"")
+        if content_hash(content) != state.model:
             raise RunError(f"{path} is missing or damaged: restore it from a backup.")
         return unpack_state(self.model, content)
 
