@@ -49,6 +49,9 @@ BEAT, STILL = 2.0, 5.0
 than the time after which PostgreSQL lets go of the lock of one that it does not hear of."""
 SHARED = 5.0
 """Seconds in which what the leader wrote into its folder must be seen here."""
+ONE = "several servers need one folder, on a file system that they share."
+LEADERS = 100
+"""Tokens of those who led that the folder keeps."""
 
 log = logging.getLogger("atoll.server")
 
@@ -112,11 +115,17 @@ def serve_several(
                 "with --database postgresql://USER@HOST/DATABASE."
             )
         reached = f"{where}:{inside.getsockname()[1]}"
-        one = _One(folder, state, note, listener, inside, Lead(state, reached), address, told, metrics)
-        asyncio.run(one.live())
+        one = One(folder, state, note, listener, inside, Lead(state, reached), address, told, metrics)
+
+        async def live() -> None:
+            for each in (signal.SIGINT, signal.SIGTERM):
+                asyncio.get_running_loop().add_signal_handler(each, one.ends)
+            await one.live()
+
+        asyncio.run(live())
 
 
-class _One:
+class One:
     """One of several servers; arguments as of `serve_several`, and what was opened for it."""
 
     def __init__(
@@ -141,10 +150,11 @@ class _One:
         self._inner: asyncio.Task[None] | None = None
 
     async def live(self) -> None:
-        """Stand by, lead, and so on, until a signal comes."""
-        loop = asyncio.get_running_loop()
-        for each in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(each, self._ends)
+        """Stand by, lead, and so on, until told to end.
+
+        Raises:
+            RunError: it cannot be one of the servers of this state.
+        """
         self._listener.setblocking(False)
         self._inside.setblocking(False)
         try:
@@ -161,7 +171,13 @@ class _One:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _ends(self) -> None:
+    @property
+    def leads(self) -> bool:
+        """Whether this server leads, and answers."""
+        return self._server is not None and self._server.started
+
+    def ends(self) -> None:
+        """End."""
         self._stop.set()
         if self._server is not None:
             self._listener.close()  # who comes from now on is sent to another server by what stands before
@@ -172,21 +188,27 @@ class _One:
     async def _stands_by(self) -> bool:
         """Hand connections over until this server leads; False: it is to stop."""
         taking: asyncio.Task[None] | None = None
-        since, before, trouble = 0.0, "", ""
+        before, trouble, ours = "", "", time.monotonic()
         try:
             while not self._stop.is_set():
                 try:
                     if await self._owned() and taking is None:
                         taking = asyncio.create_task(listen(self._listener, self._hand().take, self._tasks))
-                    if await asyncio.to_thread(self._lead.take):
-                        return True
                     leader = await asyncio.to_thread(self._lead.leader)
-                    if leader is not None and taking is not None:
-                        self._hand().to = leader.address
+                    if leader is None or self._shares(leader.token):
+                        ours = time.monotonic()
+                        if await asyncio.to_thread(self._lead.take):
+                            return True
+                    elif time.monotonic() - ours > SHARED:
+                        raise RunError(
+                            f"the server that leads on the state in {self._state.shown}, or led last, does not work in "
+                            f"{self._folder.resolve()}: {ONE}"
+                        )
+                    if leader is not None and self._hands is not None:
+                        self._hands.to = leader.address
                         if leader.token != before:
-                            before, since = leader.token, time.monotonic()
-                            log.info("stands by: %s leads", leader.address)
-                        since = self._looked(leader.token, since)
+                            before = leader.token
+                            log.info("stands by: %s leads, or led last", leader.address)
                     trouble = ""
                 except OSError as error:
                     self._lead.drop()
@@ -216,6 +238,11 @@ class _One:
         owner = await asyncio.to_thread(self._state.owner)
         if owner is None:  # whoever leads first makes it
             return False
+        if not (self._folder / "key").exists():
+            raise RunError(
+                f"{self._folder.resolve()} has no key, and {self._state.shown} is the state of servers whose key has "
+                f"the fingerprint {owner}: {ONE}"
+            )
         await asyncio.to_thread(self._state.belongs, fingerprint(key_at(self._folder / "key").public_key()))
         self._begin()
         return True
@@ -228,21 +255,16 @@ class _One:
             self._inner = asyncio.create_task(listen(self._inside, self._answers.greeted, self._tasks))
             self._told(self._address, fingerprint(key.public_key()), self._state.shown)
 
-    def _looked(self, token: str, since: float) -> float:
-        """Whether the folder is that of the server that leads, which wrote its token there; since when it was not.
+    def _shares(self, token: str) -> bool:
+        """Whether this folder is that of a server that led."""
+        return token in self._led()
 
-        Raises:
-            RunError: it is another folder.
-        """
-        with suppress(FileNotFoundError):
-            if (self._folder / "leader").read_text() == token:
-                return time.monotonic()
-        if time.monotonic() - since > SHARED:
-            raise RunError(
-                f"the server that leads works in another folder than {self._folder.resolve()}, though on the same "
-                "state: several servers need one folder, on a file system that they share."
-            )
-        return since
+    def _led(self) -> list[str]:
+        """Tokens of those who led, as the folder has them."""
+        try:
+            return (self._folder / "leaders").read_text().split()
+        except FileNotFoundError:
+            return []
 
     # --- leading ------------------------------------------------------------------------------------------------------
 
@@ -287,7 +309,8 @@ class _One:
             RunError: it is damaged, or of other servers.
             OSError: the database cannot be reached.
         """
-        write_file(self._folder / "leader", self._lead.token.encode())
+        # First here: whoever is killed in between has told nobody, and what is told is always here.
+        write_file(self._folder / "leaders", "\n".join([*self._led()[-LEADERS:], self._lead.token]).encode())
         self._lead.tell()
         home = establish(self._folder, self._address, self._state)
         self._note()
