@@ -1,6 +1,7 @@
 """Several servers on one PostgreSQL, in one process: whichever a party comes to, it is heard as by one."""
 
 import asyncio
+import fcntl
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -14,7 +15,7 @@ import pytest
 import sqlalchemy as sql
 
 from atoll.errors import InvalidArgument, RunError
-from atoll.net import calls, enrolment, handing, several, signing
+from atoll.net import calls, enrolment, handing, server, several, signing
 from atoll.net.client import Client, Unreachable, client_context, join, line
 from atoll.net.handing import Answers, Hands
 from atoll.net.home import Home
@@ -104,7 +105,11 @@ async def house(folder: Path, database: str) -> AsyncIterator[House]:
             one._listener.close()
 
 
-def test_parties_are_heard_as_by_one_whichever_server_they_come_to(tmp_path: Path, postgresql: str) -> None:
+def test_parties_are_heard_as_by_one_whichever_server_they_come_to_and_whichever_leads(
+    tmp_path: Path, postgresql: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(several, "LOOK", 0.05)
+
     async def live() -> None:
         async with house(tmp_path, postgresql) as found:
             leads, stands_by = found.leader, 1 - found.leader
@@ -139,7 +144,32 @@ def test_parties_are_heard_as_by_one_whichever_server_they_come_to(tmp_path: Pat
             with pytest.raises(RunError, match="shut out"):
                 await found.call(stands_by, calls.Agenda(-1, {}), b)
 
+            # The one whose line is cut steps down; it or the other one leads, and nothing is lost.
+            before = found.ones[leads]._lead.token
+            held = asyncio.create_task(found.call(stands_by, calls.Agenda(1_000, {}), a))
+            with closing(State(postgresql)) as state, state.engine.begin() as cutting:
+                assert cutting.execute(CUT).scalar() == 1
+            await until(lambda: found.leader >= 0 and found.ones[found.leader]._lead.token != before)
+            with pytest.raises(Unreachable):
+                await held
+            answers = [await sent(found, a, client, body, which) for which in range(2)]
+            assert all(problem(answer).kind == "epoch" for answer in answers), "what was said to the one before is void"
+            for which in range(2):
+                assert isinstance(await found.call(which, calls.Agenda(-1, {}), a), calls.Errands)
+            members: calls.Members = await found.call(0, calls.ListMembers())
+            assert {m.name: m.revoked for m in members.members} == {"admin": False, "a": False, "b": True}
+
     run(live())
+
+
+CUT = sql.text(
+    "SELECT count(pg_terminate_backend(pid)) FROM pg_locks WHERE locktype = 'advisory' AND objid = 0 AND "
+    "classid = 'atoll_meta'::regclass::oid"
+)
+
+
+def problem(answer: httpx.Response) -> calls.Problem:
+    return msgspec.json.decode(answer.content, type=calls.Problem)
 
 
 _signed: dict[str, httpx.Headers] = {}
@@ -162,32 +192,6 @@ async def sent(found: House, home: Home, client: Client, body: bytes, which: int
 class Plain:
     def __init__(self, request: httpx.Request) -> None:
         self.method, self.url, self.headers = request.method, str(request.url), request.headers
-
-
-HELD = sql.text(
-    "SELECT count(pg_terminate_backend(pid)) FROM pg_locks WHERE locktype = 'advisory' AND objid = 0 AND "
-    "classid = 'atoll_meta'::regclass::oid"
-)
-
-
-def test_the_one_whose_line_is_cut_steps_down_and_nothing_is_lost(tmp_path: Path, postgresql: str) -> None:
-    async def live() -> None:
-        async with house(tmp_path, postgresql) as found:
-            a = await join(found.there(await found.invite("a", 0), 1), tmp_path / "a")
-            before = found.ones[found.leader]._lead.token
-            held = asyncio.create_task(found.call(1 - found.leader, calls.Agenda(1_000, {}), a))
-            with closing(State(postgresql)) as state, state.engine.begin() as cutting:
-                assert cutting.execute(HELD).scalar() == 1
-            await until(lambda: found.leader >= 0 and found.ones[found.leader]._lead.token != before)
-            with pytest.raises(Unreachable):
-                await held
-            for which in range(2):
-                errands = await found.call(which, calls.Agenda(-1, {}), a)
-                assert isinstance(errands, calls.Errands)
-            members: calls.Members = await found.call(0, calls.ListMembers())
-            assert {m.name for m in members.members} == {"admin", "a"}
-
-    run(live())
 
 
 def test_whoever_lost_the_lead_writes_nothing_any_more(postgresql: str) -> None:
@@ -253,7 +257,8 @@ def test_arguments_that_cannot_be_are_refused(tmp_path: Path, more: dict[str, An
     assert not (tmp_path / "server").exists()
 
 
-def test_several_need_a_postgresql(tmp_path: Path) -> None:
+def test_several_need_a_postgresql(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.umask", lambda mask: mask)
     with pytest.raises(RunError, match=r"several servers need a PostgreSQL that they share.*--database postgresql://"):
         serve(tmp_path / "server", None)
 
@@ -262,23 +267,35 @@ def test_servers_of_another_key_or_folder_are_refused(
     tmp_path: Path, postgresql: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(several, "SHARED", 0.3)
+    monkeypatch.setattr(server, "LETTING_GO", 0.0)
+    monkeypatch.setattr("os.umask", lambda mask: mask)
 
-    async def live() -> None:
-        async with house(tmp_path, postgresql) as found:
-            other = tmp_path / "other"
-            with pytest.raises(RunError, match=r"has no key.*one folder"):
-                await asyncio.to_thread(alone, other, postgresql)
-            key_at(other / "key", make=True)
-            with pytest.raises(RunError, match="the state of another server"):
-                await asyncio.to_thread(alone, other, postgresql)
-            (other / "key").unlink()
-            (other / "key").write_bytes((found.folder / "key").read_bytes())
-            (other / "key").chmod(0o600)
-            with pytest.raises(RunError, match="does not work in"):
-                await asyncio.to_thread(alone, other, postgresql)
-            assert found.leader >= 0
-
-    run(live())
+    found, other = tmp_path / "server", tmp_path / "other"
+    found.mkdir()
+    state = State(postgresql)
+    server.establish(found, "sites.example:8443", state)
+    lead = Lead(state, "127.0.0.1:1")
+    assert lead.take()
+    lead.tell()
+    roster = state.journal("roster")
+    with pytest.raises(RunError, match=r"has no key.*one folder"):
+        alone(other, postgresql)
+    key_at(other / "key", make=True)
+    with pytest.raises(RunError, match="the state of another server"):
+        alone(other, postgresql)
+    (other / "key").write_bytes((found / "key").read_bytes())
+    with pytest.raises(RunError, match="does not work in"):
+        alone(other, postgresql)
+    common: dict[str, Any] = {"host": "127.0.0.1", "port": 0, "address": None, "told": lambda *words: None}
+    with pytest.raises(RunError, match=r"works on the state in .* for several at once each needs --among"):
+        server.serve(other, database=postgresql, **common)
+    with open(found / "lock", "a+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)  # as each of several has it
+        with pytest.raises(RunError, match=r"another server works in .* each of them --among"):
+            server.serve(found, database=postgresql, **common)
+    roster.close()
+    lead.drop()
+    state.close()
 
 
 def alone(folder: Path, database: str) -> None:

@@ -24,9 +24,10 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import uvicorn
 
@@ -47,13 +48,15 @@ LOOK = 0.25
 BEAT, STILL = 2.0, 5.0
 """Seconds between two questions whether the database is there, and in which it must answer: together they are shorter
 than the time after which PostgreSQL lets go of the lock of one that it does not hear of."""
-SHARED = 5.0
-"""Seconds in which what the leader wrote into its folder must be seen here."""
+SHARED = 60.0
+"""Seconds in which what the leader wrote into its folder must be seen here, and before which this one does not lead."""
 ONE = "several servers need one folder, on a file system that they share."
 LEADERS = 100
 """Tokens of those who led that the folder keeps."""
 
 log = logging.getLogger("atoll.server")
+
+T = TypeVar("T")
 
 
 def serve_several(
@@ -96,7 +99,7 @@ def serve_several(
     os.umask(0o077)  # sites' updates lie here
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     with ExitStack() as held:
-        lock = held.enter_context(open(folder / "lock", "a"))
+        lock = held.enter_context(open(folder / "lock", "a+"))  # read, too: a shared lock of NFS asks for it
         try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError:
@@ -148,6 +151,11 @@ class One:
         self._server: uvicorn.Server | None = None
         self._tasks = set[asyncio.Task[None]]()
         self._inner: asyncio.Task[None] | None = None
+        self._thread = ThreadPoolExecutor(1)  # of its own: the answer of the database waits behind no disk
+
+    async def _asked(self, call: Callable[[], T]) -> T:
+        """What a call of the database gives."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, call)
 
     async def live(self) -> None:
         """Stand by, lead, and so on, until told to end.
@@ -170,6 +178,7 @@ class One:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            self._thread.shutdown(wait=False, cancel_futures=True)
 
     @property
     def leads(self) -> bool:
@@ -194,10 +203,10 @@ class One:
                 try:
                     if await self._owned() and taking is None:
                         taking = asyncio.create_task(listen(self._listener, self._hand().take, self._tasks))
-                    leader = await asyncio.to_thread(self._lead.leader)
+                    leader = await self._asked(self._lead.leader)
                     if leader is None or self._shares(leader.token):
                         ours = time.monotonic()
-                        if await asyncio.to_thread(self._lead.take):
+                        if await self._asked(self._lead.take):
                             return True
                     elif time.monotonic() - ours > SHARED:
                         raise RunError(
@@ -235,7 +244,7 @@ class One:
         """
         if self._hands is not None:
             return True
-        owner = await asyncio.to_thread(self._state.owner)
+        owner = await self._asked(self._state.owner)
         if owner is None:  # whoever leads first makes it
             return False
         if not (self._folder / "key").exists():
@@ -243,7 +252,8 @@ class One:
                 f"{self._folder.resolve()} has no key, and {self._state.shown} is the state of servers whose key has "
                 f"the fingerprint {owner}: {ONE}"
             )
-        await asyncio.to_thread(self._state.belongs, fingerprint(key_at(self._folder / "key").public_key()))
+        own = fingerprint(key_at(self._folder / "key").public_key())
+        await self._asked(lambda: self._state.belongs(own))
         self._begin()
         return True
 
@@ -271,7 +281,7 @@ class One:
     async def _leads(self) -> None:
         """Lead until the database lets go of this server, or a signal comes."""
         try:
-            door = await asyncio.to_thread(self._taken_over)
+            door = await self._asked(self._taken_over)
         except (OSError, Taken) as error:  # whoever led before may be about to let go
             log.error("cannot lead yet: %s", error)
             await asyncio.sleep(1.0)
@@ -329,7 +339,7 @@ class One:
                     await asyncio.wait_for(cut.wait(), BEAT)
                 loop.remove_reader(file)  # the answer to a question is not news
                 try:
-                    await asyncio.wait_for(asyncio.to_thread(self._lead.beat), STILL)
+                    await asyncio.wait_for(self._asked(self._lead.beat), STILL)
                 except (OSError, TimeoutError) as error:
                     log.error("leads no more: %s", error or "the database does not answer")
                     server.config.timeout_graceful_shutdown = 0
