@@ -219,6 +219,10 @@ def test_whoever_lost_the_lead_writes_nothing_any_more(postgresql: str) -> None:
                 write()
         states[1].put("newest", "k", b"two")
         assert states[0].documents("newest") == {"k": b"two"}
+        states[1].alone()
+        assert two.leader() is None
+        with pytest.raises(OSError, match="another server leads"):
+            states[1].put("newest", "k", b"beside one that is alone")
         roster._drop()  # as a line that broke with the other one
         with closing(states[1].journal("roster")) as taken:
             taken.append(b"two")

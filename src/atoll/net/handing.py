@@ -38,6 +38,8 @@ ENDING = 5.0
 """Seconds that a site has to hang up, once it was told everything."""
 CONNECTIONS = 8192
 """Connections that are handed over at a time."""
+OFTEN = 60.0
+"""Seconds in which it is written down once that connections cannot be handed over."""
 UNKNOWN = 1024
 """Connections at a time that have not shown yet that they come from a server."""
 
@@ -87,7 +89,7 @@ class Hands:
     """
 
     def __init__(self, key: Ed25519PrivateKey) -> None:
-        self.to, self._key, self._many = "", key, 0
+        self.to, self._key, self._many, self._said = "", key, 0, -OFTEN
 
     async def take(self, line: socket.socket, where: Any) -> None:
         """Hand a connection to whoever leads, as soon as somebody does."""
@@ -114,6 +116,9 @@ class Hands:
                     async with asyncio.timeout(GREETING):
                         return await self._greet(self.to, place_of(str(where[0]), int(where[1])))
             await asyncio.sleep(AGAIN)
+        if time.monotonic() - self._said > OFTEN:
+            self._said = time.monotonic()
+            log.warning("connections cannot be handed over to %s", self.to or "anybody: nobody leads")
         return None
 
     async def _greet(self, address: str, place: bytes) -> socket.socket:

@@ -581,6 +581,7 @@ def serve(
             ) from None
         note()
         hub = Hub(folder, home.identity.fingerprint, home.identity.address, state)
+        state.alone()
         door = Door(hub, folder, metrics)
         config = configured(door, folder)
         told(home.identity.address, home.identity.fingerprint, state.shown)

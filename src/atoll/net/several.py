@@ -171,9 +171,9 @@ class One:
                     await self._leads()
                 finally:
                     self._lead.cut()
-                    self._lead.drop()
+                    await self._asked(self._lead.drop)  # behind a question that is still on its way
         finally:
-            self._lead.drop()
+            await self._asked(self._lead.drop)
             tasks = [*self._tasks, *([self._inner] if self._inner else [])]
             for task in tasks:
                 task.cancel()
@@ -211,7 +211,8 @@ class One:
                     elif time.monotonic() - ours > SHARED:
                         raise RunError(
                             f"the server that leads on the state in {self._state.shown}, or led last, does not work in "
-                            f"{self._folder.resolve()}: {ONE}"
+                            f"{self._folder.resolve()}: {ONE} If it is that folder, from a backup, start one server "
+                            "in it without --among first."
                         )
                     if leader is not None and self._hands is not None:
                         self._hands.to = leader.address

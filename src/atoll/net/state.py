@@ -166,6 +166,15 @@ class State:
                 f"{owner}: restore that server's folder, or name another database."
             )
 
+    def alone(self) -> None:
+        """There is one server from now on: of several that were there before none leads, nor writes.
+
+        Raises:
+            OSError: the database cannot be reached.
+        """
+        with refusals(self.shown), self.engine.begin() as line:
+            line.execute(_meta.delete().where(_meta.c.key == "lead"))
+
     # --- documents ----------------------------------------------------------------------------------------------------
 
     def put(self, kind: str, name: str, body: bytes) -> None:
