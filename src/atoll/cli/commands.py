@@ -200,12 +200,22 @@ def server(
     metrics: Annotated[
         str | None, typer.Option(metavar="[HOST:]PORT", help="Tell a Prometheus, in the clear; default this machine.")
     ] = None,
+    among: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="Be one of several servers with the same PostgreSQL and folder; the others reach this one there.",
+        ),
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Serve runs to sites over HTTPS, from one folder, until stopped."""
     from atoll.cli.serving import server as serve
 
-    serve(state, host=host, port=port, address=address, database=database, durability=durability, metrics=metrics)
+    serve(
+        state, host=host, port=port, address=address, database=database, durability=durability, metrics=metrics,
+        among=among,
+    )  # fmt: skip
 
 
 @app.command()

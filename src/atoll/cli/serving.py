@@ -26,6 +26,7 @@ def server(
     database: str | None = None,
     durability: str = "power",
     metrics: str | None = None,
+    among: str | None = None,
 ) -> None:
     """Serve until told to stop; see `atoll server --help`."""
     from atoll import __version__
@@ -47,6 +48,7 @@ def server(
             f"  fingerprint  {fingerprint}",
             f"  folder       {state}",
             f"  state        {place}",
+            *([] if among is None else [f"  one of several, reached by the others as {among}"]),
             *([] if scraped is None else [f"  metrics      http://{scraped[0]}:{scraped[1]}/metrics"]),
             "Let sites in, from this folder, in another terminal: atoll invite NAME...",
         ]
@@ -55,10 +57,16 @@ def server(
         sys.stdout.flush()
 
     log_to_stderr()
-    serve(
-        state, host=host, port=port, address=address, told=told, database=database,
-        durability=cast(Any, durability), metrics=scraped,
-    )  # fmt: skip
+    common: dict[str, Any] = {
+        "host": host, "port": port, "address": address, "told": told, "database": database, "durability": durability,
+        "metrics": scraped,
+    }  # fmt: skip
+    if among is None:
+        serve(state, **common)
+    else:
+        from atoll.net.several import serve_several
+
+        serve_several(state, among=among, **common)
 
 
 def invite(names: list[str], *, role: str, hours: float, home: Path | None, quiet: bool) -> None:

@@ -417,12 +417,14 @@ def guarded(door: Door) -> type[H11Protocol]:
     strangers: Counter[str] = Counter()
 
     class Guarded(H11Protocol):
+        told: tuple[str, int] | None = None  # where a connection came from that another server handed over
         _timer: asyncio.TimerHandle | None = None
         _host = ""
         _port = 0
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
+            self.client = self.told or self.client
             self._host, self._port = self.client or ("", 0)
             strangers[self._host] += 1
             waiting = strangers[self._host] - sum(host == self._host for host, _ in door.trusted)
@@ -552,21 +554,34 @@ def serve(
         InvalidArgument: what is no address of a database.
         RunError: another server works in the folder or on the state; the port is taken; the database cannot be used.
     """
+    from atoll.net.state import Taken
+
     os.umask(0o077)  # sites' updates lie here
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     with open(folder / "lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise RunError(f"another server works in {folder}: stop it first, or name another folder.") from None
+            raise RunError(
+                f"another server works in {folder}: stop it first, or name another folder. Several at once need "
+                "PostgreSQL, and each of them --among HOST:PORT."
+            ) from None
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection is a file
-        listener = _listening(host, port)
+        listener = listening(host, port)
         bound = listener.getsockname()[1]
         state, note = opened(folder, database, durability)
-        home = establish(folder, address or _address(folder, host, bound), state)
+        try:
+            home = establish(folder, address or _address(folder, host, bound), state)
+        except Taken as taken:
+            several = "each needs --among HOST:PORT" if state.file is None else "they need PostgreSQL (--database)"
+            raise RunError(
+                f"another server works on the state in {state.shown}: stop it first; for several at once {several}. "
+                f"({taken})"
+            ) from None
         note()
         hub = Hub(folder, home.identity.fingerprint, home.identity.address, state)
+        state.alone()
         door = Door(hub, folder, metrics)
         config = configured(door, folder)
         told(home.identity.address, home.identity.fingerprint, state.shown)
@@ -603,14 +618,24 @@ class _Server(uvicorn.Server):
                 signal.signal(each, handler)
 
 
-def _listening(host: str, port: int) -> socket.socket:
+def listening(host: str, port: int, named: str = "--host and --port") -> socket.socket:
+    """A socket to listen on.
+
+    Args:
+        host: of this machine.
+        port: 0: any free one.
+        named: the options that say so.
+
+    Raises:
+        RunError: it cannot be listened on.
+    """
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
         raise RunError(
-            f"cannot listen on {host}:{port}: {error.strerror}. Name another with --host and --port; ports below 1024 "
-            "need permission."
+            f"cannot listen on {host}:{port}: {error.strerror}. Name another with {named}; ports below 1024 need "
+            "permission."
         ) from error
 
 

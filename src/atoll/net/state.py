@@ -1,6 +1,6 @@
 """The state of a server or a site in one database, SQLite or PostgreSQL.
 
-    atoll_meta       schema version; whose state it is
+    atoll_meta       schema version; whose state it is; which of several servers leads (`leading`)
     atoll_journals   a row for each journal: its name, how many records it has, the hash of all of them
     atoll_records    journal, number -> a record, and the hash of all records up to it
     atoll_documents  kind, name -> what is replaced as a whole, and its hash
@@ -77,8 +77,22 @@ class Overtaken(RunError):
     """A journal is not as its writer left it."""
 
 
+LEAD = sql.select(_meta.c.value).where(_meta.c.key == "lead")
+"""Which of several servers leads: its token and its address."""
+
+
+def lead_row(value: str) -> "postgresql.Insert":
+    """A statement that tells who leads from now on."""
+    made = postgresql.insert(_meta).values(key="lead", value=value)
+    return made.on_conflict_do_update(index_elements=[_meta.c.key], set_={"value": value})
+
+
 class State:
     """The tables of a database, which are made if there are none.
+
+    Attributes:
+        token: of the server that leads, where there are several: documents are written for as long as it does; "":
+            there is one.
 
     Args:
         address: of the database.
@@ -94,6 +108,7 @@ class State:
     def __init__(self, address: str, *, durability: Durability = "power", patience: float = 0.0) -> None:
         self.address, self.patience = complete(address), patience
         self.durability: Durability = durability
+        self.token = ""
         self.shown = shown(address)
         url = parsed(address)
         self.file = Path(str(url.database)) if url.get_backend_name() == "sqlite" else None
@@ -151,6 +166,15 @@ class State:
                 f"{owner}: restore that server's folder, or name another database."
             )
 
+    def alone(self) -> None:
+        """There is one server from now on: of several that were there before none leads, nor writes.
+
+        Raises:
+            OSError: the database cannot be reached.
+        """
+        with refusals(self.shown), self.engine.begin() as line:
+            line.execute(_meta.delete().where(_meta.c.key == "lead"))
+
     # --- documents ----------------------------------------------------------------------------------------------------
 
     def put(self, kind: str, name: str, body: bytes) -> None:
@@ -161,9 +185,17 @@ class State:
         """
         row = {"sha256": hashlib.sha256(body).digest(), "body": body}
         with refusals(self.shown), self.engine.begin() as line:
+            self._leads(line)
             here = (_documents.c.kind == kind) & (_documents.c.name == name)
             if not line.execute(_documents.update().where(here).values(**row)).rowcount:
                 line.execute(_documents.insert().values(kind=kind, name=name, **row))
+
+    def _leads(self, line: sql.Connection) -> None:
+        """Of several servers the one that leads writes; until this transaction is over no other begins to."""
+        if self.token:
+            told = line.execute(LEAD.with_for_update(read=True)).scalar() or ""
+            if told.partition(" ")[0] != self.token:
+                raise OSError(errno.EPERM, f"{self.shown}: another server leads by now; this one writes no more")
 
     def documents(self, kind: str) -> dict[str, bytes]:
         """All documents of a kind, by name.
@@ -201,8 +233,13 @@ class State:
         return Records(self, name)
 
     def forget(self, scope: str) -> None:
-        """Remove the journals whose names begin so, to which nobody writes."""
+        """Remove the journals whose names begin so, to which nobody writes.
+
+        Raises:
+            OSError: nothing is removed.
+        """
         with refusals(self.shown), self.engine.begin() as line:
+            self._leads(line)
             ours = sql.func.substr(_journals.c.name, 1, len(scope)) == scope  # SQLite's LIKE does not tell a from A
             line.execute(_records.delete().where(_records.c.journal.in_(sql.select(_journals.c.id).where(ours))))
             line.execute(_journals.delete().where(ours))
