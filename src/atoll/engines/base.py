@@ -14,7 +14,7 @@ from torch import Tensor
 
 from atoll import random
 from atoll.cohort import Cohort
-from atoll.engines.acceptance import Traits, accept, recheck
+from atoll.engines.acceptance import Traits, accept, accept_rounded, recheck
 from atoll.errors import RunError, invalid
 from atoll.evaluation import stretches
 from atoll.local import Plan
@@ -52,6 +52,7 @@ class Engine(ABC):
         self._at_work: dict[str, int] = {}  # the thread that uses this engine now, and how deep
         self.notes: dict[str, None] = {}  # what happened that a reader of the result should know, once each
         self._traits: Traits | None = None
+        self._mixed = False
 
     @property
     def thread_count(self) -> int:
@@ -59,9 +60,10 @@ class Engine(ABC):
         return self._threads
 
     @property
-    def told(self) -> dict[str, list[str]]:
-        """What happened on the way, for `describe`."""
-        return {"notes": list(self.notes)} if self.notes else {}
+    def told(self) -> dict[str, Any]:
+        """What is not as usual, and what happened on the way, for `describe`."""
+        told: dict[str, Any] = {"precision": "bfloat16"} if self._mixed else {}
+        return told | ({"notes": list(self.notes)} if self.notes else {})
 
     @property
     def prepared(self) -> "tuple[Process, FederatedDataset | LazyDataset] | None":
@@ -86,6 +88,9 @@ class Engine(ABC):
             return
         sample = data.sample()
         self._traits = accept(process.model, sample, process.algorithm.plans)
+        self._mixed = process.precision == "bfloat16"
+        if self._mixed:
+            accept_rounded(process.model, self._traits)
         process.check(sample)
         self._choose(process, sample)
         self._prepared = (process, data)

@@ -62,6 +62,7 @@ class Paths:
         batched: whether autograd goes through the batching transform; else tiles have one client.
         dropout: whether the model has dropout that can be keyed.
         draws: whether it draws from torch's own generator.
+        mixed: whether products are in lower precision (`precision.py`).
     """
 
     program: Program | None
@@ -70,6 +71,7 @@ class Paths:
     batched: bool
     dropout: bool
     draws: bool
+    mixed: bool = False
 
     @property
     def random(self) -> bool:
@@ -474,13 +476,18 @@ class Rows(Cohort):
         """Mean losses [k] of each row's batch; gradients go to the sink."""
         how = self._how
         if how.program is not None and (term is None or how.program.features is not None):
-            return paths.written(self.model, how.program, parts, held, batch, draw, sink, trained, term)
+            return paths.written(
+                self.model, how.program, parts, held, batch, draw, sink, trained, term, mixed=how.mixed
+            )
         if term is not None:
             tensors = cast("list[Tensor]", parts)
-            return paths.with_term(self.model, tensors, held, batch, draw, sink, term, seeded=how.draws)
+            return paths.with_term(
+                self.model, tensors, held, batch, draw, sink, term, seeded=how.draws, mixed=how.mixed
+            )
         return paths.by_autograd(
-            self.model, cast("list[Tensor]", parts), held, batch, draw, sink, batched=how.batched, seeded=how.draws
-        )
+            self.model, cast("list[Tensor]", parts), held, batch, draw, sink, batched=how.batched, seeded=how.draws,
+            mixed=how.mixed,
+        )  # fmt: skip
 
     def _gather(self, places: Tensor) -> dict[str, Tensor]:
         """Examples [k, b, ...] at places [k, b]."""

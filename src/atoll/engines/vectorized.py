@@ -166,7 +166,7 @@ class Vectorized(Engine):
             self._reason = "chosen by hand"
         else:
             three = _trio(model, traits.sample)
-            program, activations, uses, why = _program(model, traits, three)
+            program, activations, uses, why = _program(model, traits, three, mixed=self._mixed)
             evaluating = None if traits.stateful else _evaluating(model, traits.sample, three)
             single = None if program is not None else _single(model, traits)
             if program is not None:
@@ -181,7 +181,7 @@ class Vectorized(Engine):
                 if program is None and not batched:
                     raise invalid("strategy", "rows", '"single" or "auto" for this model', f"Reason: {self._reason}.")
                 self._reason = f"chosen by hand; {self._reason}"
-        self._paths = Paths(program, uses, evaluating, batched, traits.dropout, traits.draws)
+        self._paths = Paths(program, uses, evaluating, batched, traits.dropout, traits.draws, self._mixed)
         self._rows = program is not None or batched
         self._row, self._activations = model.size * model.dtype.itemsize, activations
         if process.algorithm.statistics:  # which may be much longer than the model
@@ -220,7 +220,9 @@ def tile_count(clients: int, width: int) -> int:
     return min(clients, count + count % 2) if count > 1 else 1
 
 
-def _program(model: Model, traits: Traits, three: Trio) -> tuple[Program | None, int, dict[int, Use], str]:
+def _program(
+    model: Model, traits: Traits, three: Trio, *, mixed: bool = False
+) -> tuple[Program | None, int, dict[int, Use], str]:
     """The model's program, bytes of activations for an example, uses of its weights, and why there is no program."""
     sample = traits.sample
     if traits.draws or traits.stateful:
@@ -235,10 +237,28 @@ def _program(model: Model, traits: Traits, three: Trio) -> tuple[Program | None,
     parts = [t[None] for t in model.layout.view(model.init()).values()]
     held = Buffers(model, model.init_buffers()[None]).take(slice(None))
     draw = Draw(0, "trial", 0, np.zeros(1, np.uint64), np.zeros(1, np.int64))
-    _, run = program.forward(parts, held, {n: t[None] for n, t in sample.items()}, draw=draw)
+    batch = {n: t[None] for n, t in sample.items()}
+    if mixed and (reason := _rounded(model, program, parts, held, batch, draw)) is not None:
+        return None, 0, {}, reason
+    _, run = program.forward(parts, held, batch, draw=draw)
     values = {t.data_ptr(): t.nbytes for t in run.values if isinstance(t, Tensor)}
     count = len(sample["y"])
-    return program, sum(values.values()) // count, program.uses(run, count), ""
+    uses = {} if mixed else program.uses(run, count)  # what stands as factors would be rounded twice
+    return program, sum(values.values()) // count, uses, ""
+
+
+def _rounded(
+    model: Model, program: Program, parts: list[Tensor], held: dict[str, Tensor], batch: Batch, draw: Draw
+) -> str | None:
+    """Why a program cannot run with rounded products, or None."""
+    own = Draw(draw.seed, draw.purpose, draw.round, draw.clients, draw.steps)
+    copies = {n: t.clone() for n, t in held.items()}
+    try:
+        paths.written(model, program, parts, copies, batch, own, Gradients(parts), None, mixed=True)
+    except Exception as error:
+        lines = str(error).strip().splitlines()
+        return f"its program fails in bfloat16 ({type(error).__name__}: {lines[0] if lines else 'without a text'})"
+    return None
 
 
 def _evaluating(model: Model, sample: Batch, three: Trio) -> Program | None:
