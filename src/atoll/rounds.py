@@ -98,6 +98,7 @@ class Process:
         engine: what executes cohorts: "auto", "vectorized", "ray", "loop" or an engine.
         workers: processes that share the work; "auto": the machine's cores, where rounds are long enough to gain. The
             result has the same bits for any number.
+        device: where clients train: "cpu", which "auto" means, or "cuda".
         precision: "full": everything in the model's own; "bfloat16": mixed, with local training's products in bfloat16
             and parameters, steps, losses and sums in float32 (`engines/precision.py`).
         server_data: (x, y) or named fields [n, ...] of examples the server holds, for a rule
@@ -121,6 +122,7 @@ class Process:
         aggregator: Aggregator | None = None,
         engine: str | Engine = "auto",
         workers: int | Literal["auto"] = "auto",
+        device: str = "auto",
         precision: str = "full",
         server_data: Any = None,
     ) -> None:
@@ -158,7 +160,7 @@ class Process:
             check_examples(algorithm, model)
         check_precision(precision, algorithm, model)
         self.precision = precision
-        self.engine: Engine = resolve_engine(engine, workers)
+        self.engine: Engine = resolve_engine(engine, workers, device)
         self._home: tuple[Engine, FederatedDataset] | None = None
         if server_data is not None:
             if self.chain.channel.sums_only:
@@ -405,7 +407,7 @@ class Process:
         keys = random.client_keys(cohort.clients)
         mine = {n.removeprefix("transforms/"): t for n, t in remembered.items() if n.startswith("transforms/")}
         wire: Tensor | Mapping[str, Tensor] | Clear | Scaled = clear
-        finite, stages = torch.ones(count, dtype=torch.bool), dict[str, Tensor]()
+        finite, stages = torch.ones(count, dtype=torch.bool, device=update.weight.device), dict[str, Tensor]()
         if not self.adds_rows:
             rows = clear.rows
             sizes = lengths(rows) if self.chain.noise is not None else None

@@ -91,6 +91,7 @@ def simulate(
     seed: int = 0,
     engine: str | Engine = "auto",
     workers: int | Literal["auto"] = "auto",
+    device: str = "auto",
     precision: str = "full",
     directory: str | Path | None = None,
     resume: bool = False,
@@ -124,6 +125,7 @@ def simulate(
         engine: "auto" or "vectorized", "ray" (actors of a cluster), "loop" (the specification), or an engine.
         workers: processes that share the work; "auto": the machine's cores, where rounds are long enough to gain. The
             result has the same bits for any number.
+        device: where clients train: "cpu", which "auto" means, or "cuda", in one process; evaluation is on the CPU.
         precision: "full", the model's own, or "bfloat16": mixed precision, in which matrix products and convolutions of
             local training are in bfloat16, and parameters, steps, losses and sums in float32. Part of the experiment.
         directory: where to keep the journal and checkpoints; None keeps nothing.
@@ -155,7 +157,7 @@ def simulate(
         raise invalid("resume", resume, "False without a directory", "Give directory= the run to continue.")
     process = Process(
         model, algorithm, transforms=transforms, channel=channel, downlink=downlink, aggregator=aggregator,
-        engine=engine, workers=workers, precision=precision, server_data=server_data,
+        engine=engine, workers=workers, device=device, precision=precision, server_data=server_data,
     )  # fmt: skip
     process.check_server(data.clients)
     if algorithm.sampler is not None and cohort is not None:

@@ -3,7 +3,7 @@
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from atoll.messages import Partial, Task
 if TYPE_CHECKING:
     from atoll.data import FederatedDataset, LazyDataset
     from atoll.data.dataset import Split
+    from atoll.engines.placing import Placed
     from atoll.rounds import Process, State
 
 Tile = tuple[Cohort, Mapping[str, Tensor]]
@@ -53,6 +54,7 @@ class Engine(ABC):
         self.notes: dict[str, None] = {}  # what happened that a reader of the result should know, once each
         self._traits: Traits | None = None
         self._mixed = False
+        self._placed: Placed | None = None  # where another device than the CPU trains
 
     @property
     def thread_count(self) -> int:
@@ -63,6 +65,8 @@ class Engine(ABC):
     def told(self) -> dict[str, Any]:
         """What is not as usual, and what happened on the way, for `describe`."""
         told: dict[str, Any] = {"precision": "bfloat16"} if self._mixed else {}
+        if self._placed is not None:
+            told["device"] = str(self._placed.device)
         return told | ({"notes": list(self.notes)} if self.notes else {})
 
     @property
@@ -89,6 +93,8 @@ class Engine(ABC):
         sample = data.sample()
         self._traits = accept(process.model, sample, process.algorithm.plans)
         self._mixed = process.precision == "bfloat16"
+        if self._placed is not None:
+            self._placed.check(process)
         if self._mixed:
             accept_rounded(process.model, self._traits)
         process.check(sample)
@@ -116,15 +122,19 @@ class Engine(ABC):
         self, process: "Process", task: Task, data: "FederatedDataset", memory: ClientMemory, chosen: Chosen
     ) -> Iterator[Partial]:
         """A tile's work; in two halves where the memory of the machine does not suffice for the whole."""
+        placed = self._placed
+        there, examples = (task, data) if placed is None else (placed.task(task), placed.data(data))
         try:
-            cohort, remembered = self.tile(process, task, data, memory, chosen)
-            report = process.work(task, cohort, remembered)
+            with nullcontext() if placed is None else placed.exactly():
+                cohort, remembered = self.tile(process, there, examples, memory, chosen)
+                report = process.work(there, cohort, remembered)
         except (MemoryError, RuntimeError) as error:
             if not _exhausted(error) or len(chosen) == 1:
                 raise
         else:
             memory.stage(report.clients, report.memory)
-            yield process.combine(task, report)
+            partial = process.combine(there, report)
+            yield partial if placed is None else placed.home(partial)
             return
         self.notes[f"out of memory: tiles of {len(chosen)} clients were halved"] = None
         half = (len(chosen) + 1) // 2

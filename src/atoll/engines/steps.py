@@ -127,7 +127,9 @@ class Rule:
             raise invalid("anchor", None, "given when pull is not 0")
         self.plan, self.pull = plan, pull
         self.trained = None if train is None else frozenset(i for i, t in enumerate(_cut(layout, train)) if t.any())
-        self.mask = None if train is None or not splits(layout, train) else Blocks.shown(layout, train)
+        self.mask = (
+            None if train is None or not splits(layout, train) else Blocks.shown(layout, train.to(y.like.device))
+        )
         constant: Tensor | None = None
         anchor, shift = (t[0] if t is not None and _one(t) else t for t in (anchor, shift))
         if pull and anchor is not None:
