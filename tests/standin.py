@@ -104,6 +104,10 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 class _Mode(TorchDispatchMode):
     """Sends what is made on the device, or from tensors of it, to it."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # to be told of this mode, torch's compiler would have to be imported, which takes seconds
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(func, args, kwargs or {})
 
