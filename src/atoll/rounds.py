@@ -532,6 +532,7 @@ class Process:
         else:
             keys = keys_of(task.seed, task.round, random.client_keys(report.clients), split)
             rows = self.chain.decode_each(report.wire, task.shared, length, keys, self.model.dtype)
+            rows = rows.to(weight.device)  # bytes are expanded on the CPU
             if self.chain.judges:
                 good, refused, rows, weight = self._judged(report, rows, weight, good)
             if private and not bool(good.all()):

@@ -13,7 +13,7 @@ from torch import Tensor
 from atoll import simulation
 from atoll.algorithms import Algorithm, fedavg, moon
 from atoll.data import FederatedDataset
-from atoll.engines import Vectorized, placing
+from atoll.engines import Ray, Vectorized, Workers, placing, resolve
 from atoll.errors import CompositionError, InvalidArgument, RunError
 from atoll.local import local_sgd
 from atoll.privacy import example_level
@@ -35,19 +35,20 @@ def run(
 ) -> tuple[Process, State, Tensor]:
     process = Process(kind.model(), algorithm, engine=engine, **options)
     data = kind.data(SIZES) if data is None else data
-    state, _ = train(process, data, 2, [list(data.clients), list(data.clients)[::2]])
+    few = list(data.clients)[::2] if len(data.clients) < 10 else list(data.clients)[1:]  # rules need many
+    state, _ = train(process, data, 2, [list(data.clients), few])
     return process, state, process.vector(state)
 
 
-def same(kind: Kind, algorithm: Algorithm, **options: Any) -> None:
+def same(kind: Kind, algorithm: Algorithm, sizes: tuple[int, ...] = SIZES, **options: Any) -> None:
     """The CPU's result, by the same operations in the same place."""
-    _, before, expected = run(kind, algorithm, Vectorized(), **options)
-    process, state, found = run(kind, algorithm, Vectorized(device=DEVICE), **options)
+    _, before, expected = run(kind, algorithm, Vectorized(), kind.data(sizes), **options)
+    process, state, found = run(kind, algorithm, Vectorized(device=DEVICE), kind.data(sizes), **options)
     assert process.engine.describe()["device"] == str(DEVICE)
     # Factors and products of patches are for CPUs: the same sums in another order.
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
     assert type(found) is Tensor and found.device.type == "cpu" and state.buffers.device.type == "cpu"
-    names = list(kind.data(SIZES).clients)
+    names = list(kind.data(sizes).clients)
     nothing = torch.zeros(state.memory.layout.size, dtype=torch.float64)
     kept, others = state.memory.rows(names, nothing), before.memory.rows(names, nothing)
     torch.testing.assert_close(kept, others, rtol=0, atol=1e-9)
@@ -122,7 +123,7 @@ def test_every_stage_encodes_there(name: str) -> None:
 @pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("name", AGGREGATORS)
 def test_every_rule_takes_rows_from_there(name: str) -> None:
-    same(MODELS["perceptron"], fedavg(PLAN), aggregator=AGGREGATORS[name]())
+    same(MODELS["perceptron"], fedavg(PLAN), (6, 2, 7, 4, 11, 3, 5, 6, 4, 8), aggregator=AGGREGATORS[name]())
 
 
 def test_waiting_does_not_grow_with_steps_nor_copies_with_rounds(device: Waits) -> None:
@@ -204,6 +205,15 @@ def test_what_cannot_be_asked_for_is_refused(
     monkeypatch.setitem(placing.KINDS, "cuda", lambda: options.pop("here", True))
     with pytest.raises(InvalidArgument, match=said):
         Process(MODELS["perceptron"].model(), fedavg(PLAN), **{n: v for n, v in options.items() if n != "here"})
+
+
+@pytest.mark.parametrize("spread", [lambda e: Workers(e, 2), lambda e: Ray(e, 2), lambda e: resolve(e, 2)])
+def test_workers_do_not_train_on_the_cpu_in_silence(spread: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(placing.KINDS, "cuda", lambda: True)
+    engine = Vectorized(device="cuda")
+    assert resolve(engine) is engine
+    with pytest.raises(InvalidArgument, match=r"left out with an engine that trains on cuda"):
+        spread(engine)
 
 
 def test_the_cpu_is_what_it_was() -> None:

@@ -57,6 +57,11 @@ class Engine(ABC):
         self._placed: Placed | None = None  # where another device than the CPU trains
 
     @property
+    def elsewhere(self) -> str | None:
+        """The device on which clients train, where that is not the CPU."""
+        return None if self._placed is None else str(self._placed.device)
+
+    @property
     def thread_count(self) -> int:
         """Torch's threads while this engine works."""
         return self._threads
@@ -65,8 +70,8 @@ class Engine(ABC):
     def told(self) -> dict[str, Any]:
         """What is not as usual, and what happened on the way, for `describe`."""
         told: dict[str, Any] = {"precision": "bfloat16"} if self._mixed else {}
-        if self._placed is not None:
-            told["device"] = str(self._placed.device)
+        if self.elsewhere is not None:
+            told["device"] = self.elsewhere
         return told | ({"notes": list(self.notes)} if self.notes else {})
 
     @property
