@@ -24,7 +24,18 @@ NAMES = (
     "round_time", "rules", "scale", "secagg", "transfer",
 )  # fmt: skip
 SHARED = ("mnist_images", "reporting")
-SPEED = ("run", "scaling", "environments", "figures", "workloads", "networks", "modules", "harness", "digest")
+SPEED = (
+    "run",
+    "scaling",
+    "gpu_check",
+    "environments",
+    "figures",
+    "workloads",
+    "networks",
+    "modules",
+    "harness",
+    "digest",
+)
 MNIST_FILES = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz")
 
 Load = Callable[[str], ModuleType]
@@ -336,6 +347,15 @@ def test_the_cost_of_a_round_is_charted(load: Load, tmp_path: Path) -> None:
     body = json.loads((tmp_path / "scaling.json").read_text())
     assert [point["clients"] for point in body["cohort"]] == [10, 20, 40]
     assert (tmp_path / "scaling-chart.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_the_check_for_gpus_can_be_tried_on_the_cpu(load: Load, tmp_path: Path) -> None:
+    given = ["--quick", "--device", "cpu", "--seconds", "1", "--out", str(tmp_path / "found")]
+    assert load("gpu_check").main(given) == 0
+    body = json.loads((tmp_path / "found.json").read_text())
+    assert body["passed"] and {told["difference"] for told in body["compared"]} == {0.0}
+    assert all(body["W6"][precision] for precision in ("full", "bfloat16"))
 
 
 def test_readme_names_the_contest() -> None:

@@ -1,8 +1,10 @@
 """What fits together and what does not: the parts of a process, refused by name with the way out."""
 
+import torch
+
 from atoll.aggregators import Aggregator
 from atoll.algorithms.base import Algorithm
-from atoll.errors import CompositionError
+from atoll.errors import CompositionError, invalid, unknown
 from atoll.model import Model
 from atoll.transforms.chain import Chain
 from atoll.transforms.delta import Downlink
@@ -102,6 +104,37 @@ def check_parts(algorithm: Algorithm, chain: Chain, aggregator: Aggregator, down
             )
     if chain.noise is not None:
         _check_noise(algorithm, chain, aggregator, downlink)
+
+
+PRECISIONS = ("full", "bfloat16")
+
+
+def check_precision(precision: str, algorithm: Algorithm, model: Model) -> None:
+    """Refuse a precision that is unknown, or that a model or a method cannot have.
+
+    Raises:
+        InvalidArgument: an unknown name, or a model whose parameters are not in single precision.
+        CompositionError: nothing is trained, or what noise protects would be rounded.
+    """
+    if precision not in PRECISIONS:
+        raise unknown("precision", precision, PRECISIONS)
+    if precision == "full":
+        return
+    if model.dtype != torch.float32:
+        raise invalid(
+            "precision", precision, f'"full" for a model of {model.dtype}',
+            "Mixed precision keeps parameters in float32: build the module with module.float().",
+        )  # fmt: skip
+    if algorithm.statistics or not algorithm.plans:
+        raise CompositionError(
+            f"precision={precision!r} is that of local training, and {algorithm.name} trains nothing by a plan: leave "
+            "precision out."
+        )
+    if any(plan.privacy is not None for plan in algorithm.plans):
+        raise CompositionError(
+            f"precision={precision!r} cannot stand beside example-level privacy: a gradient whose products are rounded "
+            "may be longer than the clip that the noise is made for. Leave precision out."
+        )
 
 
 def _check_noise(algorithm: Algorithm, chain: Chain, aggregator: Aggregator, downlink: Downlink | None) -> None:

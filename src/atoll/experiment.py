@@ -52,6 +52,7 @@ class Experiment:
     splits: Sequence[str] | None = None
     stop: EarlyStopping | None = None
     seed: int = 0
+    precision: str = "full"
     title: str = ""
     source: str | Path | None = field(default=None)
 

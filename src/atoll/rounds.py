@@ -23,7 +23,7 @@ from atoll.aggregators.rows import finite_rows
 from atoll.algorithms.base import Algorithm
 from atoll.cohort import Cohort
 from atoll.collecting import PIECE, Collected, Collector, Release
-from atoll.composition import check_examples, check_parts
+from atoll.composition import check_examples, check_parts, check_precision
 from atoll.engines import Engine, own_engine
 from atoll.engines import resolve as resolve_engine
 from atoll.errors import CompositionError, InvalidArgument, NonFiniteError, invalid
@@ -98,6 +98,9 @@ class Process:
         engine: what executes cohorts: "auto", "vectorized", "ray", "loop" or an engine.
         workers: processes that share the work; "auto": the machine's cores, where rounds are long enough to gain. The
             result has the same bits for any number.
+        device: where clients train: "cpu", which "auto" means, or "cuda".
+        precision: "full": everything in the model's own; "bfloat16": mixed, with local training's products in bfloat16
+            and parameters, steps, losses and sums in float32 (`engines/precision.py`).
         server_data: (x, y) or named fields [n, ...] of examples the server holds, for a rule
             (`aggregators.fltrust(root="server")`) or a method that looks at what training on them gives. They take part
             like those of a client called "server", which is in no cohort and no mean.
@@ -119,6 +122,8 @@ class Process:
         aggregator: Aggregator | None = None,
         engine: str | Engine = "auto",
         workers: int | Literal["auto"] = "auto",
+        device: str = "auto",
+        precision: str = "full",
         server_data: Any = None,
     ) -> None:
         if not isinstance(model, Model):
@@ -153,7 +158,9 @@ class Process:
         self.example_multiplier: float | None = None  # of example-level privacy, where a driver has calibrated it
         if self.protects_examples:
             check_examples(algorithm, model)
-        self.engine: Engine = resolve_engine(engine, workers)
+        check_precision(precision, algorithm, model)
+        self.precision = precision
+        self.engine: Engine = resolve_engine(engine, workers, device)
         self._home: tuple[Engine, FederatedDataset] | None = None
         if server_data is not None:
             if self.chain.channel.sums_only:
@@ -271,6 +278,7 @@ class Process:
             channel=self.chain.channel,
             aggregator=self.aggregator,
             **({} if self.downlink is None else {"downlink": self.downlink}),
+            **({} if self.precision == "full" else {"precision": self.precision}),
         )
 
     def memory_layout(self, vector: Tensor) -> Layout:
@@ -399,7 +407,7 @@ class Process:
         keys = random.client_keys(cohort.clients)
         mine = {n.removeprefix("transforms/"): t for n, t in remembered.items() if n.startswith("transforms/")}
         wire: Tensor | Mapping[str, Tensor] | Clear | Scaled = clear
-        finite, stages = torch.ones(count, dtype=torch.bool), dict[str, Tensor]()
+        finite, stages = torch.ones(count, dtype=torch.bool, device=update.weight.device), dict[str, Tensor]()
         if not self.adds_rows:
             rows = clear.rows
             sizes = lengths(rows) if self.chain.noise is not None else None
@@ -524,6 +532,7 @@ class Process:
         else:
             keys = keys_of(task.seed, task.round, random.client_keys(report.clients), split)
             rows = self.chain.decode_each(report.wire, task.shared, length, keys, self.model.dtype)
+            rows = rows.to(weight.device)  # bytes are expanded on the CPU
             if self.chain.judges:
                 good, refused, rows, weight = self._judged(report, rows, weight, good)
             if private and not bool(good.all()):

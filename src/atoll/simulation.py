@@ -91,6 +91,8 @@ def simulate(
     seed: int = 0,
     engine: str | Engine = "auto",
     workers: int | Literal["auto"] = "auto",
+    device: str = "auto",
+    precision: str = "full",
     directory: str | Path | None = None,
     resume: bool = False,
     checkpoint_every: int | None = None,
@@ -123,6 +125,9 @@ def simulate(
         engine: "auto" or "vectorized", "ray" (actors of a cluster), "loop" (the specification), or an engine.
         workers: processes that share the work; "auto": the machine's cores, where rounds are long enough to gain. The
             result has the same bits for any number.
+        device: where clients train: "cpu", which "auto" means, or "cuda", in one process; evaluation is on the CPU.
+        precision: "full", the model's own, or "bfloat16": mixed precision, in which matrix products and convolutions of
+            local training are in bfloat16, and parameters, steps, losses and sums in float32. Part of the experiment.
         directory: where to keep the journal and checkpoints; None keeps nothing.
         resume: continue the run in `directory`, or begin it if it was killed before it wrote anything; the result
             has the same bits as that of an uninterrupted run.
@@ -152,7 +157,7 @@ def simulate(
         raise invalid("resume", resume, "False without a directory", "Give directory= the run to continue.")
     process = Process(
         model, algorithm, transforms=transforms, channel=channel, downlink=downlink, aggregator=aggregator,
-        engine=engine, workers=workers, server_data=server_data,
+        engine=engine, workers=workers, device=device, precision=precision, server_data=server_data,
     )  # fmt: skip
     process.check_server(data.clients)
     if algorithm.sampler is not None and cohort is not None:
@@ -529,7 +534,7 @@ class _Run:
             clients = {k: {c: e.client(c) for c in e.clients} for k, e in evaluations.items()}
         engine = process.engine.describe()
         if process.chain.protects_clients:  # how wide tiles are tells of the clients that were drawn last
-            engine = {n: engine[n] for n in ("engine", "reason") if n in engine}
+            engine = {n: engine[n] for n in ("engine", "reason", "precision") if n in engine}
         privacy = [g.statement() for g in (self.releases, self.added, self.examples) if g is not None]
         if self.examples is not None and process.chain.protects_clients:
             privacy[0]["not_covered"].append("how many examples clients have, by which single examples' privacy counts")

@@ -38,7 +38,20 @@ def rebuild(template: Any, values: Mapping[str, Leaf], path: str = "") -> Any:
                 )
             return value.to(template.device)
         return value
-    built = {n: rebuild(c, values, f"{path}/{n}" if path else n) for n, c in _children(template)}
+    return _like(template, {n: rebuild(c, values, f"{path}/{n}" if path else n) for n, c in _children(template)})
+
+
+def moved(tree: Any, device: torch.device) -> Any:
+    """The same tree with its tensors on a device."""
+    if isinstance(tree, torch.Tensor):
+        return tree.to(device)
+    if tree is None or isinstance(tree, int | float | bool | str):
+        return tree
+    return _like(tree, {n: moved(c, device) for n, c in _children(tree)})
+
+
+def _like(template: Any, built: dict[str, Any]) -> Any:
+    """A record of the template's kind, of these children."""
     if isinstance(template, Mapping):
         return built
     if isinstance(template, tuple) and hasattr(template, "_fields"):

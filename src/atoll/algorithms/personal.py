@@ -76,4 +76,5 @@ class Tally:
 
     def trained(self, rows: Tensor, buffers: Tensor) -> Trained:
         """The models [C, P] and buffers [C, B] the steps led to."""
-        return Trained(rows, buffers, self._steps.to(rows), self._rates.to(rows), self._loss, self._seen)
+        told = (t.to(rows.device) for t in (self._loss, self._seen))
+        return Trained(rows, buffers, self._steps.to(rows), self._rates.to(rows), *told)

@@ -43,6 +43,8 @@ def played(
     shuffle: bool = True,
     engine: str = "auto",
     workers: int | Literal["auto"] = "auto",
+    device: str = "auto",
+    precision: str = "full",
 ) -> Generator[Played]:
     """Train a workload; the workers are there until the context ends, so that their memory can be looked at.
 
@@ -56,6 +58,8 @@ def played(
         shuffle: False: examples in order, so that everybody's models are equal.
         engine: as in `atoll.process`.
         workers: as in `atoll.process`.
+        device: the same.
+        precision: the same.
     """
     x, y = (torch.from_numpy(part) for part in (data.x, data.y))
     clients = FederatedDataset.from_packed({"x": x, "y": y}, data.offsets)
@@ -75,12 +79,14 @@ def played(
             evaluate_every=0,
             engine=engine,
             workers=workers,
+            device=device,
+            precision=precision,
             callbacks=(lambda record: stop(),),
             progress=False,
         )
         yield Played(result.vector, result.engine)
         return
-    process = process_of(model, algorithm, engine=engine, workers=workers)
+    process = process_of(model, algorithm, engine=engine, workers=workers, device=device, precision=precision)
     try:
         state = process.init(0)
         for names in named:

@@ -71,6 +71,7 @@ def process_of(experiment: Experiment, engine: str) -> Process:
         aggregator=experiment.aggregator,
         engine=engine,
         workers=1,
+        precision=experiment.precision,
     )
     summing(process)
     noise.check(process)

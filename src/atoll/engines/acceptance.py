@@ -10,6 +10,7 @@ from torch import Tensor
 
 from atoll import random
 from atoll.engines.dropout import Draw, KeyedDropout, drawn_since, restore, states
+from atoll.engines.precision import products, widened
 from atoll.errors import DataError, InvalidArgument
 from atoll.local import Plan
 from atoll.model import Batch, Model, apply_to_x
@@ -119,6 +120,36 @@ def recheck(model: Model, data: "FederatedDataset", plans: Sequence[Plan], trait
         _check_targets(model, output, data)
         for plan in plans if traits.pairs else ():
             _check_pairs(plan, data)
+
+
+def accept_rounded(model: Model, traits: Traits) -> None:
+    """Refuse a model that cannot be trained with its products in bfloat16.
+
+    Raises:
+        InvalidArgument: it fails there, or its loss or a gradient is not finite.
+    """
+    sample = traits.sample
+    leaves = {n: t.clone().requires_grad_() for n, t in model.layout.view(model.init()).items()}
+    held = model.buffer_layout.view(model.init_buffers()) | model.counters()
+    before = states()
+    try:
+        with torch.enable_grad(), KeyedDropout(Draw(0, "acceptance", 0, np.zeros(1, np.uint64), np.zeros(1, np.int64))):
+            with products(sample["y"].device, mixed=True):
+                output = model.call(leaves, held, sample, train=True)
+            loss = model.loss.mean(widened(output), sample["y"])
+            gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+    except Exception as error:
+        raise InvalidArgument(
+            f"the model cannot be trained with precision='bfloat16': {error}. Use precision='full', or make its layers "
+            "work under torch.autocast."
+        ) from error
+    finally:
+        restore(before)
+    if not all(bool(torch.isfinite(t).all()) for t in (loss.detach(), *gradients)):
+        raise InvalidArgument(
+            "the model's loss or a gradient is not finite with precision='bfloat16', before any training: use "
+            "precision='full'."
+        )
 
 
 def _attributes(model: Model) -> list[tuple[str, str, object]]:

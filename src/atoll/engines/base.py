@@ -3,7 +3,7 @@
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from atoll import random
 from atoll.cohort import Cohort
-from atoll.engines.acceptance import Traits, accept, recheck
+from atoll.engines.acceptance import Traits, accept, accept_rounded, recheck
 from atoll.errors import RunError, invalid
 from atoll.evaluation import stretches
 from atoll.local import Plan
@@ -24,6 +24,7 @@ from atoll.messages import Partial, Task
 if TYPE_CHECKING:
     from atoll.data import FederatedDataset, LazyDataset
     from atoll.data.dataset import Split
+    from atoll.engines.placing import Placed
     from atoll.rounds import Process, State
 
 Tile = tuple[Cohort, Mapping[str, Tensor]]
@@ -52,6 +53,13 @@ class Engine(ABC):
         self._at_work: dict[str, int] = {}  # the thread that uses this engine now, and how deep
         self.notes: dict[str, None] = {}  # what happened that a reader of the result should know, once each
         self._traits: Traits | None = None
+        self._mixed = False
+        self._placed: Placed | None = None  # where another device than the CPU trains
+
+    @property
+    def elsewhere(self) -> str | None:
+        """The device on which clients train, where that is not the CPU."""
+        return None if self._placed is None else str(self._placed.device)
 
     @property
     def thread_count(self) -> int:
@@ -59,9 +67,12 @@ class Engine(ABC):
         return self._threads
 
     @property
-    def told(self) -> dict[str, list[str]]:
-        """What happened on the way, for `describe`."""
-        return {"notes": list(self.notes)} if self.notes else {}
+    def told(self) -> dict[str, Any]:
+        """What is not as usual, and what happened on the way, for `describe`."""
+        told: dict[str, Any] = {"precision": "bfloat16"} if self._mixed else {}
+        if self.elsewhere is not None:
+            told["device"] = self.elsewhere
+        return told | ({"notes": list(self.notes)} if self.notes else {})
 
     @property
     def prepared(self) -> "tuple[Process, FederatedDataset | LazyDataset] | None":
@@ -86,6 +97,11 @@ class Engine(ABC):
             return
         sample = data.sample()
         self._traits = accept(process.model, sample, process.algorithm.plans)
+        self._mixed = process.precision == "bfloat16"
+        if self._placed is not None:
+            self._placed.check(process)
+        if self._mixed:
+            accept_rounded(process.model, self._traits)
         process.check(sample)
         self._choose(process, sample)
         self._prepared = (process, data)
@@ -111,15 +127,19 @@ class Engine(ABC):
         self, process: "Process", task: Task, data: "FederatedDataset", memory: ClientMemory, chosen: Chosen
     ) -> Iterator[Partial]:
         """A tile's work; in two halves where the memory of the machine does not suffice for the whole."""
+        placed = self._placed
+        there, examples = (task, data) if placed is None else (placed.task(task), placed.data(data))
         try:
-            cohort, remembered = self.tile(process, task, data, memory, chosen)
-            report = process.work(task, cohort, remembered)
+            with nullcontext() if placed is None else placed.exactly():
+                cohort, remembered = self.tile(process, there, examples, memory, chosen)
+                report = process.work(there, cohort, remembered)
         except (MemoryError, RuntimeError) as error:
             if not _exhausted(error) or len(chosen) == 1:
                 raise
         else:
             memory.stage(report.clients, report.memory)
-            yield process.combine(task, report)
+            partial = process.combine(there, report)
+            yield partial if placed is None else placed.home(partial)
             return
         self.notes[f"out of memory: tiles of {len(chosen)} clients were halved"] = None
         half = (len(chosen) + 1) // 2

@@ -53,7 +53,8 @@ class Draw:
         purpose = random.key(self.seed, "dropout", self.purpose, self.round, self.calls)
         self.calls += 1
         drawn = random.uniforms(purpose, self.steps.astype(np.uint64), self.clients, int(np.prod(drawn_shape)))
-        mask = (drawn.to(like.device) >= p).to(like.dtype).div_(max(1.0 - p, torch.finfo(like.dtype).tiny))
+        dtype = torch.promote_types(like.dtype, torch.float32)  # in lower precision 1 / (1 - p) would be another number
+        mask = (drawn.to(like.device) >= p).to(dtype).div_(max(1.0 - p, torch.finfo(dtype).tiny))
         return mask.view(-1, *drawn_shape)
 
 

@@ -15,9 +15,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from atoll import random
 from atoll.cohort import Cohort, Minibatch, Term
+from atoll.engines.acceptance import Traits
 from atoll.engines.arena import Arena
 from atoll.engines.base import Chosen, Engine, Remembering, Tile, orders
 from atoll.engines.dropout import Draw, KeyedDropout, SeededDraws
+from atoll.engines.precision import products, widened
 from atoll.engines.private import Sums, example_keys, train_privately
 from atoll.local import CLIP_EPS, Plan
 from atoll.messages import Task
@@ -59,7 +61,7 @@ class Loop(Engine):
             buffers=buffers,
             own=own,
         )
-        cohort.attach(train, task.seed, self)
+        cohort.attach(train, task.seed, self.traits, mixed=self._mixed)
         cohort.noise_multiplier = process.example_multiplier
         return cohort, remembered
 
@@ -71,8 +73,8 @@ class Loop(Engine):
 class _Client(Cohort):
     """A cohort of one."""
 
-    def attach(self, train: Batch, seed: int, engine: Loop) -> None:
-        self._train, self._seed, self._traits = train, seed, engine.traits
+    def attach(self, train: Batch, seed: int, traits: Traits, *, mixed: bool) -> None:
+        self._train, self._seed, self._traits, self._mixed = train, seed, traits, mixed
         self._key = random.client_keys(self.clients)
 
     def sgd(
@@ -262,7 +264,7 @@ class _Client(Cohort):
         with torch.enable_grad():
             leaf = y.clone().requires_grad_()
             if term is None:
-                loss = whole = self._training_loss(leaf, held, counters, batch, purpose, step, key)
+                loss = whole = self._training_loss(leaf, held, counters, batch, purpose, step, key, mixed=self._mixed)
             else:
                 loss, more = self._with_term(leaf, held, counters, batch, purpose, step, term)
                 whole = loss + more
@@ -278,21 +280,24 @@ class _Client(Cohort):
         purpose: str,
         step: int,
         key: NDArray[np.uint64] | None = None,
+        *,
+        mixed: bool = False,
     ) -> Tensor:
         """Mean loss at a leaf [P]; buffers are updated in place."""
         buffers = self.model.buffer_layout.view(held) | counters
-        with self._keyed(purpose, step, key):
+        with self._keyed(purpose, step, key), products(leaf.device, mixed=mixed):
             output = self.model.call(self.model.layout.view(leaf), buffers, batch, train=True)
-        return self.model.loss.mean(output, batch["y"])
+        return self.model.loss.mean(widened(output), batch["y"])
 
     def _with_term(
         self, leaf: Tensor, held: Tensor, counters: dict[str, Tensor], batch: Batch, purpose: str, step: int, term: Term
     ) -> tuple[Tensor, Tensor]:
         """The same, and the mean of a term through the features."""
         buffers = self.model.buffer_layout.view(held) | counters
-        with self._keyed(purpose, step):
+        with self._keyed(purpose, step), products(leaf.device, mixed=self._mixed):
             output, features = self.model.call_with_features(self.model.layout.view(leaf), buffers, batch, train=True)
-        return self.model.loss.mean(output, batch["y"]), term.loss(features, *(t[0] for t in term.given)).mean()
+        more = term.loss(widened(features), *(t[0] for t in term.given)).mean()
+        return self.model.loss.mean(widened(output), batch["y"]), more
 
     def _keyed(self, purpose: str, step: int, key: NDArray[np.uint64] | None = None) -> ExitStack:
         """What makes the random numbers a forward draws those of this client, or key, and step."""

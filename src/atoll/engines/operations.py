@@ -16,6 +16,7 @@ from torch.nn import functional
 from atoll.engines.blocks import Part
 from atoll.engines.dropout import Draw
 from atoll.engines.factors import Factors
+from atoll.engines.precision import LOW, widened
 from atoll.engines.steps import Gradients, Sink
 
 aten = torch.ops.aten
@@ -38,7 +39,9 @@ class Attribute:
 class Run:
     """One pass of a program over the rows of a group."""
 
-    __slots__ = ("draw", "gradients", "held", "need", "parts", "pending", "repeated", "rows", "saved", "sink", "values")
+    __slots__ = (
+        "draw", "gradients", "held", "mixed", "need", "parts", "pending", "repeated", "rows", "saved", "sink", "values",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -48,8 +51,9 @@ class Run:
         operations: int,
         need: list[bool] | None,
         draw: Draw | None,
+        mixed: bool = False,
     ) -> None:
-        self.parts, self.held, self.need, self.draw = parts, held, need, draw
+        self.parts, self.held, self.need, self.draw, self.mixed = parts, held, need, draw, mixed
         self.rows = len(parts[0])
         self.values: list[Any] = [None] * slots
         self.gradients: list[Tensor | None] = [None] * slots
@@ -80,8 +84,14 @@ class Run:
 
     def give(self, slot: Slot, gradient: Tensor) -> None:
         """Add to a value's gradient."""
+        if self.mixed:  # a value's gradient has the value's type
+            gradient = gradient.to(cast(Tensor, self.values[slot.number]).dtype)
         before = self.gradients[slot.number]
         self.gradients[slot.number] = gradient if before is None else before + gradient
+
+    def factor(self, tensor: Tensor) -> Tensor:
+        """What goes into a product: rounded, where products are in lower precision."""
+        return tensor.to(LOW) if self.mixed and tensor.is_floating_point() else tensor
 
     def sink_of(self, attribute: Attribute | None) -> tuple[Sink, int] | None:
         """Where a parameter's gradient goes, and its number; None: it is no parameter, or not trained."""
@@ -261,17 +271,16 @@ class Linear(Operation):
         return self._weight.source if isinstance(self._weight.source, int) else None
 
     def forward(self, run: Run) -> None:
-        x: Tensor = run.values[self._x.number]
+        x = run.factor(run.values[self._x.number])
         flat = x if x.ndim == 3 else x.reshape(len(x), -1, x.shape[-1])
-        weight = self._read(run)
+        weight, bias = self._read(run), None if self._bias is None else run.factor(run.tensor(self._bias))
         if isinstance(weight, Factors) or weight.ndim == 2:
             out = weight.forward(flat) if isinstance(weight, Factors) else torch.matmul(flat, weight.t())
-            if self._bias is not None:
-                out += run.tensor(self._bias) if run.tensor(self._bias).ndim == 1 else run.tensor(self._bias)[:, None]
-        elif self._bias is None:
+            if bias is not None:
+                out += bias if bias.ndim == 1 else bias[:, None]
+        elif bias is None:
             out = torch.bmm(flat, weight.mT)
         else:
-            bias = run.tensor(self._bias)
             out = torch.baddbmm(bias if bias.ndim == 1 else bias[:, None], flat, weight.mT)
         run.saved[self.number] = flat
         run.values[self.out] = out if x.ndim == 3 else out.view(*x.shape[:-1], -1)
@@ -298,7 +307,9 @@ class Linear(Operation):
     def _read(self, run: Run) -> Part:
         """The weights [C, m, n], or one matrix [m, n] for all rows."""
         weight = run.weight(self._weight)
-        return weight[0] if isinstance(weight, Tensor) and weight.ndim == 3 and shared(weight) else weight
+        if isinstance(weight, Factors):
+            return weight
+        return run.factor(weight[0] if weight.ndim == 3 and shared(weight) else weight)
 
 
 class Elementwise(Operation):
@@ -418,7 +429,7 @@ class LayerNorm(Operation):
         self._x, self._shape, self._eps, self._weight, self._bias = x, list(shape), eps, weight, bias
 
     def forward(self, run: Run) -> None:
-        x: Tensor = run.values[self._x.number]
+        x = widened(run.values[self._x.number])
         normal, mean, scale = aten.native_layer_norm(x, self._shape, None, None, self._eps)
         run.saved[self.number] = (normal, mean, scale)
         out = normal
@@ -432,7 +443,7 @@ class LayerNorm(Operation):
         gradient = run.gradients[self.out]
         if gradient is None:
             return
-        x: Tensor = run.values[self._x.number]
+        x = widened(run.values[self._x.number])
         normal, mean, scale = run.saved[self.number]
         over = tuple(range(1, x.ndim - len(self._shape)))
         if run.needs(self._x):
@@ -490,8 +501,8 @@ class Convolution(Operation):
         )  # fmt: skip
 
     def forward(self, run: Run) -> None:
-        x, weight = cast(Tensor, run.values[self._x.number]), run.tensor(self._weight)
-        bias = None if self._bias is None else run.tensor(self._bias)
+        x, weight = run.factor(run.values[self._x.number]), run.factor(run.tensor(self._weight))
+        bias = None if self._bias is None else run.factor(run.tensor(self._bias))
         if isinstance(self._weight.source, Tensor):
             frozen = self._bias is None or isinstance(self._bias.source, Tensor)
             out = aten.convolution(x.flatten(0, 1), weight, bias if frozen else None, *self._how)
@@ -519,7 +530,7 @@ class Convolution(Operation):
         gradient = run.gradients[self.out]
         if gradient is None:
             return
-        x, weight = cast(Tensor, run.values[self._x.number]), run.tensor(self._weight)
+        x, weight = run.factor(run.values[self._x.number]), run.factor(run.tensor(self._weight))
         wanted = run.needs(self._x)
         if (to := run.sink_of(self._bias)) is not None:
             to[0].add(to[1], gradient.sum((1, *range(3, gradient.ndim))))

@@ -16,6 +16,7 @@ from atoll.cohort import Term
 from atoll.engines.blocks import Part
 from atoll.engines.dropout import Draw, KeyedDropout, SeededDraws
 from atoll.engines.objective import means, slopes
+from atoll.engines.precision import products, widened
 from atoll.engines.program import Program
 from atoll.engines.steps import Sink
 from atoll.model import Batch, Model
@@ -33,15 +34,17 @@ def written(
     sink: Sink,
     trained: frozenset[int] | None,
     term: Term | None = None,
+    *,
+    mixed: bool = False,
 ) -> Tensor:
     """Mean losses [C] of rows on their batches; gradients go to the sink. A term's `given` are [C, b, ...] each."""
-    output, run = program.forward(parts, held, batch, draw=draw, trained=trained)
-    found, slope = slopes(model.loss, output, batch["y"])
+    output, run = program.forward(parts, held, batch, draw=draw, trained=trained, mixed=mixed)
+    found, slope = slopes(model.loss, widened(output), batch["y"])
     more = None
     if term is not None:
         assert program.features is not None
         with torch.enable_grad():
-            features = cast(Tensor, run.values[program.features]).detach().requires_grad_()
+            features = widened(cast(Tensor, run.values[program.features])).detach().requires_grad_()
             given = (cast(Tensor, t).flatten(0, 1) for t in term.given)
             total = term.loss(features.flatten(0, 1), *given).sum() / features.shape[1]
             (more,) = torch.autograd.grad(total, features)
@@ -59,6 +62,7 @@ def with_term(
     term: Term,
     *,
     seeded: bool,
+    mixed: bool = False,
 ) -> Tensor:
     """The same through autograd, row by row: for models whose features no program knows."""
     numbers = [i for i in range(len(parts)) if sink.wants(i)]
@@ -68,9 +72,10 @@ def with_term(
         one = draw and Draw(draw.seed, draw.purpose, draw.round, draw.clients[row], draw.steps[row])
         leaves = [t[i].detach().requires_grad_(sink.wants(k)) for k, t in enumerate(parts)]
         with torch.enable_grad(), _keyed(one, seeded=seeded):
-            output, features = model.call_with_features(named(model, leaves), own, inputs, train=True)
-            loss = model.loss.mean(output, inputs["y"])
-            whole = loss + term.loss(features, *(t[i] for t in term.given)).mean()
+            with products(leaves[0].device, mixed=mixed):
+                output, features = model.call_with_features(named(model, leaves), own, inputs, train=True)
+            loss = model.loss.mean(widened(output), inputs["y"])
+            whole = loss + term.loss(widened(features), *(t[i] for t in term.given)).mean()
             losses.append(loss.detach())
             if numbers and whole.requires_grad:
                 found.append(torch.autograd.grad(whole, [leaves[k] for k in numbers], materialize_grads=True))
@@ -90,12 +95,14 @@ def by_autograd(
     *,
     batched: bool,
     seeded: bool,
+    mixed: bool = False,
 ) -> Tensor:
     """The same through autograd: `batched` over rows, or for a single row."""
     with torch.enable_grad():
         leaves = {n: t.detach().requires_grad_(sink.wants(i)) for i, (n, t) in enumerate(named(model, parts).items())}
-        output = forward(model, leaves, held, batch, draw, batched=batched, seeded=seeded)
-        found = means(model.loss, output, batch["y"])
+        with products(batch["y"].device, mixed=mixed):
+            output = forward(model, leaves, held, batch, draw, batched=batched, seeded=seeded)
+        found = means(model.loss, widened(output), batch["y"])
         wanted = [t for t in leaves.values() if t.requires_grad]
         if not wanted or not found.requires_grad:
             return found.detach()

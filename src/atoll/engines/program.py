@@ -24,6 +24,7 @@ from atoll.engines.dropout import Draw
 from atoll.engines.factors import Use, most
 from atoll.engines.forms import Unsupported
 from atoll.engines.operations import Attribute, Linear, Operation, Run, Slot
+from atoll.engines.precision import products
 from atoll.engines.steps import Gradients, Sink
 from atoll.model import Batch, Model
 
@@ -88,6 +89,7 @@ class Program:
         draw: Draw | None = None,
         trained: frozenset[int] | None = None,
         backward: bool = True,
+        mixed: bool = False,
     ) -> tuple[Tensor, Run]:
         """Outputs [C, b, ...] of rows on their own batches [C, b, ...]; buffers are updated in place.
 
@@ -98,10 +100,12 @@ class Program:
             draw: keys dropout.
             trained: numbers of the parameters that get a gradient; None: all.
             backward: whether `backward` will follow; without it nothing is kept.
+            mixed: whether products are in lower precision (`precision.py`); no weight may then stand as factors.
         """
-        run = Run(parts, held, self._slots, len(self._operations), self._need(trained) if backward else None, draw)
+        need = self._need(trained) if backward else None
+        run = Run(parts, held, self._slots, len(self._operations), need, draw, mixed)
         run.values[self._start] = batch
-        with torch.no_grad():
+        with torch.no_grad(), products(batch["y"].device, mixed=mixed):
             for op in self._operations:
                 op.forward(run)
         return run.values[self._output], run

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from atoll.engines.base import Chosen, Engine, Looked, Remembering, Tile
+from atoll.errors import invalid
 from atoll.evaluation import stretches
 from atoll.memory import ClientMemory
 from atoll.messages import Partial, Task
@@ -80,6 +81,11 @@ class Spread(Engine):
     """Has another engine's tiles worked on by a crew."""
 
     def __init__(self, inner: Engine) -> None:
+        if inner.elsewhere is not None:
+            raise invalid(
+                "workers", type(self).__name__, f"left out with an engine that trains on {inner.elsewhere}",
+                "One process feeds the device.",
+            )  # fmt: skip
         super().__init__(inner.thread_count)
         self.name = inner.name
         self.inner = inner

@@ -19,6 +19,7 @@ from torch import Tensor
 from atoll.engines.arena import Arena
 from atoll.engines.blocks import Blocks, Part
 from atoll.engines.factors import Factors
+from atoll.engines.precision import LOW, widened
 from atoll.engines.schedule import Members
 from atoll.errors import invalid
 from atoll.local import CLIP_EPS, Plan
@@ -42,7 +43,7 @@ class Sink(ABC):
 
     def sum(self, number: int, values: Tensor) -> None:
         """The gradient [k, m] is the sum of values [k, n, m] over examples and their positions."""
-        self.add(number, values.sum(dim=1))
+        self.add(number, widened(values).sum(dim=1))
 
     @abstractmethod
     def scatter(self, number: int, places: Tensor, values: Tensor) -> None:
@@ -71,6 +72,8 @@ class Gradients(Sink):
     def add(self, number: int, gradient: Tensor) -> None:
         before = self.found[number]
         shaped = gradient.reshape(self._parts[number].shape)
+        if shaped.dtype == LOW:
+            shaped = shaped.to(self._numbers(number).dtype)
         self.found[number] = shaped if before is None else before + shaped
 
     def scatter(self, number: int, places: Tensor, values: Tensor) -> None:
@@ -124,7 +127,9 @@ class Rule:
             raise invalid("anchor", None, "given when pull is not 0")
         self.plan, self.pull = plan, pull
         self.trained = None if train is None else frozenset(i for i, t in enumerate(_cut(layout, train)) if t.any())
-        self.mask = None if train is None or not splits(layout, train) else Blocks.shown(layout, train)
+        self.mask = (
+            None if train is None or not splits(layout, train) else Blocks.shown(layout, train.to(y.like.device))
+        )
         constant: Tensor | None = None
         anchor, shift = (t[0] if t is not None and _one(t) else t for t in (anchor, shift))
         if pull and anchor is not None:
@@ -238,6 +243,11 @@ class InProduct(Step):
         own = self._taking(number)
         if isinstance(own, Factors):
             own.append(left.mT, right, beta=self._scale(number), alpha=self._alpha)
+            return
+        if left.dtype != own.dtype:  # the product is rounded, the step is not
+            if (beta := self._scale(number)) != 1.0:
+                own.mul_(beta)
+            own.add_(torch.bmm(left, right).view(own.shape), alpha=self._alpha)
             return
         own.view(len(own), left.shape[1], right.shape[2]).baddbmm_(
             left, right, beta=self._scale(number), alpha=self._alpha

@@ -62,6 +62,7 @@ class Paths:
         batched: whether autograd goes through the batching transform; else tiles have one client.
         dropout: whether the model has dropout that can be keyed.
         draws: whether it draws from torch's own generator.
+        mixed: whether products are in lower precision (`precision.py`).
     """
 
     program: Program | None
@@ -70,6 +71,7 @@ class Paths:
     batched: bool
     dropout: bool
     draws: bool
+    mixed: bool = False
 
     @property
     def random(self) -> bool:
@@ -84,7 +86,8 @@ class Buffers:
         self.floating = floating
         counts = len(floating)
         self._all = model.buffer_layout.view(floating)
-        self._all |= {n: t.expand(counts, *t.shape).clone() for n, t in model.counters().items()}
+        own = {n: t.to(floating.device) for n, t in model.counters().items()}
+        self._all |= {n: t.expand(counts, *t.shape).clone() for n, t in own.items()}
 
     def take(self, members: Members) -> dict[str, Tensor]:
         """Buffers of some rows: views for a slice, copies for a list."""
@@ -114,7 +117,9 @@ class Terms:
         """The term of some rows [k] on their batches, at places [k, b] of the packed data."""
         at = places + self._offsets[torch.from_numpy(rows)][:, None]
         flat = at.reshape(-1)
-        return Term(self._loss, tuple(g.index_select(0, flat).view(*at.shape, *g.shape[1:]) for g in self._given))
+        return Term(
+            self._loss, tuple(g.index_select(0, flat.to(g.device)).view(*at.shape, *g.shape[1:]) for g in self._given)
+        )
 
 
 class Rows(Cohort):
@@ -371,10 +376,11 @@ class Rows(Cohort):
                 number = group.number
                 index = places(number, strip)
             members, size, keys = group.members, group.size, all_keys[group.rows]
-            parts, own = y.take(members), held.take(members)
+            at = members if isinstance(members, slice) else members.to(loss.device)
+            parts, own = y.take(at), held.take(at)
             group_loss = loss.new_zeros(len(keys))
             step_rates = plan.rate(self.round, group.steps)
-            step = rule.begin(parts, members, step_rates, group.steps)
+            step = rule.begin(parts, at, step_rates, group.steps)
             steps_at_once = max(1, GATHER_BYTES // (len(keys) * size * self._example_bytes))
             for first in range(0, group.count, steps_at_once):
                 steps = min(steps_at_once, group.count - first)
@@ -394,10 +400,10 @@ class Rows(Cohort):
                     step.finish()
                     group_loss.add_(losses, alpha=size)
                     rates[group.rows] += step_rates
-            if isinstance(members, Tensor):
-                y.put(members, parts)
-                held.put(members, own)
-            loss[members] += group_loss
+            if isinstance(at, Tensor):
+                y.put(at, parts)
+                held.put(at, own)
+            loss[at] += group_loss
             seen[group.rows] += size * group.count
 
     def gradient(self, rows: Tensor, batch: Batch | None = None) -> Tensor:
@@ -407,7 +413,7 @@ class Rows(Cohort):
         out = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
         for size in np.unique(self._sizes):
             members = np.flatnonzero(self._sizes == size)
-            at = torch.from_numpy(members)
+            at = torch.from_numpy(members).to(rows.device)
             inputs = self._gather(torch.from_numpy(self._begin[members][:, None] + np.arange(size)))
             out[at], _ = self._gradient(rows[at], self.buffers[at], inputs, self._still(self._keys[members]))
         return out
@@ -421,7 +427,7 @@ class Rows(Cohort):
         loss = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
         examples = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
         for members, batch in self._minibatches(plan, step, purpose):
-            at = torch.from_numpy(members)
+            at = torch.from_numpy(members).to(rows.device)
             draw = Draw(self._seed, purpose, self.round, self._keys[members], np.full(len(members), step))
             own = held[at]
             out[at], losses = self._gradient(rows[at], own, batch, draw)
@@ -474,13 +480,18 @@ class Rows(Cohort):
         """Mean losses [k] of each row's batch; gradients go to the sink."""
         how = self._how
         if how.program is not None and (term is None or how.program.features is not None):
-            return paths.written(self.model, how.program, parts, held, batch, draw, sink, trained, term)
+            return paths.written(
+                self.model, how.program, parts, held, batch, draw, sink, trained, term, mixed=how.mixed
+            )
         if term is not None:
             tensors = cast("list[Tensor]", parts)
-            return paths.with_term(self.model, tensors, held, batch, draw, sink, term, seeded=how.draws)
+            return paths.with_term(
+                self.model, tensors, held, batch, draw, sink, term, seeded=how.draws, mixed=how.mixed
+            )
         return paths.by_autograd(
-            self.model, cast("list[Tensor]", parts), held, batch, draw, sink, batched=how.batched, seeded=how.draws
-        )
+            self.model, cast("list[Tensor]", parts), held, batch, draw, sink, batched=how.batched, seeded=how.draws,
+            mixed=how.mixed,
+        )  # fmt: skip
 
     def _gather(self, places: Tensor) -> dict[str, Tensor]:
         """Examples [k, b, ...] at places [k, b]."""
@@ -517,8 +528,9 @@ class Rows(Cohort):
         begins = offsets[places]
         sizes = offsets[places + 1] - begins
         order = np.argsort(-sizes, kind="stable")
-        y = Blocks.of(self.model.layout, rows[torch.from_numpy(order)], self._arena)
-        held = Buffers(self.model, buffers[torch.from_numpy(order)].detach().clone())
+        by_size = torch.from_numpy(order).to(rows.device)
+        y = Blocks.of(self.model.layout, rows[by_size], self._arena)
+        held = Buffers(self.model, buffers[by_size].detach().clone())
         begins, sizes = begins[order], sizes[order]
         pieces: list[list[Tensor]] = [[] for _ in order]
         for first in range(0, int(sizes.max(initial=0)), LOOK):

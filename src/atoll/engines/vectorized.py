@@ -34,6 +34,7 @@ from atoll.engines.base import Chosen, Engine, Remembering, Tile
 from atoll.engines.dropout import Draw
 from atoll.engines.factors import Use, factored
 from atoll.engines.forms import Unsupported
+from atoll.engines.placing import CPU, Placed, resolve_device
 from atoll.engines.program import Program
 from atoll.engines.steps import Gradients
 from atoll.engines.tile import Buffers, Paths, Rows
@@ -73,14 +74,22 @@ class Vectorized(Engine):
         tile: clients in a tile; default by the model's size.
         threads: torch's threads while the engine works. Small operations only wait for more than one, and the bits of a
             result may depend on how many there are.
+        device: where rows are trained: "cpu" (which "auto" means), or "cuda", on which weights never stand as factors.
     """
 
     name = "vectorized"
 
     def __init__(
-        self, strategy: Literal["auto", "rows", "single"] = "auto", *, tile: int | None = None, threads: int = 1
+        self,
+        strategy: Literal["auto", "rows", "single"] = "auto",
+        *,
+        tile: int | None = None,
+        threads: int = 1,
+        device: str | torch.device = "auto",
     ) -> None:
         super().__init__(threads)
+        self._device = resolve_device(device)
+        self._placed = None if self._device == CPU else Placed(self._device)
         if strategy not in ("auto", "rows", "single"):
             raise invalid("strategy", strategy, '"auto", "rows" or "single"')
         if tile is not None and (isinstance(tile, bool) or not isinstance(tile, int) or tile < 1):
@@ -105,7 +114,7 @@ class Vectorized(Engine):
         return said | ({"factors": factors} if factors else {}) | self.told
 
     def fresh(self) -> "Vectorized":
-        return Vectorized(self._asked, tile=self._tile, threads=self._threads)
+        return Vectorized(self._asked, tile=self._tile, threads=self._threads, device=self._device)
 
     def split(self, task: Task, data: "FederatedDataset") -> list[Chosen]:
         """Tiles of the cohort's clients, the largest first: clients that are done leave a tile from its end."""
@@ -138,14 +147,15 @@ class Vectorized(Engine):
         remembered = process.remembered(task, clients, memory)
         buffers, own = process.start(task, remembered, len(clients))
         examples = data.train.sizes[torch.from_numpy(places)].double()[:, None]
+        weights, there = process.aggregator.weigh(examples, clients), buffers.device
         cohort = Rows(
             process.model,
             process.selection,
             clients=clients,
             round=task.round,
             population=task.population,
-            examples=examples,
-            weights=process.aggregator.weigh(examples, clients),
+            examples=examples.to(there),
+            weights=weights.to(there),
             buffers=buffers,
             own=own,
         )
@@ -155,6 +165,8 @@ class Vectorized(Engine):
 
     def rest(self) -> None:
         self._arena.trim()
+        if self._placed is not None:
+            self._placed.rest()
 
     def _choose(self, process: "Process", data: "FederatedDataset") -> None:
         model, traits = process.model, self.traits
@@ -166,7 +178,7 @@ class Vectorized(Engine):
             self._reason = "chosen by hand"
         else:
             three = _trio(model, traits.sample)
-            program, activations, uses, why = _program(model, traits, three)
+            program, activations, uses, why = _program(model, traits, three, mixed=self._mixed)
             evaluating = None if traits.stateful else _evaluating(model, traits.sample, three)
             single = None if program is not None else _single(model, traits)
             if program is not None:
@@ -181,7 +193,9 @@ class Vectorized(Engine):
                 if program is None and not batched:
                     raise invalid("strategy", "rows", '"single" or "auto" for this model', f"Reason: {self._reason}.")
                 self._reason = f"chosen by hand; {self._reason}"
-        self._paths = Paths(program, uses, evaluating, batched, traits.dropout, traits.draws)
+        if self._placed is not None:
+            uses = {}  # factors count their places on the CPU
+        self._paths = Paths(program, uses, evaluating, batched, traits.dropout, traits.draws, self._mixed)
         self._rows = program is not None or batched
         self._row, self._activations = model.size * model.dtype.itemsize, activations
         if process.algorithm.statistics:  # which may be much longer than the model
@@ -220,7 +234,9 @@ def tile_count(clients: int, width: int) -> int:
     return min(clients, count + count % 2) if count > 1 else 1
 
 
-def _program(model: Model, traits: Traits, three: Trio) -> tuple[Program | None, int, dict[int, Use], str]:
+def _program(
+    model: Model, traits: Traits, three: Trio, *, mixed: bool = False
+) -> tuple[Program | None, int, dict[int, Use], str]:
     """The model's program, bytes of activations for an example, uses of its weights, and why there is no program."""
     sample = traits.sample
     if traits.draws or traits.stateful:
@@ -235,10 +251,28 @@ def _program(model: Model, traits: Traits, three: Trio) -> tuple[Program | None,
     parts = [t[None] for t in model.layout.view(model.init()).values()]
     held = Buffers(model, model.init_buffers()[None]).take(slice(None))
     draw = Draw(0, "trial", 0, np.zeros(1, np.uint64), np.zeros(1, np.int64))
-    _, run = program.forward(parts, held, {n: t[None] for n, t in sample.items()}, draw=draw)
+    batch = {n: t[None] for n, t in sample.items()}
+    if mixed and (reason := _rounded(model, program, parts, held, batch, draw)) is not None:
+        return None, 0, {}, reason
+    _, run = program.forward(parts, held, batch, draw=draw)
     values = {t.data_ptr(): t.nbytes for t in run.values if isinstance(t, Tensor)}
     count = len(sample["y"])
-    return program, sum(values.values()) // count, program.uses(run, count), ""
+    uses = {} if mixed else program.uses(run, count)  # what stands as factors would be rounded twice
+    return program, sum(values.values()) // count, uses, ""
+
+
+def _rounded(
+    model: Model, program: Program, parts: list[Tensor], held: dict[str, Tensor], batch: Batch, draw: Draw
+) -> str | None:
+    """Why a program cannot run with rounded products, or None."""
+    own = Draw(draw.seed, draw.purpose, draw.round, draw.clients, draw.steps)
+    copies = {n: t.clone() for n, t in held.items()}
+    try:
+        paths.written(model, program, parts, copies, batch, own, Gradients(parts), None, mixed=True)
+    except Exception as error:
+        lines = str(error).strip().splitlines()
+        return f"its program fails in bfloat16 ({type(error).__name__}: {lines[0] if lines else 'without a text'})"
+    return None
 
 
 def _evaluating(model: Model, sample: Batch, three: Trio) -> Program | None:
