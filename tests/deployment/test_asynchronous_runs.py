@@ -95,7 +95,7 @@ def test_over_real_programs_of_which_some_are_killed_the_model_is_the_in_process
         result = atoll.Result.load(found.run("heart"))
         assert torch.equal(result.vector, in_process(found, "heart")), "the very bits, given the order in the journal"
         assert [r.clients for r in result.history] == [2] * STEPS
-        assert all("steps old on average" in r.notes[0] for r in result.history)
+        assert result.history[0].staleness == 0.0 and all(r.staleness is not None for r in result.history)
         assert set(result.history[-1].test) == {"loss", "auc"}, "the last model was evaluated"
 
 

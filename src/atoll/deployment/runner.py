@@ -305,12 +305,12 @@ class Runner:
         record = Record(
             round=round + 1, clients=clients, train={"loss": loss}, bytes_up=collected.bytes_up,
             bytes_down=down, seconds={"train": now - self._last}, epsilon=epsilon,
-            notes=(f"updates were {sum(stale) / len(stale):g} steps old on average.",) if stale else (),
+            staleness=sum(stale) / len(stale) if stale else None,
         )  # fmt: skip
         self._last = now
         self._journal.append("round", record.to_dict())
         self._record = record
-        self._closed.append(replace(_shown(record), staleness=sum(stale) / len(stale)) if stale else _shown(record))
+        self._closed.append(_shown(record))
 
     def _model_evaluated(self, round: int, said: Said) -> None:
         """Write what sites said of the model into the record of the round it came from."""
@@ -328,7 +328,7 @@ class Runner:
             spread={} if test is None else test.spread,
             personal=found.get("personal/test", {}),
             personal_spread={} if personal is None else personal.spread,
-            notes=(*known[0].notes, *said.notes),
+            notes=said.notes,
         )
         self._journal.append("round", record.to_dict())
         if round == self.plan.rounds:
@@ -388,7 +388,9 @@ def _shown(record: Record) -> Closed:
     loss = record.loss if record.loss == record.loss else None
     said = record.test or record.validation
     metrics = {name: value for name, value in said.items() if math.isfinite(value)}
-    return Closed(record.round, record.clients, loss, record.bytes_up, record.seconds.get("train", 0.0), metrics)
+    return Closed(
+        record.round, record.clients, loss, record.bytes_up, record.seconds.get("train", 0.0), metrics, record.staleness
+    )
 
 
 def _event(event: str, site: str, reason: str, key: str) -> coordinator.Event:
