@@ -168,8 +168,10 @@ def test_the_same_update_is_acknowledged_again_and_another_is_refused() -> None:
     run.steps()
     assert run.delivers(site, claim) == Received("r", 0, claim.attempt, (0, claim.attempt))
     run.opened()
-    assert run.delivers(site, replace(run.claim(site), base=base(7))).cause == "base"
-    assert run.delivers(site, fault="content").cause == "content" and site in run.state.excluded
+    new = next(s for s, job in run.state.at_work.items() if job.round == 1)
+    assert run.delivers(new, replace(run.claim(new), base=base(7))).cause == "base"
+    assert run.delivers(new, fault="transport").cause == "transport" and new in run.state.at_work
+    assert run.delivers(new, fault="content").cause == "content" and new in run.state.excluded
     assert run.same()
 
 
