@@ -14,13 +14,18 @@ from atoll.asynchronous import Work, stepped
 from atoll.cli.explaining import explained
 from atoll.cli.operating import buffered, changes
 from atoll.cli.run import build
+from atoll.database import sqlite
 from atoll.deployment.prepare import experiment_of, plan_of, process_of
+from atoll.deployment.runner import Runner
 from atoll.deployment.telling import Teller
 from atoll.errors import CompositionError, InvalidArgument
 from atoll.experiment import Experiment
-from atoll.net import buffering, coordinator
+from atoll.net import buffering, control, coordinator
+from atoll.net.agent import Trainer
 from atoll.net.calls import Charter, Closed, InBuffer, SiteView, View
+from atoll.net.children import Do, Finish, Happen, Host, Receive, Summary
 from atoll.net.children import Place as Standing
+from atoll.net.control import content_hash
 
 SITES = ("hospital-a", "hospital-b", "hospital-c")
 STEPS = 8
@@ -66,7 +71,7 @@ def in_process(found: Place, name: str) -> torch.Tensor:
         if told.round > before.round:
             tasks[made.round] = process.open(made, (), len(SITES))
             taken = list(before.accepted.values())[: before.taken]
-            work = [Work(0.0, u.claim.attempt, u.claim.site, u.claim.round) for u in taken]
+            work = [Work(0.0, SITES.index(u.claim.site), u.claim.site, u.claim.round) for u in taken]
             made, _ = stepped(process, data, how, made, tasks, work)
     assert told.phase is coordinator.Phase.FINISHED
     return process.vector(made)
@@ -99,6 +104,122 @@ def test_over_real_programs_of_which_some_are_killed_the_model_is_the_in_process
         assert set(result.history[-1].test) == {"loss", "auc"}, "the last model was evaluated"
 
 
+# --- a run's process, without a process ------------------------------------------------------------------------------
+
+BROUGHT = """
+import torch
+from torch import nn
+import atoll
+
+
+def experiment() -> atoll.Experiment:
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(60, 2, generator=draw)
+    y = (x[:, 0] > 0).float()
+    sites = {f"hospital-{n}": (x[i::3], y[i::3]) for i, n in enumerate("abc")}
+    return atoll.Experiment(
+        model=atoll.Model(nn.Linear(2, 1), loss="binary_cross_entropy"),
+        data=atoll.FederatedDataset.from_arrays(sites),
+        algorithm=atoll.fedavg(atoll.local_sgd(lr=0.1, epochs=1, batch_size=4)),
+        schedule=atoll.schedule.buffered(size=2, concurrency=3),
+        rounds=4,
+    )
+"""
+
+
+class Hall:
+    """A runner with its sites in one process."""
+
+    def __init__(self, folder: Path) -> None:
+        code = BROUGHT.encode()
+        app = folder / "run" / "objects" / content_hash(code)
+        app.parent.mkdir(parents=True)
+        app.write_bytes(code)
+        (folder / "app.py").write_bytes(code)
+        (folder / "run" / "uploads").mkdir()
+        self.experiment = experiment_of(folder / "app.py", {})
+        charter = Charter("heart", content_hash(code), {}, least=3)
+        self.host = Host(str(folder / "run"), charter, 0.0, sqlite(folder / "state.sqlite"), "process")
+        self.folder, self.runner = folder / "run", Runner(self.host)
+        self.process, self.data = process_of(self.experiment, "loop"), self.experiment.data
+        assert isinstance(self.data, atoll.FederatedDataset)
+        self.training = {s: Trainer(process_of(self.experiment, "loop"), self.data.select([s])) for s in SITES}
+        for site in SITES:
+            self.runner.carry_out(Happen("joined", site, "", 0.0), b"")
+        self.works: dict[str, control.Work] = {}
+
+    def work(self) -> Summary:
+        while self.runner.told().summary.busy:
+            self.runner.carry_out(Do(0.0), b"")
+        return self.runner.told().summary
+
+    def says(self, site: str, message: control.Request, upload: str = "") -> control.Answer:
+        return control.decode_answer(self.runner.carry_out(Receive(site, upload, 0.0), control.encode(message)))
+
+    def takes(self, site: str) -> None:
+        work = self.says(site, control.Ask("heart", site))
+        assert isinstance(work, control.Work) and work.clients == (site,), work
+        self.works[site] = work
+
+    def delivers(self, site: str) -> None:
+        work = self.works.pop(site)
+        done = self.training[site](work, (self.folder / "task" / work.base).read_bytes(), b"")
+        (self.folder / "uploads" / site).write_bytes(done.frame)
+        claim = control.Deliver(
+            "heart", site, work.round, work.attempt, work.base, content_hash(done.frame), len(done.frame),
+            done.parts, done.sent,
+        )  # fmt: skip
+        answer = self.says(site, claim, site)
+        assert isinstance(answer, control.Received), answer
+
+
+def test_a_run_goes_on_after_its_process_died_and_its_record_tells_how_old_updates_were(tmp_path: Path) -> None:
+    hall, (slow, *fast) = Hall(tmp_path), SITES
+    hall.work()
+    hall.takes(slow)
+    told = hall.runner.told().summary
+    assert told.buffer == InBuffer(2, 3, 3, 0)
+    for _ in range(2):
+        for site in fast:
+            hall.takes(site)
+            hall.delivers(site)
+        hall.work()
+    assert len(list((hall.folder / "task").iterdir())) == 2, "the slow site's model, and the newest"
+    hall.runner.service._log.close()
+    hall.runner._journal.close()
+    hall.runner = Runner(hall.host)
+    assert isinstance(hall.says(slow, control.Ask("heart", slow)), control.Refused), "its task is being made again"
+    hall.work()
+    first = hall.works[slow]
+    hall.takes(slow)
+    assert hall.works[slow].base == first.base and hall.works[slow].values == first.values
+    hall.delivers(slow)
+    hall.takes(fast[0])
+    hall.delivers(fast[0])
+    hall.work()
+    for site in (slow, fast[1]):
+        if site not in hall.works:
+            hall.takes(site)
+        hall.delivers(site)
+    assert hall.work().phase == "finished"
+    hall.runner.carry_out(Finish(), b"")
+    result = atoll.Result.load(hall.folder)
+    assert [r.staleness for r in result.history] == [0.0, 0.0, 1.0, 0.5]
+    steps = [[(0, f) for f in fast], [(1, f) for f in fast], [(0, slow), (2, fast[0])], [(3, slow), (2, fast[1])]]
+    how, state, tasks = scheduled(hall.experiment), hall.process.init(0), dict[int, Any]()
+    hall.process.engine.prepare(hall.process, hall.data)
+    for taken in steps:
+        tasks[state.round] = hall.process.open(state, (), len(SITES))
+        work = [Work(0.0, SITES.index(site), site, version) for version, site in taken]
+        state, _ = stepped(hall.process, hall.data, how, state, tasks, work)
+    assert torch.equal(result.vector, hall.process.vector(state)), "the bits of the in-process machine"
+
+
+def scheduled(experiment: Experiment) -> schedule.Buffered:
+    assert isinstance(experiment.schedule, schedule.Buffered)
+    return experiment.schedule
+
+
 # --- what is asked for ------------------------------------------------------------------------------------------------
 
 
@@ -127,7 +248,7 @@ def test_the_plan_is_the_schedules(tmp_path: Path) -> None:
     ("old", "new", "told"),
     [
         ("rounds=rounds,", "rounds=rounds, cohort=2,", "cohort=2"),
-        ("rounds=rounds,", "rounds=rounds, transforms=[atoll.transforms.clip(1.0)],", "clip cannot run asynchronously"),
+        ("rounds=rounds,", "rounds=rounds, transforms=[atoll.transforms.clip_norm(1.0)],", "clip_norm cannot run"),
         ("rounds=rounds,", "rounds=rounds, channel=atoll.transforms.secure_sum(clip=4.0, weight_cap=64.0),", "channel"),
         ("rounds=rounds,", "rounds=rounds, aggregator=atoll.aggregators.median(),", "aggregator"),
         ("atoll.fedavg(", "atoll.scaffold(", "scaffold cannot run asynchronously"),

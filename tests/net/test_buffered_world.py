@@ -84,7 +84,7 @@ def replayed(plan: Plan, steps: list[Step]) -> Tensor:
     state, tasks = process.init(plan.seed), dict[int, Any]()
     for taken in steps:
         tasks[state.round] = process.open(state, (), SITES)
-        work = [Work(0.0, order, site, version) for site, version, order in taken]
+        work = [Work(0.0, int(site[1:]), site, version) for site, version, _ in taken]
         state, _ = stepped(process, data, how(plan), state, tasks, work)
     return process.vector(state)
 
@@ -153,7 +153,7 @@ PLANS = {"plain": PLAIN, "timed": TIMED, "evaluated": EVALUATED}
 
 @pytest.mark.parametrize("name", PLANS)
 def test_every_acknowledged_update_counts_once(name: str) -> None:
-    judge(PLANS[name], range(8))
+    judge(PLANS[name], range(4))
 
 
 @pytest.mark.slow
@@ -192,12 +192,12 @@ def test_where_everybody_is_waited_for_the_numbers_are_those_of_synchronous_roun
 
 def test_a_straggler_never_holds_a_step_up() -> None:
     process, training, _ = tallied(STEPS, SITES)
-    made = World(process, PLAIN, training, service=partial(Watched, schedule=BUFFERED), faults=[("kill", "s0", 1.0)])
-    made.machines["s0"].up = True  # it is never switched on again
+    made = World(process, PLAIN, training, service=partial(Watched, schedule=BUFFERED))
+    made.machines["s0"].up = True  # as if it were on: so it is never switched on, and nothing is heard of it
     made.run(200.0)
     assert made.server is not None and made.server.state.phase is coordinator.Phase.FINISHED
     steps, _, _ = history(made)
-    assert len(steps) == STEPS and {s for step in steps for s, _, _ in step} <= {"s0", "s1", "s2", "s3"}
+    assert len(steps) == STEPS and {s for step in steps for s, _, _ in step} == {"s1", "s2", "s3"}
 
 
 # --- the oracle sees what it is there for -----------------------------------------------------------------------------

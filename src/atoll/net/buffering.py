@@ -20,7 +20,7 @@ a round that is not over, and its machine (`party`) is the same as in synchronou
 
 An update that is acknowledged counts in the step that its place in the order of acceptance gives it: the i-th that
 waits, from 0, in step `round + i // size`. So its staleness is known, and held to the limit, before it is accepted, and
-one that would come behind the last step is not taken. The step itself combines its updates in the order of their tasks.
+one that would come behind the last step is not taken. The step itself combines its updates by version and site.
 
 Sites are asked what a model is worth beside training, as attempt 0 at its version: everybody who is there when the
 model is made, each before it is given another task to train. While an evaluation is at work none is begun, but the last
@@ -261,9 +261,9 @@ def _asking(poll: Poll) -> Open:
 
 
 def _step(state: State) -> Reduce:
-    """The first updates that wait, in the order of their tasks."""
+    """The first updates that wait, by version and site: whoever was faster, the same updates make the same model."""
     taken = list(state.accepted.values())[: state.taken]
-    order = sorted(taken, key=lambda a: (a.claim.round, a.claim.attempt))
+    order = sorted(taken, key=lambda a: (a.claim.round, a.claim.site))
     return Reduce(state.round, TRY, tuple(order))
 
 
