@@ -153,7 +153,7 @@ PLANS = {"plain": PLAIN, "timed": TIMED, "evaluated": EVALUATED}
 
 @pytest.mark.parametrize("name", PLANS)
 def test_every_acknowledged_update_counts_once(name: str) -> None:
-    judge(PLANS[name], range(4))
+    judge(PLANS[name], range(2))
 
 
 @pytest.mark.slow
@@ -216,6 +216,7 @@ def test_forgetting_that_updates_are_stale_is_seen(monkeypatch: pytest.MonkeyPat
     assert "added" in caught(PLAIN)
 
 
+@pytest.mark.slow
 def test_dropping_what_came_in_while_a_step_was_made_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     made = buffering._reduced
 
@@ -227,6 +228,7 @@ def test_dropping_what_came_in_while_a_step_was_made_is_seen(monkeypatch: pytest
     assert caught(PLAIN)
 
 
+@pytest.mark.slow
 def test_remembering_before_a_step_counts_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     fold = party._with
 
