@@ -190,6 +190,7 @@ def test_where_everybody_is_waited_for_the_numbers_are_those_of_synchronous_roun
     assert torch.equal(process.vector(made.server.model), process.vector(state))
 
 
+@pytest.mark.slow
 def test_a_straggler_never_holds_a_step_up() -> None:
     process, training, _ = tallied(STEPS, SITES)
     made = World(process, PLAIN, training, service=partial(Watched, schedule=BUFFERED))
@@ -207,6 +208,7 @@ def caught(plan: Plan, seeds: int = 6) -> str:
     return first_wrong(fault_of, plan, SITES, range(seeds))
 
 
+@pytest.mark.slow
 def test_forgetting_that_updates_are_stale_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     def fresh(*given: Any, scales: Any, **more: Any) -> Any:
         return reduce(*given, **more)

@@ -181,7 +181,7 @@ class BufferedService(Service):
         path = model_path(version)
         if self.files.size(path) < 0:
             raise Unlike(f"{path} is missing: restore it from a backup.")
-        return unpack_state(self.model, self.files.read(path))
+        return unpack_state(self.model, Content(files=self.files, path=path).whole())
 
     def _tidy(self, round: int) -> None:
         state = self.state
