@@ -1,10 +1,11 @@
 """The driver of buffered asynchrony: which updates a step is made of, and from which models they were computed."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from atoll.errors import CompositionError, invalid
-from atoll.messages import Task
+from atoll.messages import Partial, Task
 from atoll.random import numpy_generator
 from atoll.rounds import Process, State
 from atoll.sampling import Sampler
@@ -15,13 +16,20 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class _Work:
-    """A client at work, or done and in the buffer."""
+class Work:
+    """A client at work, or done and in the buffer.
+
+    Attributes:
+        finish: when it is done.
+        order: its place among all who were ever asked.
+        client: who it is.
+        version: round of the model it received.
+    """
 
     finish: float
-    order: int  # in which clients were asked
+    order: int
     client: str
-    version: int  # round of the model it received
+    version: int
 
 
 class Asynchronous:
@@ -51,8 +59,8 @@ class Asynchronous:
         self._process, self._data, self._schedule, self._sampler = process, data, schedule, sampler
         self.clock = 0.0
         self._asked = 0
-        self._at_work: list[_Work] = []
-        self._buffer: list[_Work] = []
+        self._at_work: list[Work] = []
+        self._buffer: list[Work] = []
         self._tasks: dict[int, Task] = {}
 
     def next(self, state: State) -> tuple[State, dict[str, Any]]:
@@ -65,35 +73,14 @@ class Asynchronous:
                 self._ask(state)
             done = min(self._at_work)
             self._at_work.remove(done)
-            self._buffer.append(done)
             self.clock = done.finish
+            if self._schedule.limit is None or state.round - done.version <= self._schedule.limit:
+                self._buffer.append(done)
         taken, self._buffer = self._buffer, []
-        groups: dict[int, list[_Work]] = {}
-        for work in sorted(taken, key=lambda w: (w.version, w.order)):
-            groups.setdefault(work.version, []).append(work)
-        everyone = tuple(w.client for group in groups.values() for w in group)
-        task = process.open(state, everyone, len(self._data))
-        collector = process.collector(state, task)
-        try:
-            with process.engine.threads():
-                for version, group in groups.items():
-                    weight = self._schedule.weight(state.round - version)
-                    own = replace(self._tasks[version], clients=tuple(w.client for w in group))
-                    drawn = self._data.draw(own.clients)
-                    if drawn is not self._data:
-                        process.engine.inspect(process, drawn)
-                    for partial in process.engine.run(process, own, drawn, state.memory):
-                        assert partial.total is not None
-                        stale = partial if weight == 1.0 else replace(partial, total=partial.total * weight)
-                        collector.add(stale)
-            closed, metrics = process.finish(state, task, collector, float(size))
-        except BaseException:
-            state.memory.discard()
-            raise
+        closed, metrics = stepped(process, self._data, self._schedule, state, self._tasks, taken)
         in_use = {w.version for w in self._at_work}
         self._tasks = {v: t for v, t in self._tasks.items() if v in in_use}
-        staleness = [state.round - w.version for w in taken]
-        return closed, metrics | {"staleness": sum(staleness) / size, "clock": self.clock}
+        return closed, metrics | {"clock": self.clock}
 
     def _ask(self, state: State) -> None:
         """Give the present model to as many clients as there are places: the cohort of the round first, then others."""
@@ -112,8 +99,56 @@ class Asynchronous:
             self._tasks[state.round] = self._process.open(state, (), len(self._data))
         for client in chosen:
             finish = self.clock + self._schedule.took(state.seed, client, state.round)
-            self._at_work.append(_Work(finish, self._asked, client, state.round))
+            self._at_work.append(Work(finish, self._asked, client, state.round))
             self._asked += 1
+
+
+def stepped(
+    process: Process,
+    data: "FederatedDataset | LazyDataset",
+    schedule: Buffered,
+    state: State,
+    tasks: Mapping[int, Task],
+    taken: Iterable[Work],
+) -> tuple[State, dict[str, Any]]:
+    """One step of the server, of these updates in any order: the state after it, and sums as of `Process.next`.
+
+    Args:
+        process: what is run.
+        data: clients and their examples.
+        schedule: says what stale updates count.
+        state: before.
+        tasks: by version, what clients were given.
+        taken: whose updates.
+    """
+    groups: dict[int, list[Work]] = {}
+    for work in sorted(taken, key=lambda w: (w.version, w.order)):
+        groups.setdefault(work.version, []).append(work)
+    everyone = tuple(w.client for group in groups.values() for w in group)
+    task = process.open(state, everyone, len(data))
+    collector = process.collector(state, task)
+    try:
+        with process.engine.threads():
+            for version, group in groups.items():
+                weight = schedule.weight(state.round - version)
+                own = replace(tasks[version], clients=tuple(w.client for w in group))
+                drawn = data.draw(own.clients)
+                if drawn is not data:
+                    process.engine.inspect(process, drawn)
+                for partial in process.engine.run(process, own, drawn, state.memory):
+                    collector.add(scaled(partial, weight))
+        closed, metrics = process.finish(state, task, collector, float(schedule.size))
+    except BaseException:
+        state.memory.discard()
+        raise
+    staleness = sum(len(group) * (state.round - version) for version, group in groups.items())
+    return closed, metrics | {"staleness": staleness / len(everyone)}
+
+
+def scaled(partial: Partial, weight: float) -> Partial:
+    """A stale update's part in the sum; its weight in what the sum is divided by stays."""
+    assert partial.total is not None
+    return partial if weight == 1.0 else replace(partial, total=partial.total * weight)
 
 
 def check(process: Process) -> None:

@@ -33,6 +33,7 @@ class Record:
         refused: clients whose updates had no part in the round: "reason", and where they are known the "norm" of the
             update and its "distance" from the round's result. The first hundred are named.
         refusals: how many clients that are, named or not.
+        staleness: steps between the models of its updates and its own, on average; None in a synchronous run.
     """
 
     round: int
@@ -52,6 +53,7 @@ class Record:
     refused: dict[str, dict[str, Any]] = field(default_factory=dict)
     refusals: int = 0
     simulated: float | None = None
+    staleness: float | None = None
 
     @property
     def loss(self) -> float:
@@ -65,7 +67,8 @@ class Record:
     @staticmethod
     def from_dict(values: dict[str, Any]) -> "Record":
         """Undo `to_dict`."""
-        restored: dict[str, Any] = {k: v if k in ("epsilon", "simulated") else _restored(v) for k, v in values.items()}
+        bare = ("epsilon", "simulated", "staleness")
+        restored: dict[str, Any] = {k: v if k in bare else _restored(v) for k, v in values.items()}
         restored["notes"] = tuple(values.get("notes", ()))
         restored.setdefault("refusals", len(values.get("refused", ())))
         return Record(**restored)
@@ -81,6 +84,8 @@ class Record:
         row |= {f"seconds_{name}": value for name, value in self.seconds.items()}
         if self.simulated is not None:
             row["simulated"] = self.simulated
+        if self.staleness is not None:
+            row["staleness"] = self.staleness
         if self.refusals:
             row["refused"] = self.refusals
         if self.epsilon is not None:

@@ -104,12 +104,14 @@ class Buffered:
         concurrency: clients at work at any time.
         staleness: exponent of the weight (1 + tau)^-staleness, or (tau) -> weight.
         durations: how long clients take; None: half-normal, keyed.
+        limit: largest tau of an update that counts; None: any.
     """
 
     size: int
     concurrency: int
     staleness: float | Callable[[int], float]
     durations: Durations | None
+    limit: int | None = None
 
     def weight(self, tau: int) -> float:
         """What an update counts that was computed from the model of `tau` steps ago.
@@ -134,6 +136,7 @@ class Buffered:
         return record(
             "buffered",
             size=self.size, concurrency=self.concurrency, staleness=self.staleness, durations=self.durations,
+            limit=self.limit,
         )  # fmt: skip
 
 
@@ -179,6 +182,7 @@ def buffered(
     staleness: float | Callable[[int], float] = 0.5,
     *,
     durations: Durations | None = None,
+    limit: int | None = None,
 ) -> Buffered:
     """Asynchronous training: the server steps whenever a number of updates has arrived, whatever models they are from.
 
@@ -197,7 +201,8 @@ def buffered(
         concurrency: clients at work at any time, at most the number of clients.
         staleness: exponent of s, at least 0, or a function of tau.
         durations: (client, round of the model it received) -> seconds; default half-normal with scale one as in the
-            paper, keyed.
+            paper, keyed; over real sites they take what they take.
+        limit: largest tau of an update that counts, at least 0; an older one is dropped. Default any counts.
 
     Raises:
         InvalidArgument: an argument outside its range.
@@ -207,8 +212,10 @@ def buffered(
             raise invalid(name, value, "a number of clients of at least 1")
     if not callable(staleness) and (not _real(staleness) or not 0 <= staleness < math.inf):
         raise invalid("staleness", staleness, "a finite exponent of at least 0, or a function of tau")
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 0):
+        raise invalid("limit", limit, "a number of steps of at least 0, or None")
     _check_durations(durations)
-    return Buffered(size, concurrency, staleness, durations)
+    return Buffered(size, concurrency, staleness, durations, limit)
 
 
 def _took(durations: Durations | None, seed: int, client: str, round: int) -> float:

@@ -420,6 +420,7 @@ class _Run:
             refused={name: dict(told) for name, told in metrics["refused"].items()},
             refusals=int(metrics["refusals"]),
             epsilon=None if guard is None else guard.epsilon,
+            staleness=metrics.get("staleness"),
         )
 
     def _cohort(self, schedule: Rounds) -> tuple[tuple[str, ...], float | None, tuple[str, ...]]:

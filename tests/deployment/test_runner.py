@@ -102,7 +102,7 @@ def test_a_rounds_seconds_begin_with_its_own_task_and_not_with_an_evaluations(mo
     train = msgspec.structs.replace(work, attempt=1, kind="train")
     said = iter([work, work, train, train])
     held: Any = SimpleNamespace(
-        _last=0.0, _given=(-1, "", ""),
+        _last=0.0, _given=(-1, False),
         service=SimpleNamespace(receive=lambda *given: (next(said), Content())),
     )  # fmt: skip
     monkeypatch.setattr(runner.time, "monotonic", lambda: next(clock))

@@ -295,7 +295,10 @@ def submit(
         int | None, typer.Option(min=1, help="Updates with which a round may close when no more can come.")
     ] = None,
     deadline: Annotated[
-        float | None, typer.Option(help="Seconds after which a round does not wait for more than the quorum.")
+        float | None,
+        typer.Option(
+            help="Seconds after which a round does not wait for more than the quorum; without rounds, of a task."
+        ),
     ] = None,
     over: Annotated[float, typer.Option(help="How many times the cohort is asked, at least 1.")] = 1.0,
     attempts: Annotated[int, typer.Option(min=1, help="Attempts at a round before the run pauses.")] = 3,

@@ -25,7 +25,8 @@ def explain(run: str, *, home: Path | None) -> None:
 def explained(view: View) -> str:
     """The first cause of where a run is, and what can be done about it."""
     done = view.closed[-1].round if view.closed else 0
-    where = f"{view.run}, after {done} of {view.rounds} rounds" if view.rounds else view.run
+    what = "rounds" if view.buffer is None else "steps"
+    where = f"{view.run}, after {done} of {view.rounds} {what}" if view.rounds else view.run
     match view.phase:
         case "finished":
             return f"{view.run} is finished: {_reason(view)}{_never(view)}"
@@ -44,8 +45,14 @@ def explained(view: View) -> str:
         case "collecting":
             late = [s.name for s in view.sites if s.doing == "asked"]
             told = f"{_names(late)} did not deliver yet." if late else "whoever was asked has delivered."
-            what = "what sites say of the model" if view.evaluating else f"updates of round {view.round}"
-            return f"{where}, waits for {what}: {told}{_troubles(view)}"
+            if view.buffer is not None and not view.evaluating:
+                there = f"step {view.round} has {view.buffer.waiting} of {view.buffer.size} updates"
+                oldest = max(view.sites, key=lambda s: s.behind or 0, default=None)
+                if oldest is not None and oldest.behind:
+                    told += f" {oldest.name} works on a model that is {oldest.behind} steps old."
+                return f"{where}, is at work: {there}; {told}{_troubles(view)}"
+            asked = "what sites say of the model" if view.evaluating else f"updates of round {view.round}"
+            return f"{where}, waits for {asked}: {told}{_troubles(view)}"
         case "summing":
             late = [s.name for s in view.sites if s.doing == "asked"]
             told = f"{_names(late)} did not answer yet." if late else "all that were asked have answered."

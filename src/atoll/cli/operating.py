@@ -128,9 +128,10 @@ def changes(before: View | None, now: View) -> list[str]:
     for closed in now.closed:
         if closed.round not in told:
             loss = "" if closed.loss is None else f", loss {closed.loss:.4g}"
+            old = "" if closed.staleness is None else f", {closed.staleness:.2g} steps old on average"
             lines.append(
-                f"round {closed.round}/{now.rounds}: {closed.clients} updates{loss}, {closed.bytes_up:,} bytes, "
-                f"{closed.seconds:.1f} s"
+                f"{'round' if now.buffer is None else 'step'} {closed.round}/{now.rounds}: {closed.clients} "
+                f"updates{old}{loss}, {closed.bytes_up:,} bytes, {closed.seconds:.1f} s"
             )
         if closed.metrics and (closed.round not in told or told[closed.round].metrics != closed.metrics):
             lines.append(f"  held-out examples after round {closed.round}: {_metrics(closed)}")
@@ -147,6 +148,13 @@ def changes(before: View | None, now: View) -> list[str]:
         ready = sum(s.standing in ("ready", "preparing") for s in now.sites)
         lines.append(f"waiting for {now.least} sites; {ready} are there")
     return lines
+
+
+def buffered(buffer: calls.InBuffer) -> str:
+    """What an asynchronous run is doing, in words."""
+    return (
+        f"{buffer.waiting} of {buffer.size} updates are there, {buffer.at_work} of {buffer.concurrency} places at work"
+    )
 
 
 def _metrics(closed: calls.Closed) -> str:
@@ -177,6 +185,8 @@ def show(view: View) -> None:
 
     out = console()
     at = f"round {view.round} of {view.rounds}, attempt {view.attempt}"
+    if view.buffer is not None:
+        at = f"step {view.round} of {view.rounds}, {buffered(view.buffer)}"
     head = f"{view.run}: {view.phase}, {'what sites say of the model' if view.evaluating else at}"
     out.print(head + (f"; {view.reason}" if view.reason else ""), markup=False, soft_wrap=True)
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
@@ -184,7 +194,8 @@ def show(view: View) -> None:
         table.add_column(column, overflow="fold")
     for site in view.sites:
         counted = "" if site.counted is None else f"round {site.counted[0] + 1}"
-        cells = (site.name, site.standing, site.doing, counted, _ago(site.seen), site.why or site.detail)
+        doing = site.doing if not site.behind else f"{site.doing}, {site.behind} steps behind"
+        cells = (site.name, site.standing, doing, counted, _ago(site.seen), site.why or site.detail)
         table.add_row(*(Text(cell) for cell in cells))
     out.print(table)
     if view.closed:

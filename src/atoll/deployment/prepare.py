@@ -1,19 +1,21 @@
 """An experiment as the process and the plan of a run over sites, or why it cannot be one."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from atoll import sampling
+from atoll import asynchronous, sampling
 from atoll.data import FederatedDataset
 from atoll.data.table import Table
 from atoll.errors import CompositionError, InvalidArgument, invalid
 from atoll.experiment import Experiment, configure, load_app
-from atoll.net import evaluating, noise
+from atoll.net import buffering, evaluating, noise
 from atoll.net.admission import Rules
 from atoll.net.calls import Charter
 from atoll.net.coordinator import Plan
 from atoll.net.sums import summing
 from atoll.rounds import Process
+from atoll.schedule import Buffered
 from atoll.spec import identity
 
 STEP = 600.0
@@ -58,7 +60,7 @@ def process_of(experiment: Experiment, engine: str) -> Process:
     for name, value in (
         ("downlink", tuple(experiment.downlink) if isinstance(experiment.downlink, Sequence) else experiment.downlink),
         ("server_data", experiment.server_data),
-        ("schedule", experiment.schedule),
+        ("schedule", None if isinstance(experiment.schedule, Buffered) else experiment.schedule),
         ("stop", experiment.stop),
     ):
         if value is not None and value != ():
@@ -73,6 +75,8 @@ def process_of(experiment: Experiment, engine: str) -> Process:
         workers=1,
         precision=experiment.precision,
     )
+    if isinstance(experiment.schedule, Buffered):
+        asynchronous.check(process)
     summing(process)
     noise.check(process)
     return process
@@ -113,6 +117,9 @@ def plan_of(experiment: Experiment, process: Process, charter: Charter) -> Plan:
     sums = 0 if terms is None else terms.least
     if 0 < charter.least < sums:  # 0 is told when the run is submitted: all there are
         raise invalid("--sites", charter.least, f"at least {sums}", "The experiment's secure sum is of no fewer.")
+    evaluate = 0 if unevaluated(experiment, process) else experiment.evaluate_every
+    if isinstance(experiment.schedule, Buffered):
+        return _buffered(experiment, experiment.schedule, charter, evaluate)
     return Plan(
         charter.run,
         experiment.rounds,
@@ -126,7 +133,41 @@ def plan_of(experiment: Experiment, process: Process, charter: Charter) -> Plan:
         keep=terms is None,
         sums=sums,
         step=STEP if charter.deadline is None else charter.deadline,
-        evaluate=0 if unevaluated(experiment, process) else experiment.evaluate_every,
+        evaluate=evaluate,
+    )
+
+
+def _buffered(experiment: Experiment, schedule: Buffered, charter: Charter, evaluate: int) -> buffering.Plan:
+    """The plan of an asynchronous run.
+
+    Raises:
+        InvalidArgument: a cohort, or an option that asks for one; fewer sites than the schedule is for.
+    """
+    if experiment.cohort is not None:
+        raise invalid(
+            "cohort", experiment.cohort, "left out with schedule.buffered", "concurrency= says how many are at work."
+        )
+    why = "A step of an asynchronous run is made of as many updates as its schedule says."
+    for name, value, own in (("--over", charter.over, 1.0), ("--quorum", charter.quorum, None)):
+        if value != own:
+            raise invalid(name, value, "left out with schedule.buffered", why)
+    for name, value in (("size", schedule.size), ("concurrency", schedule.concurrency)):
+        if 0 < charter.least < value:  # 0 is told when the run is submitted: all there are
+            raise invalid(
+                "--sites", charter.least, f"at least {value}", f"The experiment's schedule has {name}={value}."
+            )
+    return buffering.Plan(
+        charter.run,
+        experiment.rounds,
+        seed=experiment.seed,
+        least=max(1, charter.least),
+        deadline=charter.deadline,
+        attempts=charter.attempts,
+        evaluate=evaluate,
+        size=schedule.size,
+        concurrency=schedule.concurrency,
+        limit=schedule.limit,
+        weighing=identity(replace(schedule, durations=None).spec),
     )
 
 

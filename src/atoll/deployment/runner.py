@@ -33,9 +33,10 @@ from atoll.deployment.telling import Teller
 from atoll.errors import AtollError, RunError
 from atoll.history import Record, plain
 from atoll.journal import Journal, locked, open_journal
-from atoll.net import control, coordinator, evaluating
+from atoll.net import buffering, control, coordinator, evaluating
+from atoll.net.buffered import BufferedService
 from atoll.net.buffers import Buffer
-from atoll.net.calls import Closed, Spent
+from atoll.net.calls import Closed, InBuffer, Spent
 from atoll.net.children import (
     Answered,
     Broken,
@@ -64,6 +65,7 @@ from atoll.privacy.accounting import Event
 from atoll.privacy.terms import statement
 from atoll.result import Result, clients_of
 from atoll.rounds import Process
+from atoll.schedule import Buffered
 from atoll.spec import digest, identity
 
 COUNTS = 2**12
@@ -99,21 +101,22 @@ class Runner:
         durability = host.durability if self.process.chain.noise is None else "power"
         self._journal: Journal = open_journal(self.folder, durability)
         self._last, self._entered = time.monotonic(), 0
-        self._given = (-1, "", "")  # the task that was given to a site last
+        self._given = (-1, False)  # the newest task that was given to a site: its round, and whether it is to train
         state = State(host.state, durability=durability, patience=PATIENCE)
         self._files = Disk(self.folder, state=state, scope=scope(host.charter.run), durability=durability)
-        self.service = Service(
-            self.process,
-            self.plan,
-            self._files,
-            now=host.now,
-            rules=rules_of(self.process, host.charter),
-            limits=Limits(bytes=self.largest),
-            initial=experiment.initial,
-            closed=self._round_closed,
-            evaluated=self._model_evaluated,
-            notice=self._noticed,
-        )
+        more: dict[str, Any] = {
+            "now": host.now, "rules": rules_of(self.process, host.charter), "limits": Limits(bytes=self.largest),
+            "initial": experiment.initial, "closed": self._round_closed, "evaluated": self._model_evaluated,
+            "notice": self._noticed,
+        }  # fmt: skip
+        self.service: Service
+        if isinstance(self.plan, buffering.Plan):
+            assert isinstance(experiment.schedule, Buffered)
+            self.service = BufferedService(
+                self.process, self.plan, self._files, schedule=experiment.schedule, **more
+            )  # fmt: skip
+        else:
+            self.service = Service(self.process, self.plan, self._files, **more)
         self._begin()
         self.process.model.forget()  # what is trained is in the service's state; nothing is computed with it here
 
@@ -153,7 +156,7 @@ class Runner:
             with suppress(FileNotFoundError):  # of a message that came twice, the first has taken it
                 content = Content(files=self._files, path=f"uploads/{upload}")
         answer, _ = self.service.receive(site, message, content, now)
-        if isinstance(answer, control.Work) and (given := (answer.round, answer.kind, answer.base)) != self._given:
+        if isinstance(answer, control.Work) and (given := (answer.round, answer.kind == "train")) > self._given:
             self._given, self._last = given, time.monotonic()
         return control.encode(answer)
 
@@ -219,8 +222,15 @@ class Runner:
             closed=closed,
             notices=notices,
             privacy=self._spent(),
+            buffer=self._buffer(),
         )
         return Told(summary, whole, heard or [])
+
+    def _buffer(self) -> InBuffer | None:
+        state = self.service.state
+        if not isinstance(state, buffering.State) or not isinstance(self.plan, buffering.Plan):
+            return None
+        return InBuffer(self.plan.size, self.plan.concurrency, len(state.at_work), len(state.accepted))
 
     def _spent(self) -> Spent | None:
         state, promised = self.service.state, self.service.state.guarantee
@@ -282,7 +292,10 @@ class Runner:
     def _round_closed(self, round: int, collected: Collected) -> None:
         now = time.monotonic()
         loss = collected.loss / collected.examples if collected.examples else float("nan")
-        task = self.process.open(self.service.model, self.service.state.cohort, self.service.state.population)
+        stale, whose = list[int](), self.service.state.cohort
+        if isinstance(self.service, BufferedService):
+            stale, whose = self.service.staleness, self.service.taken
+        task = self.process.open(self.service.model, whose, self.service.state.population)
         down = self.process.bytes_down(self.service.model, task)
         clients, state, epsilon = collected.count, self.service.state, None
         if state.guarantee is not None:  # the sum is that of an expected number
@@ -292,6 +305,7 @@ class Runner:
         record = Record(
             round=round + 1, clients=clients, train={"loss": loss}, bytes_up=collected.bytes_up,
             bytes_down=down, seconds={"train": now - self._last}, epsilon=epsilon,
+            staleness=sum(stale) / len(stale) if stale else None,
         )  # fmt: skip
         self._last = now
         self._journal.append("round", record.to_dict())
@@ -374,7 +388,9 @@ def _shown(record: Record) -> Closed:
     loss = record.loss if record.loss == record.loss else None
     said = record.test or record.validation
     metrics = {name: value for name, value in said.items() if math.isfinite(value)}
-    return Closed(record.round, record.clients, loss, record.bytes_up, record.seconds.get("train", 0.0), metrics)
+    return Closed(
+        record.round, record.clients, loss, record.bytes_up, record.seconds.get("train", 0.0), metrics, record.staleness
+    )
 
 
 def _event(event: str, site: str, reason: str, key: str) -> coordinator.Event:

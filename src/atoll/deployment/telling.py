@@ -6,6 +6,7 @@ what is told here costs as much as there is new.
 
 from collections.abc import Collection, Mapping
 
+from atoll.net import buffering
 from atoll.net.children import Place
 from atoll.net.coordinator import State
 
@@ -20,6 +21,8 @@ def place(state: State, name: str, cohort: frozenset[str], awaited: frozenset[st
         awaited: sites that may still answer in the step at work.
     """
     site, out = state.sites[name], state.sum.out if state.sum is not None else {}
+    if isinstance(state, buffering.State) and (task := state.task(name)) is not None:
+        return Place(site.status, site.counted, "asked", task=task)
     if name in out:
         return Place(site.status, site.counted, "out of the sum", out[name])
     if name in awaited:
@@ -58,9 +61,15 @@ def _changed(before: State | None, after: State) -> Collection[str]:
     """Sites that may be other, found by what the coordinator did not carry over as it was."""
     if before is after:
         return ()
-    if before is None or before.cohort is not after.cohort or _asked(before) != _asked(after):
+    if isinstance(before, buffering.State) and isinstance(after, buffering.State):
+        if (before.poll is None) != (after.poll is None) or _polled(before) != _polled(after):
+            return after.sites
+        asked = {*_other(before.at_work, after.at_work), *(set(before.cohort) ^ set(after.cohort))}
+    elif before is None or before.cohort is not after.cohort or _asked(before) != _asked(after):
         return after.sites
-    names = {
+    else:
+        asked = set[str]()
+    names = asked | {
         *_other(before.sites, after.sites), *_other(before.accepted, after.accepted),
         *_other(before.excluded, after.excluded),
     }  # fmt: skip
@@ -72,6 +81,10 @@ def _changed(before: State | None, after: State) -> Collection[str]:
 def _asked(state: State) -> object:
     turn = state.sum
     return None if turn is None else (state.round, state.turn, turn.step, turn.due, turn.closing)
+
+
+def _polled(state: buffering.State) -> object:
+    return None if state.poll is None else (state.poll.round, state.poll.base, state.poll.adding)
 
 
 def _other(before: Mapping[str, object], after: Mapping[str, object]) -> list[str]:

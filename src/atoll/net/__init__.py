@@ -5,11 +5,13 @@ control      the messages that sites and server exchange
 packing      a task and a report as a message and a frame
 admission    what is looked at in an update before it counts
 coordinator  the server's side of a run: events in, effects out
+buffering    the same of an asynchronous run
 party        the site's side of a run: events in, effects out
 storage      files and journals that survive a crash, on a file system that is handed in
 state        journals in a database, SQLite or PostgreSQL
 spool        accepted updates on disk, and their reduction in the cohort's order
 service      carries out what the coordinator decides
+buffered     carries out what buffering decides
 agent        carries out what the party decides
 
 The rim:

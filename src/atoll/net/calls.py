@@ -270,6 +270,7 @@ class SiteView(_Struct, frozen=True):
         why: it is excluded, or what was refused.
         counted: round and attempt of its update that was counted last, from 0.
         seen: seconds since it was last heard.
+        behind: in an asynchronous run, steps since the model it works on; None: it works on none.
     """
 
     name: str
@@ -279,6 +280,7 @@ class SiteView(_Struct, frozen=True):
     why: str
     counted: Stamp | None
     seen: float | None
+    behind: int | None = None
 
 
 class Closed(_Struct, frozen=True):
@@ -292,6 +294,7 @@ class Closed(_Struct, frozen=True):
         seconds: since its task was first given to a site.
         metrics: of its model on the sites' test examples, or their validation examples where there are no others; empty
             while it is not evaluated.
+        staleness: steps between the models of its updates and their step, on average; None in a synchronous run.
     """
 
     round: int
@@ -300,6 +303,23 @@ class Closed(_Struct, frozen=True):
     bytes_up: int
     seconds: float
     metrics: dict[str, float] = {}
+    staleness: float | None = None
+
+
+class InBuffer(_Struct, frozen=True):
+    """What an asynchronous run is doing.
+
+    Attributes:
+        size: updates of a step.
+        concurrency: sites at work at most.
+        at_work: sites at work.
+        waiting: updates that wait for a step.
+    """
+
+    size: int
+    concurrency: int
+    at_work: int
+    waiting: int
 
 
 class Spent(_Struct, frozen=True):
@@ -338,6 +358,7 @@ class View(_Struct, frozen=True):
         by: who submitted it.
         at: when, seconds since 1970.
         privacy: what its noise took; None: it has none.
+        buffer: what an asynchronous run is doing, whose rounds are steps; None: the run is synchronous.
     """
 
     version: int
@@ -356,6 +377,7 @@ class View(_Struct, frozen=True):
     by: str
     at: float
     privacy: Spent | None = None
+    buffer: InBuffer | None = None
 
     @property
     def over(self) -> bool:

@@ -22,7 +22,7 @@ from msgspec import Meta
 
 from atoll.errors import RunError
 from atoll.net.buffers import Buffer, room
-from atoll.net.calls import Charter, Closed, Spent
+from atoll.net.calls import Charter, Closed, InBuffer, Spent
 from atoll.net.control import Count, Name, PublicKey, Stamp, Terms, Work
 
 HEADER = 2**25
@@ -147,12 +147,14 @@ class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         counted: round and attempt of its update that was counted last.
         doing: in the round at work, as in `calls.SiteView`.
         why: it is excluded, or out of the sum.
+        task: in an asynchronous run round and attempt of what it is asked for; None: nothing.
     """
 
     status: Literal["active", "paused", "left", "revoked"]
     counted: Stamp | None = None
     doing: Literal["", "asked", "delivered", "excluded", "out of the sum"] = ""
     why: str = ""
+    task: Stamp | None = None
 
 
 class Summary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -169,6 +171,7 @@ class Summary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         closed: rounds that were closed since this process began to tell.
         notices: what came up since the last summary.
         privacy: what its noise took; None: it has none.
+        buffer: of an asynchronous run.
     """
 
     phase: str = ""
@@ -191,6 +194,7 @@ class Summary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     closed: list[Closed] = []
     notices: list[str] = []
     privacy: Spent | None = None
+    buffer: InBuffer | None = None
 
 
 SITES = 100_000

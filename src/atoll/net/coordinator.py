@@ -41,7 +41,7 @@ What the budget does not allow is not begun: the run is finished before it.
 import math
 from collections.abc import Callable, Iterable
 from enum import StrEnum
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 from msgspec.structs import replace
@@ -620,13 +620,21 @@ def handle(plan: Plan, state: State, event: Event, now: float) -> Handled:
     return TABLE[state.phase, type(event)](plan, state, event, max(now, state.now))
 
 
-def replay(plan: Plan, entries: Iterable[Entry]) -> State:
+def replay(
+    plan: Any, entries: Iterable[Entry], handle: Callable[..., Handled] = handle, state: State | None = None
+) -> State:
     """The state that recorded events make.
+
+    Args:
+        plan: of the run.
+        entries: of its journal.
+        handle: the machine whose they are.
+        state: its empty one.
 
     Raises:
         RunError: entries that this plan's events cannot have made.
     """
-    state = State()
+    state = state or State()
     for entry in entries:
         if entry.number != state.number:
             raise RunError(f"the journal has entry {entry.number} where {state.number} belongs: it is damaged.")

@@ -93,6 +93,10 @@ def gathered(views: list[View], members: dict[str, tuple[str, float | None]]) ->
             ("last_round_loss", "Mean loss of local training in the last closed round."),
             ("privacy_epsilon", "Epsilon that the run's noise has spent, of a site's privacy."),
             ("privacy_budget", "Largest epsilon that the run may spend."),
+            ("last_step_staleness", "Mean age, in steps, of the updates of an asynchronous run's last step."),
+            ("buffer_updates", "Updates that wait for the next step of an asynchronous run."),
+            ("sites_at_work", "Sites that train in an asynchronous run."),
+            ("oldest_behind", "Steps since the oldest model that a site of an asynchronous run trains on."),
         )
     }  # fmt: skip
     said = GaugeMetricFamily(
@@ -111,6 +115,12 @@ def gathered(views: list[View], members: dict[str, tuple[str, float | None]]) ->
             }  # fmt: skip
         if view.privacy is not None and view.privacy.private:  # seeded noise buys nothing
             values |= {"privacy_epsilon": view.privacy.epsilon, "privacy_budget": view.privacy.budget}
+        if view.buffer is not None:
+            values |= {
+                "buffer_updates": view.buffer.waiting, "sites_at_work": view.buffer.at_work,
+                "oldest_behind": max((s.behind or 0 for s in view.sites), default=0),
+                "last_step_staleness": None if last is None else last.staleness,
+            }  # fmt: skip
         for name, value in values.items():
             if value is not None:
                 told[name].add_metric([view.run], value)

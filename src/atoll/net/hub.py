@@ -451,7 +451,9 @@ class Run:
         if s is None:
             return (self.over,)
         place, due = s.sites.get(site), ()
-        if place is not None and place.doing == "asked":
+        if place is not None and place.task is not None:  # of an asynchronous run, in any phase
+            due = () if isinstance(request, Ask) and request.at == place.task else place.task
+        elif place is not None and place.doing == "asked":
             if s.phase == "summing":
                 due = s.attempt, s.turn, s.step
             elif s.phase == "collecting" and not (isinstance(request, Ask) and request.at == (s.round, s.attempt)):
@@ -571,18 +573,23 @@ class Run:
             by=charter.by,
             at=charter.at,
             privacy=s.privacy if s else None,
+            buffer=s.buffer if s else None,
         )
 
     def _site(self, name: str, seen: dict[str, float]) -> SiteView:
         standing = self.standings.get(name, Standing("left", "not heard of since the server started"))
         place = None if self.summary is None else self.summary.sites.get(name)
-        status, doing, why, counted = standing.status, "", "", None
+        status, doing, why, counted, behind = standing.status, "", "", None, None
         if place is not None:
             status, counted = "revoked" if place.status == "revoked" else status, place.counted
             if not self.over:
                 doing, why = place.doing, place.why
+                if place.task is not None and self.summary is not None and place.task[1]:
+                    behind = self.summary.round - place.task[0]
         heard = time.monotonic() - seen[name] if name in seen else None
-        return SiteView(name, status, standing.detail, doing, why or self.refusals.get(name, ""), counted, heard)
+        return SiteView(
+            name, status, standing.detail, doing, why or self.refusals.get(name, ""), counted, heard, behind
+        )
 
 
 def _moment(s: Summary) -> tuple[object, ...]:

@@ -128,7 +128,7 @@ class Service:
         self._full = False
         self.model: State = process.init(plan.seed, initial)
         entries = [_decoder.decode(record) for record in self._log]
-        self.state: core.State = core.replay(plan, entries)
+        self.state: core.State = self._replayed(entries)
         self._offset, self._latest = 0.0, self.state.now
         self._noising: noise.Noising | None = None
         experiment = identity({"plan": msgspec.to_builtins(plan), "process": process.spec})
@@ -172,14 +172,14 @@ class Service:
             if request.site != site or request.run != self.plan.run:
                 cause: Cause = "run" if request.site == site else "identity"
                 self._notice(f"{site}: asked in the name of {request.site} for the run {request.run}")
-                return Refused(self.plan.run, 0, 0, cause, "", self.state.round, None), Content()
+                return Refused(self.plan.run, 0, 0, cause, "", self._round(site), None), Content()
         elif isinstance(request, Decline):
             event = core.Declined(site, request)
         elif isinstance(request, Abstain):
             event = core.Abstained(site, request)
         elif isinstance(request, Say):
             event = core.Spoke(site, request, Finding())
-            _, effects = core.handle(self.plan, self.state, event, self.state.now)
+            _, effects = self._handled(event, self.state.now)
             if any(isinstance(e, core.Record) for e in effects):
                 if not self._summing():
                     return self._busy(site, request)
@@ -187,7 +187,7 @@ class Service:
         else:
             event = core.Submitted(site, request, Finding())
             # Whether its content matters at all is known before it is looked at.
-            _, effects = core.handle(self.plan, self.state, event, self.state.now)
+            _, effects = self._handled(event, self.state.now)
             if any(isinstance(e, core.Record) for e in effects):
                 try:
                     event = core.Submitted(site, request, self._examined(request, content))
@@ -206,7 +206,7 @@ class Service:
         at = (0, 0) if isinstance(request, Ask) else (request.round, request.attempt)
         known = self.state.sites.get(site)
         counted = None if known is None else known.counted
-        return Refused(self.plan.run, *at, "busy", "try again later.", self.state.round, counted), Content()
+        return Refused(self.plan.run, *at, "busy", "try again later.", self._round(site), counted), Content()
 
     def tick(self, now: float) -> None:
         """Time has passed."""
@@ -240,7 +240,7 @@ class Service:
         Raises:
             OSError: something could not be made durable; nothing has happened then.
         """
-        after, effects = core.handle(self.plan, self.state, event, self._time(now))
+        after, effects = self._handled(event, self._time(now))
         told: Told | None = None
         for effect in effects:
             match effect:
@@ -252,8 +252,8 @@ class Service:
                     self._taken(after, event)
                 case core.Reply(_, answer):
                     told = answer, Content()
-                case core.Offer(_, counted):
-                    told = self._offer(counted)
+                case core.Offer(name, counted):
+                    told = self._offer(name, counted)
                 case core.Tell(name, counted):
                     told = self._said(name, counted)
                 case core.Open() | core.Close() | core.Reduce():
@@ -284,10 +284,31 @@ class Service:
         elif after.phase is not core.Phase.REDUCING:
             self._next = None
         # What waits to be done for an attempt that is over is not done.
-        current = (after.round, after.attempt)
-        self._todo = deque(e for e in self._todo if (e.round, e.attempt) == current)
+        self._todo = deque(e for e in self._todo if self._awaited(e))
 
-    def _offer(self, counted: tuple[int, int] | None) -> Told | None:
+    # --- what a machine of another kind does otherwise ----------------------------------------------------------------
+
+    def _handled(self, event: core.Event, now: float) -> core.Handled:
+        return core.handle(self.plan, self.state, event, now)
+
+    def _replayed(self, entries: list[Entry]) -> core.State:
+        return core.replay(self.plan, entries)
+
+    def _round(self, site: str) -> int:
+        """The round that an answer tells a site."""
+        return self.state.round
+
+    def _awaited(self, effect: core.Open | core.Close | core.Reduce) -> bool:
+        """Whether what waits to be done is still to be done."""
+        return (effect.round, effect.attempt) == (self.state.round, self.state.attempt)
+
+    def _silence(self) -> list[str]:
+        """What a reader of the evaluation at work should know of sites that are not in it."""
+        return _silent(self.state)
+
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def _offer(self, site: str, counted: tuple[int, int] | None) -> Told | None:
         state, task = self.state, self._task
         if task is None or (task.round, task.clients) != (state.round, state.cohort):
             return None  # after a restart it is still to be made again
@@ -401,7 +422,7 @@ class Service:
                 "the task of the round at work is not the one that sites were given: the experiment or the library has "
                 "changed under the run. Start the version it began with."
             )
-        path = f"task/{base}"
+        path = task_path(base)
         write_whole(self.files, path, *frame)
         for name in self.files.names("task"):
             if name != base:
@@ -436,7 +457,7 @@ class Service:
             own = process.open(self.model, clients, len(clients), kind="evaluate").message.vector
             same = torch.equal(own, process.open_global(self.model, clients, len(clients)).message.vector)
             said = evaluating.added(process, self._spool, [u.claim for u in effect.updates], personal=same)
-            self._evaluated(effect.round, said._replace(notes=(*said.notes, *_silent(self.state))))
+            self._evaluated(effect.round, said._replace(notes=(*said.notes, *self._silence())))
         except OSError:
             raise
         except Exception as error:  # metrics may be an author's
@@ -469,6 +490,21 @@ class Service:
         self.happen(core.Reduced(effect.round, effect.attempt, self._next[1], multiplier), now)
 
     def _combined(self, effect: core.Reduce) -> State:
+        process, (task, collected) = self.process, self._collected(effect)
+        closed = process.close(self.model, task, collected, spare=True)
+        wild = [name for name, leaf in leaves({n: getattr(closed, n) for n in PARTS}) if not _finite(leaf)]
+        if wild:
+            whole = bool(torch.isfinite(process.vector(closed)).all())
+            what = f"{', '.join(wild[:5])} of its state" if whole else "the model"
+            raise NonFiniteError(
+                f"round {task.round + 1}: the server's step made {what} non-finite although every update was finite. "
+                "Lower the server's lr, or bound the updates' norm."
+            )
+        self._closed(task.round, collected)
+        return closed
+
+    def _collected(self, effect: core.Reduce) -> tuple[Task, Collected]:
+        """The updates of a round, combined, and the task by which they are."""
         task, process = self._task, self.process
         assert task is not None
         claims = [u.claim for u in effect.updates]
@@ -492,25 +528,15 @@ class Service:
                 block=self.block,
                 release=self._noising,
             )
-        closed = process.close(self.model, task, collected, spare=True)
-        wild = [name for name, leaf in leaves({n: getattr(closed, n) for n in PARTS}) if not _finite(leaf)]
-        if wild:
-            whole = bool(torch.isfinite(process.vector(closed)).all())
-            what = f"{', '.join(wild[:5])} of its state" if whole else "the model"
-            raise NonFiniteError(
-                f"round {task.round + 1}: the server's step made {what} non-finite although every update was finite. "
-                "Lower the server's lr, or bound the updates' norm."
-            )
-        self._closed(task.round, collected)
-        return closed
+        return task, collected
 
     def _saved(self, model: State) -> str:
         parts = pack_state(model)
-        write_durably(self.files, _model_path(model.round), *parts)
+        write_durably(self.files, model_path(model.round), *parts)
         return content_hash(*parts)
 
     def _loaded(self, state: core.State) -> State:
-        path = _model_path(state.round)
+        path = model_path(state.round)
         content = Content(files=self.files, path=path).whole() if self.files.size(path) >= 0 else memoryview(b"")
         if content_hash(content) != state.model:
             raise RunError(f"{path} is missing or damaged: restore it from a backup.")
@@ -530,8 +556,14 @@ class Service:
 _decoder = msgspec.json.Decoder(Entry)
 
 
-def _model_path(round: int) -> str:
+def model_path(round: int) -> str:
+    """Where the checkpoint lies with which a round begins."""
     return f"models/{round:08d}"
+
+
+def task_path(base: str) -> str:
+    """Where the frame of a task lies that has this hash."""
+    return f"task/{base}"
 
 
 def _finite(leaf: Leaf) -> bool:

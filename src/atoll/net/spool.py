@@ -11,15 +11,17 @@ order, whatever order they came in, by the process's own `combine` and `Collecto
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from itertools import repeat
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from atoll.asynchronous import scaled
 from atoll.collecting import Collected, Release
 from atoll.errors import CompositionError, InvalidArgument, NonFiniteError, RunError
 from atoll.messages import Partial, Report, Task
@@ -121,6 +123,18 @@ class Spool:
         name = hashlib.sha256(f"{claim.site}\n{claim.attempt}\n{claim.sha256}".encode()).hexdigest()[:32]
         return f"{self._folder}/{claim.round:08d}/{name}"
 
+    def keep(self, claims: Iterable[Deliver]) -> None:
+        """Remove all updates but these, whichever round they are of."""
+        kept = {self.path(claim) for claim in claims}
+        for folder in self.files.names(self._folder):
+            if folder.isdecimal():  # what else lies there is not ours
+                inside = [f"{self._folder}/{folder}/{name}" for name in self.files.names(f"{self._folder}/{folder}")]
+                for path in inside:
+                    if path not in kept:
+                        self.files.remove(path)
+                if kept.isdisjoint(inside):
+                    self.files.remove(f"{self._folder}/{folder}")
+
     def forget(self, round: int) -> None:
         """Remove the updates of earlier rounds."""
         for folder in self.files.names(self._folder):
@@ -146,6 +160,7 @@ def reduce(
     limits: Limits | None = None,
     block: int = BLOCK,
     release: Release | None = None,
+    scales: Sequence[float] | None = None,
 ) -> Collected:
     """A round's updates, combined.
 
@@ -160,6 +175,8 @@ def reduce(
         limits: of their frames.
         block: coordinates that are combined at a time, where that is possible.
         release: adds the noise, where a stage asks for it: to the whole sum, once.
+        scales: what every update's row is multiplied by, where some are stale (`schedule.Buffered.weight`); the rule
+            is then a mean.
 
     Raises:
         SpoolError: an update is gone or damaged.
@@ -170,7 +187,7 @@ def reduce(
     try:
         if process.chain.noise is not None:
             return _noised(process, state, task, updates, expected, block, release)
-        return _reduced(process, state, task, spool, updates, expected, block)
+        return _reduced(process, state, task, spool, updates, expected, block, scales)
     except FrameError as error:
         raise SpoolError(f"an update of round {task.round + 1} is damaged on disk: {error}") from error
     except (CompositionError, InvalidArgument, NonFiniteError):
@@ -186,6 +203,7 @@ def _reduced(
     updates: Sequence[Reading],
     expected: float | None,
     block: int,
+    scales: Sequence[float] | None,
 ) -> Collected:
     if process.aggregator.rule is None and in_columns(process):
         width = sum(process.parts[:2])
@@ -200,7 +218,7 @@ def _reduced(
                 reports = _ahead(
                     reader, [partial(u.columns, process, a, b, rooms[i % 2]) for i, u in enumerate(updates)]
                 )
-                found = _collected(process, state, task, reports, expected)
+                found = _collected(process, state, task, reports, expected, scales)
                 if found.count:
                     mean[a : a + len(found.mean)] = found.mean
                     start = max(a, width) - width
@@ -209,7 +227,7 @@ def _reduced(
         _check(updates)
         return replace(found, mean=mean, sums=sums) if found.count else found
     if process.aggregator.rule is None or not updates:
-        return _collected(process, state, task, (_whole(process, u) for u in updates), expected)
+        return _collected(process, state, task, (_whole(process, u) for u in updates), expected, scales)
     matrix: Tensor | None = None
     seen: list[Partial] = []
     for i, update in enumerate(updates):
@@ -325,9 +343,14 @@ def _noised(
 
 
 def _collected(
-    process: Process, state: State, task: Task, reports: Iterator[Report], expected: float | None
+    process: Process,
+    state: State,
+    task: Task,
+    reports: Iterator[Report],
+    expected: float | None,
+    scales: Sequence[float] | None,
 ) -> Collected:
     collector = process.collector(state, task)
-    for report in reports:
-        collector.add(process.combine(task, report))
+    for report, scale in zip(reports, scales or repeat(1.0), strict=scales is not None):
+        collector.add(scaled(process.combine(task, report), scale) if scales else process.combine(task, report))
     return collector.finish(expected)
