@@ -624,13 +624,13 @@ def handle(plan: Plan, state: State, event: Event, now: float) -> Handled:
     return TABLE[state.phase, type(event)](plan, state, event, max(now, state.now))
 
 
-def replay(plan: Plan, entries: Iterable[Entry]) -> State:
-    """The state that recorded events make.
+def replay(plan: Plan, entries: Iterable[Entry], state: State | None = None) -> State:
+    """The state that recorded events make, of that before them; default an empty one.
 
     Raises:
         RunError: entries that this plan's events cannot have made.
     """
-    state = State()
+    state = state or State()
     for entry in entries:
         if entry.number != state.number:
             raise RunError(f"the journal has entry {entry.number} where {state.number} belongs: it is damaged.")
@@ -706,7 +706,7 @@ def _over(plan: Plan, state: State) -> Handled:
         reason = (
             f"{state.releases - state.round} sums failed behind their noise, which is released by them as by a round. "
             f"After round {state.round} there were {state.releases} releases, {RELEASES} for each of {plan.rounds} "
-            f"rounds; against the budget of epsilon {state.guarantee.budget:g} no more were counted when the run began. "
+            f"rounds; against the budget of epsilon {state.guarantee.budget:g} no more were counted at its begin. "
             "Mend what made them fail, and submit it as another run."
         )
     else:
