@@ -115,7 +115,7 @@ def test_a_rounds_seconds_begin_with_its_own_task_and_not_with_an_evaluations(mo
 
 def test_an_authors_metrics_fill_no_message() -> None:
     many = {f"{n:0500d}": 1.0 for n in range(5000)}
-    shown = runner._shown(Record(1, 3, {"loss": 0.5}, 9, 9, {"train": 1.0}, test=many))
+    shown = runner._shown(Record(1, 3, {"loss": 0.5}, test=many))
     assert len(msgspec.json.encode(shown)) < 2**15 and len(shown.metrics) == 1, "names that begin alike are one"
     few = {f"class {n}": 0.5 for n in range(5000)}
-    assert len(runner._shown(Record(1, 3, {"loss": 0.5}, 9, 9, {"train": 1.0}, test=few)).metrics) == runner.SHOWN
+    assert len(runner._shown(Record(1, 3, {"loss": 0.5}, test=few)).metrics) == runner.SHOWN
