@@ -116,6 +116,7 @@ class Runner:
             evaluated=self._model_evaluated,
             notice=self._noticed,
         )
+        state.put("plan", host.charter.run, msgspec.json.encode(self.plan))  # by which `atoll trace` reads the journal
         self._begin()
         self.process.model.forget()  # what is trained is in the service's state; nothing is computed with it here
 
