@@ -9,7 +9,7 @@ from torch import nn
 import atoll
 from atoll.algorithms import fedavg
 from atoll.deployment.prepare import plan_of, process_of, splits_of, unevaluated
-from atoll.deployment.worker import Worker
+from atoll.deployment.worker import Worker, ready_of
 from atoll.errors import InvalidArgument, RunError
 from atoll.local import local_sgd
 from atoll.net.calls import Charter
@@ -20,6 +20,13 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "never": ({"evaluate_every": 0}, "evaluate_every=0"),
     "no split": ({"splits": ()}, "no held-out examples"),
     "nothing held out": ({"data": atoll.table(client="c", target="y", test=0.0)}, "holds no examples out"),
+    "noise": (
+        {
+            "transforms": (atoll.transforms.clip_norm(1.0), atoll.transforms.gaussian_noise(1.0)),
+            "aggregator": atoll.aggregators.mean(weights="uniform", denominator="expected"),
+        },
+        "run's noise",
+    ),
     "a sum": ({"channel": atoll.transforms.secure_sum(clip=1.0, weight_cap=8.0)}, "sums alone"),
 }
 
@@ -39,7 +46,8 @@ def test_nobody_is_asked_nor_answers_where_the_experiment_has_no_evaluations(cha
     assert why in unevaluated(made, process)
     assert plan_of(made, process, Charter("r", "0" * 64, {}, least=3)).evaluate == 0
     worker: Any = object.__new__(Worker)
-    worker._experiment, worker._process = made, process
+    worker._experiment, worker._process, worker.ready = made, process, ready_of(made, process)
+    assert why in worker.ready.silent, "by which the agent refuses before it asks"
     worker._trainer = lambda *given: SimpleNamespace(parts=(0, 0, 0), sent=0, frame=b"", memory=b"")
     work = Work("r", 1, 0, "0" * 64, 1, "evaluate", 0, ("a",), 1, {}, None)
     with pytest.raises(RunError, match=rf"evaluation was asked for.*{why}"):
@@ -57,5 +65,5 @@ def test_only_the_splits_that_the_experiment_names_are_told_of() -> None:
 def test_an_experiment_with_examples_held_out_is_evaluated() -> None:
     made = experiment()
     process = process_of(made, "loop")
-    assert unevaluated(made, process) == ""
+    assert unevaluated(made, process) == ready_of(made, process).silent == ""
     assert plan_of(made, process, Charter("r", "0" * 64, {}, least=3)).evaluate == 2

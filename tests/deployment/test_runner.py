@@ -9,6 +9,7 @@ import pytest
 
 from atoll.deployment import runner
 from atoll.errors import RunError
+from atoll.history import Record
 from atoll.net import control, coordinator, service
 from atoll.net.calls import Charter
 from atoll.net.children import Broken, Do, Heard, Host, Receive, Several, Summary, Told
@@ -110,3 +111,11 @@ def test_a_rounds_seconds_begin_with_its_own_task_and_not_with_an_evaluations(mo
         runner.Runner._received(held, "a", b"", "", 0.0)
         told.append(held._last)
     assert told == [10.0, 10.0, 25.0, 25.0]
+
+
+def test_an_authors_metrics_fill_no_message() -> None:
+    many = {f"{n:0500d}": 1.0 for n in range(5000)}
+    shown = runner._shown(Record(1, 3, {"loss": 0.5}, test=many))
+    assert len(msgspec.json.encode(shown)) < 2**15 and len(shown.metrics) == 1, "names that begin alike are one"
+    few = {f"class {n}": 0.5 for n in range(5000)}
+    assert len(runner._shown(Record(1, 3, {"loss": 0.5}, test=few)).metrics) == runner.SHOWN

@@ -544,6 +544,25 @@ def test_a_sum_that_fails_behind_its_noise_is_counted_until_the_budget_is_spent(
     assert server.receive("s0", control.encode(control.Ask("r", "s0")), b"", 0.0)[0].__class__ is control.Ended
 
 
+def test_a_run_that_fails_behind_its_noise_too_often_is_told_that_and_not_that_its_budget_is_spent() -> None:
+    def breaks(round: int, collected: Any) -> None:
+        raise ValueError("always")
+
+    process = Process(
+        Model(Numbers(3 * ROUNDS), "mse"), tally(ROUNDS), aggregator=UNIFORM, engine="loop",
+        transforms=(transforms.clip_norm(CLIP), transforms.gaussian_noise(1.0, budget=1e4)),
+    )  # fmt: skip
+    server = at_reducing(process, Disk(), closed=breaks)
+    for _ in range(2 * STRICT.rounds):
+        while server.busy:
+            server.work(0.0)
+        server.happen(coordinator.Resume(), 0.0)
+    state = server.state
+    assert state.phase is Phase.FINISHED and (state.round, state.releases) == (0, 2 * STRICT.rounds)
+    assert "is spent" not in state.reason
+    assert f"{state.releases} sums failed behind their noise" in state.reason
+
+
 def test_a_sum_that_fails_before_its_noise_is_not_counted() -> None:
     process, _ = noised(True)
     files = Disk()

@@ -1,7 +1,9 @@
 """What an owner has not approved does not run, and what is no report does not leave."""
 
 import asyncio
+import contextlib
 import json
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,6 +37,26 @@ def test_nothing_is_approved_that_the_owner_has_not_seen(tmp_path: Path) -> None
     assert approvals.verdict(CHARTER) == "approved" and not approvals.waiting()
     approvals.settle(CHARTER, "denied")
     assert Approvals(tmp_path).verdict(CHARTER) == "denied"
+
+
+def test_two_decisions_at_once_are_both_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither is written over by a program that had read the file before the other wrote."""
+    both, read = threading.Barrier(2), Approvals.decisions
+
+    def slowly(approvals: Approvals) -> dict[str, policy.Decision]:
+        found = read(approvals)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(0.2)  # both have read, unless one waits for the other
+        return found
+
+    monkeypatch.setattr(Approvals, "decisions", slowly)
+    charters = [Charter("heart", CODE, {"lr": lr}) for lr in ("0.1", "0.2")]
+    deciding = [threading.Thread(target=Approvals(tmp_path).settle, args=(c, "approved")) for c in charters]
+    for each in deciding:
+        each.start()
+    for each in deciding:
+        each.join()
+    assert read(Approvals(tmp_path)).keys() == {experiment_hash(c) for c in charters}
 
 
 @pytest.mark.parametrize(

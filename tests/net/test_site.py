@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from atoll.errors import RunError
 from atoll.net.calls import Charter, Errand
 from atoll.net.children import Child, Ready, Trained
 from atoll.net.control import Terms, Work
@@ -95,6 +96,28 @@ def test_a_site_says_nothing_else_while_its_report_is_on_its_way(tmp_path: Path)
         assert said == ["due"]
 
     asyncio.run(speak())
+
+
+def test_an_evaluation_under_noise_is_refused_before_the_authors_code_hears_of_it(tmp_path: Path) -> None:
+    heard = list[Any]()
+    author: Any = Author(None)
+
+    async def call(call: Any, *given: Any, **more: Any) -> tuple[Trained, bytes]:
+        heard.append(call)
+        return Trained(NOTHING, 0, 0), b""
+
+    author.call = call
+    site: Any = SimpleNamespace(
+        home=SimpleNamespace(folder=tmp_path), client=None, bounds=Bounds(),
+        errand=lambda run: Errand(Charter("r", "0" * 64, {}), "i", "", ""),
+    )  # fmt: skip
+    part = Part(site, "r")
+    why = "what sites would say of a model is not protected by the run's noise"
+    part._child, part._ready, part._bound = author, Ready("i", False, None, why), True
+    work = Work("r", 3, 0, "0" * 64, 1, "evaluate", 0, ("a",), 1, {}, None)
+    with pytest.raises(RunError, match="not protected by the run's noise"):
+        asyncio.run(part._trained(work, b"1", b"memory"))
+    assert not heard
 
 
 def test_no_number_leaves_beside_an_evaluation_that_was_looked_at(tmp_path: Path) -> None:

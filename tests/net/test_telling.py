@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_coordinator import EVENTS, FOUR, SUMS, advanced, said, summing, update
 
+from atoll.deployment import telling
 from atoll.deployment.telling import Teller
 from atoll.errors import RunError
 from atoll.net import children, control, hub
@@ -112,6 +113,22 @@ def test_a_round_of_n_sites_tells_of_each_of_them_a_few_times() -> None:
     assert count == 99 + 50 and state.phase is Phase.REDUCING
     happen(core.Reduced(0, 1, "c" * 64))
     assert count == 149 + 50, "counted, and asked again"
+
+
+def test_what_is_told_at_a_time_has_room_in_a_message_and_all_of_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process whose message is too long is ended, and its successor would be too."""
+    names, known = [f"s{i}" for i in range(3000)], None
+    why = dict.fromkeys(names, "\x7f\u2028 why" * 100)
+    state = State(number=9, cohort=tuple(names), sites={n: core.Site() for n in names}, excluded=why)
+    monkeypatch.setattr(telling, "ROOM", 2**20)
+    teller, parts = Teller(), 0
+    while not parts or teller.more:
+        given = told(state, teller, whole=not parts)
+        known, _ = merged(known, given)
+        parts += 1
+        assert len(msgspec.json.encode(given)) < 2**20 + 8000
+    assert known is not None and known.sites == {name: seen(state, name) for name in names}
+    assert parts > 2 and not teller.tell(state)
 
 
 def test_who_is_gone_from_a_whole_is_gone() -> None:

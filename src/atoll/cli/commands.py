@@ -344,6 +344,24 @@ def explain(run: Named, home: Home = None, debug: Debug = False) -> None:
 
 @app.command()
 @guarded
+def trace(
+    run: Named,
+    out: Annotated[Path | None, typer.Option(help="The file; default RUN.trace.json.")] = None,
+    state: Annotated[Path, typer.Option(help="Folder of the server.")] = Path("atoll-server"),
+    database: Annotated[
+        str | None,
+        typer.Option(metavar="URL", envvar="ATOLL_DATABASE", help="Database of the server; default in its folder."),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Write where the time of a run's rounds went, at the server, for Perfetto or Chrome's tracing page."""
+    from atoll.cli.tracing import trace as write
+
+    write(run, out or Path(f"{run}.trace.json"), state=state, database=database)
+
+
+@app.command()
+@guarded
 def sites(home: Home = None, debug: Debug = False) -> None:
     """List who has joined the server."""
     from atoll.cli.operating import sites as show

@@ -70,6 +70,8 @@ from atoll.spec import digest, identity
 
 COUNTS = 2**12
 """Bytes that a vector of a larger cohort may have more, and its message."""
+SHOWN, NAMED = 100, 200
+"""Metrics of a round that watchers are shown, and characters of their names."""
 PATIENCE = 60.0
 """Seconds that a new process waits for one that is about to die to let go of the run."""
 
@@ -117,6 +119,7 @@ class Runner:
             )  # fmt: skip
         else:
             self.service = Service(self.process, self.plan, self._files, **more)
+        state.put("plan", host.charter.run, msgspec.json.encode(self.plan))  # by which `atoll trace` reads the journal
         self._begin()
         self.process.model.forget()  # what is trained is in the service's state; nothing is computed with it here
 
@@ -201,6 +204,7 @@ class Runner:
         self._stage = stage
         notices, self._notices = self._notices[-20:], []
         closed, self._closed = self._closed, []
+        sites = self._teller.tell(state)
         summary = Summary(
             phase=state.phase.value,
             reason=state.reason,
@@ -210,7 +214,7 @@ class Runner:
             wanted=state.wanted,
             least=self.plan.least,
             number=state.number,
-            busy=self.service.busy,
+            busy=self.service.busy or self._teller.more,  # whoever is busy is asked again
             stage=stage or "",
             question=question,
             identity=self.identity,
@@ -218,7 +222,7 @@ class Runner:
             largest=self.largest,
             turn=state.turn,
             step=state.sum.step if state.sum is not None else "",
-            sites=self._teller.tell(state),
+            sites=sites,
             closed=closed,
             notices=notices,
             privacy=self._spent(),
@@ -387,7 +391,8 @@ class Runner:
 def _shown(record: Record) -> Closed:
     loss = record.loss if record.loss == record.loss else None
     said = record.test or record.validation
-    metrics = {name: value for name, value in said.items() if math.isfinite(value)}
+    metrics = {name[:NAMED]: value for name, value in said.items() if math.isfinite(value)}
+    metrics = dict(list(metrics.items())[:SHOWN])  # an author may have any number of them: the record has all
     return Closed(
         record.round, record.clients, loss, record.bytes_up, record.seconds.get("train", 0.0), metrics, record.staleness
     )

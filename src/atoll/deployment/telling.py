@@ -34,25 +34,39 @@ def place(state: State, name: str, cohort: frozenset[str], awaited: frozenset[st
     return Place(site.status, site.counted, "asked" if name in cohort else "")
 
 
+ROOM, PLACE = 2**23, 150
+"""Bytes of sites that are told of at a time, and of one beside its name and why it is out."""
+
+
 class Teller:
     """Knows what was told."""
 
     def __init__(self) -> None:
+        self._owed: dict[str, None] = {}
         self._before: State | None = None
         self._told: dict[str, Place] = {}
         self._cohort = frozenset[str]()
 
+    @property
+    def more(self) -> bool:
+        """Whether there was no room for some, which are told of next."""
+        return bool(self._owed)
+
     def tell(self, state: State) -> dict[str, Place]:
-        """Sites that are other than they were told to be; the first time all of them."""
+        """Sites that are other than they were told to be, the first time all of them, as far as a message has room."""
         before, self._before = self._before, state
         if before is None or state.cohort is not before.cohort:
             self._cohort = frozenset(state.cohort)
-        names, new = _changed(before, state), dict[str, Place]()
-        awaited = frozenset(state.sum.awaited) if names and state.sum is not None else frozenset[str]()
-        for name in names:
+        self._owed |= dict.fromkeys(_changed(before, state))
+        new, left = dict[str, Place](), ROOM
+        awaited = frozenset(state.sum.awaited) if self._owed and state.sum is not None else frozenset[str]()
+        while self._owed and left > 0:
+            name = next(iter(self._owed))
+            del self._owed[name]
             now = place(state, name, self._cohort, awaited)
             if self._told.get(name) != now:
                 new[name] = now
+                left -= PLACE + len(name) + 6 * len(now.why)  # at most six bytes of JSON each
         self._told |= new
         return new
 

@@ -14,6 +14,7 @@ from atoll.data.table import Table
 from atoll.deployment.prepare import experiment_of, identity_of, process_of, splits_of, unevaluated
 from atoll.deployment.survey import agreed, first_answer, second_answer
 from atoll.errors import DataError, RunError
+from atoll.experiment import Experiment
 from atoll.net.agent import Trainer
 from atoll.net.buffers import Buffer
 from atoll.net.children import (
@@ -33,6 +34,7 @@ from atoll.net.children import (
 )
 from atoll.net.control import content_hash
 from atoll.net.sums import summing
+from atoll.rounds import Process
 
 
 class Worker:
@@ -48,8 +50,7 @@ class Worker:
         self._process = process_of(self._experiment, begin.charter.engine)
         self._cells: Raw | None = None
         self._trainer: Trainer | None = None
-        recipe = isinstance(self._experiment.data, Table)
-        self.ready = Ready(identity_of(self._process), recipe, summing(self._process))
+        self.ready = ready_of(self._experiment, self._process)
 
     def carry_out(self, call: WorkerCall, blob: Buffer) -> tuple[WorkerReply, tuple[Buffer, ...]]:
         """Do what the agent says."""
@@ -65,8 +66,8 @@ class Worker:
             case Train(work, length):
                 if self._trainer is None:
                     raise RunError("the data is not bound yet.")
-                if work.kind == "evaluate" and (why := unevaluated(self._experiment, self._process)):
-                    raise RunError(f"an evaluation was asked for, and {why}.")
+                if work.kind == "evaluate" and self.ready.silent:
+                    raise RunError(f"an evaluation was asked for, and {self.ready.silent}.")
                 done = self._trainer(work, blob[:length], blob[length:])
                 return Trained(done.parts, done.sent, len(done.frame)), (done.frame, done.memory)
             case Begin():
@@ -99,6 +100,12 @@ class Worker:
         if site not in data.clients:
             raise DataError(f"the experiment brings its own data, and none of it belongs to {site!r}.")
         return data.select([site])
+
+
+def ready_of(experiment: Experiment, process: Process) -> Ready:
+    """What the agent is told of an experiment, and goes by from then on."""
+    recipe = isinstance(experiment.data, Table)
+    return Ready(identity_of(process), recipe, summing(process), unevaluated(experiment, process))
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -322,11 +322,13 @@ class Ready(_Said, frozen=True):
         identity: of what is trained.
         recipe: whether the data must be prepared.
         sums: what its secure sum is about; None: it has none.
+        silent: why nothing is said of what a model is worth; "": it may be.
     """
 
     identity: str
     recipe: bool
     sums: Terms | None
+    silent: Annotated[str, Meta(max_length=1000)] = ""
 
 
 class Trained(_Said, frozen=True):

@@ -70,6 +70,10 @@ from atoll.net.control import (
 PATIENCE = 600.0
 """Seconds that an evaluation waits for a site that does not answer, where the run has no deadline."""
 
+RELEASES = 2
+"""Noised sums for every round of a run that are counted against its budget before it begins: of rounds, and of those
+that fail behind their noise."""
+
 Kind = Literal["train", "evaluate"]
 """What sites are asked for."""
 
@@ -629,7 +633,7 @@ def replay(
         plan: of the run.
         entries: of its journal.
         handle: the machine whose they are.
-        state: its empty one.
+        state: the one before them; default an empty one.
 
     Raises:
         RunError: entries that this plan's events cannot have made.
@@ -699,17 +703,25 @@ def _again(plan: Plan, state: State, now: float) -> Handled:
             then = (_closing(state, state.sum),) if state.sum.closing else ()
         return after, ((reopened, *then) if after.phase is Phase.SUMMING else then)
     if state.phase is Phase.REDUCING:
-        return _over(state) if state.spent else (state, (reopened, _reduction(state)))
+        return _over(plan, state) if state.spent else (state, (reopened, _reduction(state)))
     return state, ()
 
 
-def _over(state: State) -> Handled:
+def _over(plan: Plan, state: State) -> Handled:
     """No round is begun, or gone on with, whose release the budget does not allow."""
     assert state.guarantee is not None
-    reason = (
-        f"the privacy budget of epsilon {state.guarantee.budget:g} is spent by {state.releases} releases, after round "
-        f"{state.round}: the next would exceed it."
-    )
+    if state.releases >= RELEASES * plan.rounds:  # as far as was counted before round one: the budget may allow more
+        reason = (
+            f"{state.releases - state.round} sums failed behind their noise, which is released by them as by a round. "
+            f"After round {state.round} there were {state.releases} releases, {RELEASES} for each of {plan.rounds} "
+            f"rounds; against the budget of epsilon {state.guarantee.budget:g} no more were counted at its begin. "
+            "Mend what made them fail, and submit it as another run."
+        )
+    else:
+        reason = (
+            f"the privacy budget of epsilon {state.guarantee.budget:g} is spent by {state.releases} releases, after "
+            f"round {state.round}: the next would exceed it."
+        )
     after = replace(
         state, phase=Phase.FINISHED, cohort=(), wanted=0, accepted={}, excluded={}, base="", deadline=None, sum=None,
         total="", reason=reason,
@@ -842,7 +854,7 @@ def _gathered(plan: Plan, state: State) -> Handled:
     if state.round >= plan.rounds:  # the evaluation of the last model was given up
         return _spoken_of(plan, state)
     if state.spent:
-        return _over(state)
+        return _over(plan, state)
     held = [s for s in sorted(state.accepted) if state.sites[s].status != "revoked"]
     there = sorted({*state.active, *held})
     if not state.model or len(there) < max(plan.least, plan.quorum or plan.cohort or 1):

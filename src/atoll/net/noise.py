@@ -19,7 +19,7 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from atoll.errors import CompositionError, RunError, invalid
-from atoll.net.coordinator import Guarantee, Plan
+from atoll.net.coordinator import RELEASES, Guarantee, Plan
 from atoll.net.spool import SpoolError
 from atoll.privacy.accounting import Event, calibrate, check_delta, check_known, usual_delta
 from atoll.privacy.ledger import Ledger
@@ -101,7 +101,7 @@ def guaranteed(process: Process, plan: Plan) -> Guarantee | None:
     event, ledger = Event(multiplier), terms_of(made, plan.rounds).ledger
     ledger.check(event)
     # Sums that failed behind their noise count beside those of rounds.
-    return replace(made, most=ledger.fits(event, 2 * plan.rounds))
+    return replace(made, most=ledger.fits(event, RELEASES * plan.rounds))
 
 
 class Noising:

@@ -9,6 +9,7 @@ this very hash, and not before. Files in the site's folder:
 What left, by names, shapes, bytes and norms, is in the journal `left` of the site's state.
 """
 
+import fcntl
 import hashlib
 import io
 import math
@@ -135,10 +136,12 @@ class Approvals:
         return fitting[0]
 
     def settle(self, charter: Charter, verdict: Literal["approved", "denied"]) -> None:
-        """Write a decision down."""
-        decided = self.decisions() | {experiment_hash(charter): Decision(verdict, time.time(), charter)}
+        """Write a decision down, beside whatever another program decides at the same time."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        write_file(self._folder / "approvals.json", msgspec.json.encode(decided))
+        with open(self._folder / "approvals.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            decided = self.decisions() | {experiment_hash(charter): Decision(verdict, time.time(), charter)}
+            write_file(self._folder / "approvals.json", msgspec.json.encode(decided))
 
 
 # --- what leaves ------------------------------------------------------------------------------------------------------

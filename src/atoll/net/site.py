@@ -541,7 +541,10 @@ class Part:
         await self._exchange(agent, out)
 
     async def _trained(self, work: Work, content: Buffer, memory: bytes) -> Done:
-        """What the author's process gives, looked at as a stranger's, and entered in the site's journal."""
+        """What the author's process gives, looked at as a stranger's, and entered in the site's journal.
+
+        Whether anything is said of a model is decided here, by what the process said before it knew of a task.
+        """
         try:
             child = await self._ready_child()
         except Failed as failed:
@@ -551,6 +554,8 @@ class Part:
         assert self._ready is not None
         if evaluates and self._ready.sums is not None:
             raise RunError("an evaluation was asked for, and the experiment shows the server sums alone.")
+        if evaluates and self._ready.silent:
+            raise RunError(f"an evaluation was asked for, and {control.plain(self._ready.silent)}.")
         largest = 4 * len(content) + 2**24
         reply, blob = await child.call(
             Train(work, len(content)), worker_replies, (content, memory), seconds=self.site.bounds.task, largest=largest
