@@ -26,6 +26,7 @@ def server(
     database: str | None = None,
     durability: str = "power",
     metrics: str | None = None,
+    objects: str | None = None,
 ) -> None:
     """Serve until told to stop; see `atoll server --help`."""
     from atoll import __version__
@@ -47,6 +48,7 @@ def server(
             f"  fingerprint  {fingerprint}",
             f"  folder       {state}",
             f"  state        {place}",
+            *([] if objects is None else [f"  objects      {objects}"]),
             *([] if scraped is None else [f"  metrics      http://{scraped[0]}:{scraped[1]}/metrics"]),
             "Let sites in, from this folder, in another terminal: atoll invite NAME...",
         ]
@@ -57,7 +59,7 @@ def server(
     log_to_stderr()
     serve(
         state, host=host, port=port, address=address, told=told, database=database,
-        durability=cast(Any, durability), metrics=scraped,
+        durability=cast(Any, durability), metrics=scraped, objects=objects,
     )  # fmt: skip
 
 

@@ -50,6 +50,7 @@ from atoll.net.storage import state_of, write_file
 
 if TYPE_CHECKING:  # a database is opened when the server starts
     from atoll.database import Durability
+    from atoll.net.shelves import Shelves
     from atoll.net.state import State
 
 CHUNK = 2**26
@@ -534,6 +535,7 @@ def serve(
     database: str | None = None,
     durability: "Durability" = "power",
     metrics: tuple[str, int] | None = None,
+    objects: str | None = None,
 ) -> None:
     """Serve until a signal says to stop.
 
@@ -547,9 +549,10 @@ def serve(
         durability: "power": what was acknowledged survives that a machine loses power; "process": that a process is
             killed, and nothing is waited for.
         metrics: host and port for a Prometheus, in the clear; None: nothing is told.
+        objects: address of the store that runs' objects are in; None: they are in the folder alone.
 
     Raises:
-        InvalidArgument: what is no address of a database.
+        InvalidArgument: what is no address of a database or an object store.
         RunError: another server works in the folder or on the state; the port is taken; the database cannot be used.
     """
     os.umask(0o077)  # sites' updates lie here
@@ -566,7 +569,8 @@ def serve(
         state, note = opened(folder, database, durability)
         home = establish(folder, address or _address(folder, host, bound), state)
         note()
-        hub = Hub(folder, home.identity.fingerprint, home.identity.address, state)
+        shelves = shelved(objects, home.identity.fingerprint, state)
+        hub = Hub(folder, home.identity.fingerprint, home.identity.address, state, shelves)
         door = Door(hub, folder, metrics)
         config = configured(door, folder)
         told(home.identity.address, home.identity.fingerprint, state.shown)
@@ -577,6 +581,28 @@ def serve(
             if door.failed is None:
                 raise
             raise door.failed from None
+
+
+def shelved(objects: str | None, fingerprint: str, state: "State") -> "Shelves | None":
+    """Where a server's objects are, once they can be kept there.
+
+    Args:
+        objects: address of the store; None: in the server's folder alone.
+        fingerprint: of the server's key.
+        state: of the server.
+
+    Raises:
+        InvalidArgument: it is no address.
+        RunError: it cannot be written, read or deleted from; or the objects are elsewhere.
+    """
+    from atoll.net.shelves import Shelves, settled
+
+    shelves = None if objects is None else Shelves(objects, fingerprint)
+    try:
+        settled(shelves, state)
+    except OSError as error:
+        raise RunError(f"the database cannot be used: {error.strerror}") from None
+    return shelves
 
 
 def configured(door: Door, folder: Path) -> uvicorn.Config:
