@@ -3,7 +3,7 @@
 import secrets
 import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -187,7 +187,7 @@ def refusing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, str], N
         def log_message(self, *words: object) -> None:
             pass
 
-    served = HTTPServer(("127.0.0.1", 0), Refusing)
+    served = ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
     threading.Thread(target=served.serve_forever, daemon=True).start()
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{served.server_port}")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
@@ -206,7 +206,7 @@ def test_a_store_of_s3_that_refuses_is_told_of_in_a_sentence(
     refusing: Callable[[int, str], None], status: int, code: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     pytest.importorskip("s3fs")
-    monkeypatch.setattr(objects, "STALL", 0.5)
+    monkeypatch.setattr(objects, "PATIENCE", 20.0 if status else 1.0)
     refusing(status, code)
     made: Store = store("s3://bucket/prefix")
     with pytest.raises(OSError, match="the object store s3://bucket/prefix: ") as refusal:

@@ -12,6 +12,7 @@ import secrets
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Thread
 from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
 
@@ -21,10 +22,10 @@ from atoll.net.storage import Disk, write_durably
 
 PART = 2**25
 """Bytes that are brought or fetched at a time."""
-MOST = 10**6
-"""Objects that one listing may have."""
 WAIT, STALL, TRIES = 10.0, 30.0, 2
 """Seconds to connect to S3, seconds within which it must get on, and how often the library beneath tries."""
+PATIENCE = 60.0
+"""Seconds that one call to a store may take: for a part, half a megabyte a second."""
 VARIABLES = ("AWS_", "BOTO_", "FSSPEC_", "GOOGLE_", "GCSFS_", "AZURE_")
 """What variables begin with that say how a store is reached."""
 MORE = ("XDG_CONFIG_HOME", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR")
@@ -200,30 +201,46 @@ class Remote:
 
     def put(self, name: str, content: Buffer) -> None:
         """Keep content under a new name, or the same again; it is durable when this returns."""
-        with refusals(self._where):
-            self._files.pipe_file(f"{self._root}/{name}", bytes(content))
+        self._called("pipe_file", f"{self._root}/{name}", bytes(content))
 
     def get(self, name: str, limit: int) -> bytes:
         """What is kept under a name, cut off behind a number of bytes."""
-        with refusals(self._where):
-            return bytes(self._files.cat_file(f"{self._root}/{name}", start=0, end=limit))
+        return bytes(self._called("cat_file", f"{self._root}/{name}", start=0, end=limit)) if limit else b""
 
     def delete(self, names: Iterable[str]) -> None:
         """Remove what is kept under these names, if it is there."""
-        with refusals(self._where):
-            for name in names:
-                with suppress(FileNotFoundError):
-                    self._files.rm_file(f"{self._root}/{name}")
+        for name in names:
+            with suppress(FileNotFoundError):
+                self._called("rm_file", f"{self._root}/{name}")
 
     def names(self) -> dict[str, int]:
         """All names, and the bytes under each."""
-        with refusals(self._where):
+        try:
+            found: Mapping[str, Mapping[str, Any]] = self._called("find", self._root, detail=True)
+        except FileNotFoundError:
+            return {}
+        start = len(self._root) + 1
+        return {path[start:]: int(about.get("size") or 0) for path, about in found.items() if len(path) > start}
+
+    def _called(self, method: str, *words: Any, **options: Any) -> Any:
+        """What a method of the library gives, in a thread that is left alone when it takes too long."""
+        given, failed = list[Any](), list[Exception]()
+
+        def call() -> None:
             try:
-                found: Mapping[str, Mapping[str, Any]] = self._files.find(self._root, detail=True)
-            except FileNotFoundError:
-                return {}
-            start = len(self._root) + 1
-            return {path[start:]: int(about.get("size") or 0) for path, about in found.items() if len(path) > start}
+                given.append(getattr(self._files, method)(*words, **options))
+            except Exception as error:
+                failed.append(error)
+
+        with refusals(self._where):
+            thread = Thread(target=call, name=f"objects {method}", daemon=True)
+            thread.start()
+            thread.join(PATIENCE)
+            if failed:
+                raise failed[0]
+            if not given:
+                raise TimeoutError(f"no answer within {PATIENCE:g} seconds")
+            return given[0]
 
 
 @contextmanager
