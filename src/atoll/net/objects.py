@@ -183,12 +183,13 @@ class Remote:
     def __init__(self, url: str) -> None:
         self._where = url
         scheme = url.partition("://")[0]
+        self._flat = scheme in ("s3", "s3a")  # without folders, of which one may be missing
         try:
             import fsspec
         except ImportError:
             raise RunError("object stores need fsspec: pip install 'atoll[objects]'.") from None
         options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
-        if scheme in ("s3", "s3a"):
+        if self._flat:
             options["config_kwargs"] = {
                 "connect_timeout": WAIT, "read_timeout": STALL, "retries": {"max_attempts": TRIES, "mode": "standard"},
             }  # fmt: skip
@@ -201,7 +202,10 @@ class Remote:
 
     def put(self, name: str, content: Buffer) -> None:
         """Keep content under a new name, or the same again; it is durable when this returns."""
-        self._called("pipe_file", f"{self._root}/{name}", bytes(content))
+        try:
+            self._called("pipe_file", f"{self._root}/{name}", bytes(content))
+        except FileNotFoundError as error:
+            raise self._gone(error) from None
 
     def get(self, name: str, limit: int) -> bytes:
         """What is kept under a name, cut off behind a number of bytes."""
@@ -217,10 +221,17 @@ class Remote:
         """All names, and the bytes under each."""
         try:
             found: Mapping[str, Mapping[str, Any]] = self._called("find", self._root, detail=True)
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            if self._flat:
+                raise self._gone(error) from None
             return {}
         start = len(self._root) + 1
         return {path[start:]: int(about.get("size") or 0) for path, about in found.items() if len(path) > start}
+
+    def _gone(self, error: FileNotFoundError) -> OSError:
+        """That there is no bucket, which is not that there is no object."""
+        said = error.filename or error.strerror or error
+        return OSError(errno.EIO, f"the object store {self._where}: there is no such bucket or folder ({said})")
 
     def _called(self, method: str, *words: Any, **options: Any) -> Any:
         """What a method of the library gives, in a thread that is left alone when it takes too long."""
