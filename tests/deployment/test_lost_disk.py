@@ -1,7 +1,6 @@
 """A server whose machine is lost: keys, database and object store are enough to go on, with the same bits."""
 
 import shutil
-import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from atoll.net.mirror import read
 from atoll.net.objects import store
 from atoll.net.shelves import Shelves
 
-ROUNDS = 8
+ROUNDS = 5
 KEYS = {"key", "authority.pem", "admin"}
 """What of a server's folder must be backed up."""
 
@@ -46,7 +45,7 @@ def test_a_server_that_lost_its_disk_goes_on_with_the_same_bits(
             "--set", f"rounds={ROUNDS}", "--set", "slow=0.05",
         )  # fmt: skip
         found.until(lambda: (found.folder / "atoll-server").exists(), "it begins")
-        for lost in range(3):  # before a round, and twice in the middle of one
+        for lost in range(2):  # before the first round, and in the middle of one
             if lost == 1:
                 approved(found)
             if lost:
@@ -69,20 +68,16 @@ def test_a_server_that_lost_its_disk_goes_on_with_the_same_bits(
         assert stays < set(read(shelf.names()))
         lose_the_machine(found)
         found.start("server")
-        result = found.run("heart") / "result.safetensors"
-        found.until(lambda: result.exists() and (found.run("heart") / "objects").exists(), "the result comes back")
-        time.sleep(0.5)
+        files = [found.run("heart") / name for name in sorted(stays)]
+        found.until(lambda: all(f.exists() for f in files), "the result comes back")
         assert torch.equal(deployed(found, "heart"), expected)
-        assert "finished" in found.atoll("runs", "atoll-server/runs") and "finished" in found.atoll("runs", "--server")
+        assert "finished" in found.atoll("runs", "atoll-server/runs")
         if remote:
             from s3 import SECRET
 
             assert not any(SECRET.encode() in p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
             checked = found.atoll("doctor", "--home", "atoll-server/admin", "--objects", url)
             assert "can be written, read and deleted from" in checked and "BAD" not in checked
-        found.kill("server")
-        done = found.atoll("runs", "atoll-server/runs")
-        assert "finished" in done
 
 
 def fingerprint_of(found: Place) -> str:
