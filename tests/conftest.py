@@ -37,3 +37,22 @@ def postgres() -> Iterator[Cluster]:
 def postgresql(postgres: Cluster) -> str:
     """The address of a new database of PostgreSQL."""
     return postgres.database()
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[dict[str, str]]:
+    """A server that speaks S3's protocol: the variables by which it is found."""
+    pytest.importorskip("s3fs", reason="pip install 'atoll[objects]'")
+    pytest.importorskip("moto", reason="pip install 'moto[s3]' flask flask-cors")
+    import s3 as server
+
+    with server.server() as made:
+        yield made
+
+
+@pytest.fixture
+def bucket(s3: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """The address of a new bucket, which the environment leads to."""
+    import s3 as server
+
+    return server.bucket(s3, monkeypatch)

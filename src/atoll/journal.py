@@ -105,9 +105,19 @@ class DatabaseJournal(Journal):
             RunError: the database is damaged.
             OSError: it has no room, or refuses for another reason.
         """
+        self.enter(time.time(), kind, body)
+
+    def enter(self, at: float, kind: str, body: dict[str, Any]) -> None:
+        """Add an event of another time; raises as `append`.
+
+        Args:
+            at: seconds since 1970.
+            kind: of the event.
+            body: of the event.
+        """
         from atoll.database import refusals
 
-        row = {"time": time.time(), "kind": kind, "body": json.dumps(body, allow_nan=False)}
+        row = {"time": at, "kind": kind, "body": json.dumps(body, allow_nan=False)}
         with refusals(self._shown), self._engine.begin() as connection:
             connection.execute(self._table.insert().values(**row))
 

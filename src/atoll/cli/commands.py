@@ -193,6 +193,15 @@ def server(
             "state.sqlite in the folder.",
         ),
     ] = None,
+    objects: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            envvar="ATOLL_OBJECTS",
+            help="Store of updates, models and results that outlives this machine, such as s3://BUCKET/PREFIX or "
+            "file:///PATH; default the folder alone.",
+        ),
+    ] = None,
     durability: Annotated[
         str,
         typer.Option(help='What is acknowledged survives loss of "power", or, sooner, the end of the "process" alone.'),
@@ -215,6 +224,7 @@ def server(
     serve(
         state, host=host, port=port, address=address, database=database, durability=durability, metrics=metrics,
         among=among,
+        objects=objects,
     )  # fmt: skip
 
 
@@ -480,10 +490,13 @@ def peers(
 @guarded
 def doctor(
     data: Annotated[str | None, typer.Option(metavar="PATH", help="Look at this table as well.")] = None,
+    objects: Annotated[
+        str | None, typer.Option(metavar="URL", help="On the server's machine: look at its object store as well.")
+    ] = None,
     home: Home = None,
     debug: Debug = False,
 ) -> None:
-    """Look at what stands between this party and its server: name, port, TLS, clock, disk, versions, data."""
+    """Look at what stands between this party and its server: name, port, TLS, clock, disk, versions, data, objects."""
     from atoll.cli.doctor import doctor as look
 
-    look(home, data)
+    look(home, data, objects)

@@ -29,17 +29,18 @@ Finding = tuple[bool, str, str]
 """(fine, what was looked at, what was found and what to do)."""
 
 
-def doctor(home: Path | None, data: str | None) -> None:
+def doctor(home: Path | None, data: str | None, objects: str | None = None) -> None:
     """Look at everything; see `atoll doctor --help`."""
     bad = False
-    for fine, what, found in findings(home_for(home, ("site", "researcher", "admin", "viewer"), "doctor"), data):
+    looked = findings(home_for(home, ("site", "researcher", "admin", "viewer"), "doctor"), data, objects)
+    for fine, what, found in looked:
         bad = bad or not fine
         console().print(f"{'ok ' if fine else 'BAD'} {what:<10} {found}", markup=False, soft_wrap=True)
     if bad:
         raise typer.Exit(1)
 
 
-def findings(home: Home, data: str | None) -> Iterator[Finding]:
+def findings(home: Home, data: str | None, objects: str | None = None) -> Iterator[Finding]:
     """What was found, in an order in which the first that is bad explains those behind it."""
     who = home.identity
     yield True, "identity", f"{who.name}, {who.role} at {who.address}; its key is secret"
@@ -56,6 +57,18 @@ def findings(home: Home, data: str | None) -> Iterator[Finding]:
     yield from _line(home)
     if data is not None:
         yield from _data(data)
+    if objects is not None:
+        yield _objects(objects)
+
+
+def _objects(url: str) -> Finding:
+    from atoll.net.objects import probe, shown, store
+
+    try:
+        probe(store(url), shown(url))
+    except (AtollError, OSError) as error:
+        return False, "objects", str(error.strerror or error) if isinstance(error, OSError) else str(error)
+    return True, "objects", f"{shown(url)} can be written, read and deleted from"
 
 
 def _line(home: Home) -> Iterator[Finding]:

@@ -24,6 +24,13 @@ def explain(run: str, *, home: Path | None) -> None:
 
 def explained(view: View) -> str:
     """The first cause of where a run is, and what can be done about it."""
+    told = _explained(view)
+    if view.reason and view.phase not in ("finished", "stopped", "broken", "paused"):
+        told = f"{told} The server cannot keep what comes: {_reason(view)} It tries again by itself."
+    return told
+
+
+def _explained(view: View) -> str:
     done = view.closed[-1].round if view.closed else 0
     what = "rounds" if view.buffer is None else "steps"
     where = f"{view.run}, after {done} of {view.rounds} {what}" if view.rounds else view.run

@@ -99,7 +99,8 @@ def _program(programs: ExitStack, log: Path, *words: object) -> "subprocess.Pope
     program = subprocess.Popen(
         [sys.executable, "-P", "-c", _PROGRAM.format(os.getpid()), *map(str, words)],
         stdin=subprocess.DEVNULL, stdout=out, stderr=out,
-        env={n: v for n, v in os.environ.items() if n != "ATOLL_DATABASE"},  # a trial is not in a real server's state
+        # A trial is not in a real server's state.
+        env={n: v for n, v in os.environ.items() if n not in ("ATOLL_DATABASE", "ATOLL_OBJECTS")},
     )  # fmt: skip
 
     def end() -> None:

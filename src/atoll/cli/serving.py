@@ -27,6 +27,7 @@ def server(
     durability: str = "power",
     metrics: str | None = None,
     among: str | None = None,
+    objects: str | None = None,
 ) -> None:
     """Serve until told to stop; see `atoll server --help`."""
     from atoll import __version__
@@ -49,6 +50,7 @@ def server(
             f"  folder       {state}",
             f"  state        {place}",
             *([] if among is None else [f"  one of several, reached by the others as {among}"]),
+            *([] if objects is None else [f"  objects      {objects}"]),
             *([] if scraped is None else [f"  metrics      http://{scraped[0]}:{scraped[1]}/metrics"]),
             "Let sites in, from this folder, in another terminal: atoll invite NAME...",
         ]
@@ -62,7 +64,12 @@ def server(
         "metrics": scraped,
     }  # fmt: skip
     if among is None:
-        serve(state, **common)
+        serve(state, objects=objects, **common)
+    elif objects is not None:
+        raise InvalidArgument(
+            "several servers share a folder and cannot have their objects in a store yet: leave out --among or "
+            "--objects."
+        )
     else:
         from atoll.net.several import serve_several
 

@@ -27,7 +27,9 @@ def trace(run: str, out: Path, *, state: Path, database: str | None) -> None:
                 "earlier version has none."
             )
         if "concurrency" in msgspec.json.decode(plan):
-            raise RunError(f"the run {run} is asynchronous and has no rounds to show: atoll watch {run} tells its steps.")
+            raise RunError(
+                f"the run {run} is asynchronous and has no rounds to show: atoll watch {run} tells its steps."
+            )
         try:
             spans = list(traced(run, msgspec.json.decode(plan, type=Plan), held.records(f"{scope(run)}journal")))
         except msgspec.MsgspecError as error:

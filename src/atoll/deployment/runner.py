@@ -27,6 +27,7 @@ from torch import Tensor
 
 from atoll.collecting import Collected
 from atoll.data.table import Table
+from atoll.deployment.chronicle import Chronicle, keep_result
 from atoll.deployment.prepare import experiment_of, identity_of, plan_of, process_of, rules_of, unevaluated
 from atoll.deployment.survey import Agreement
 from atoll.deployment.telling import Teller
@@ -56,7 +57,9 @@ from atoll.net.children import (
 )
 from atoll.net.evaluating import Said
 from atoll.net.frames import Limits
+from atoll.net.mirror import Mirror
 from atoll.net.noise import ledger_of, terms_of
+from atoll.net.objects import store
 from atoll.net.packing import report_length
 from atoll.net.service import Service
 from atoll.net.state import Overtaken, State
@@ -91,21 +94,30 @@ class Runner:
         self._counted: tuple[int, Spent] | None = None
         self._record: Record | None = None
         self.folder, self.charter = Path(host.folder), host.charter
+        self._files: Disk | Mirror = Disk(self.folder)
         app = self.folder / "objects" / host.charter.code
+        if host.objects:
+            self._files = Mirror(self._files, store(host.objects))
+            self._files.size(f"objects/{host.charter.code}")  # it comes from the store where the folder has lost it
         experiment = experiment_of(_readable(self.folder, app), host.charter.settings)
         self.process: Process = process_of(experiment, "loop")
         self.experiment, self.identity = experiment, identity_of(self.process)
         self.plan = plan_of(experiment, self.process, host.charter)
         self.largest = max(_largest(self.process), evaluating.LARGEST if self.plan.evaluate else 0)
         table = experiment.data
-        self.agreement = Agreement(table, self.plan.least, Disk(self.folder)) if isinstance(table, Table) else None
+        self.agreement = Agreement(table, self.plan.least, self._files) if isinstance(table, Table) else None
         # What was released is never forgotten, not by a machine without power either.
         durability = host.durability if self.process.chain.noise is None else "power"
-        self._journal: Journal = open_journal(self.folder, durability)
         self._last, self._entered = time.monotonic(), 0
         self._given = (-1, False)  # the newest task that was given to a site: its round, and whether it is to train
         state = State(host.state, durability=durability, patience=PATIENCE)
-        self._files = Disk(self.folder, state=state, scope=scope(host.charter.run), durability=durability)
+        disk = Disk(self.folder, state=state, scope=scope(host.charter.run), durability=durability)
+        if isinstance(self._files, Mirror):
+            self._files.disk = disk
+            self._journal: Journal = Chronicle(self.folder, state, host.charter.run, durability)
+        else:
+            self._files = disk
+            self._journal = open_journal(self.folder, durability)
         more: dict[str, Any] = {
             "now": host.now, "rules": rules_of(self.process, host.charter), "limits": Limits(bytes=self.largest),
             "initial": experiment.initial, "closed": self._round_closed, "evaluated": self._model_evaluated,
@@ -207,7 +219,7 @@ class Runner:
         sites = self._teller.tell(state)
         summary = Summary(
             phase=state.phase.value,
-            reason=state.reason,
+            reason=state.reason or (self._files.trouble if isinstance(self._files, Mirror) else ""),
             round=state.round,
             rounds=self.plan.rounds,
             attempt=state.attempt,
@@ -386,6 +398,8 @@ class Runner:
         if next(iter(self._journal.events("finished")), None) is None:
             finished = self.service.state.phase is coordinator.Phase.FINISHED
             self._journal.append("finished" if finished else "interrupted", {"round": self.service.state.round})
+        if isinstance(self._files, Mirror):
+            keep_result(self._files, self.folder)
 
 
 def _shown(record: Record) -> Closed:

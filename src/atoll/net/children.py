@@ -12,7 +12,7 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -67,6 +67,7 @@ class Host(_Said, frozen=True):
         now: seconds on the server's clock.
         state: address of the database that the run's journal is in, password and all.
         durability: of what the run writes.
+        objects: address of the store that the run's objects are in; "": they are in its folder alone.
     """
 
     folder: str
@@ -74,6 +75,7 @@ class Host(_Said, frozen=True):
     now: float
     state: str
     durability: Literal["process", "power"] = "power"
+    objects: str = ""
 
     def __repr__(self) -> str:
         return f"Host({self.folder!r})"
@@ -365,14 +367,15 @@ class Child:
         self._calling = self._ended = False
 
     @staticmethod
-    async def start(module: str, *, log: Path, cwd: Path) -> "Child":
-        """Start `python -m module`, which writes what it prints to a file."""
+    async def start(module: str, *, log: Path, cwd: Path, more: Mapping[str, str] | None = None) -> "Child":
+        """Start `python -m module`, which writes what it prints to a file; `more` variables are its own."""
         ours, theirs = socket.socketpair()
+        given = {n: os.environ[n] for n in ENVIRONMENT if n in os.environ} | dict(more or {})
         with theirs, open(log, "ab") as out:
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-P", "-m", module, str(theirs.fileno()),
                 stdin=asyncio.subprocess.DEVNULL, stdout=out, stderr=out, cwd=cwd, pass_fds=(theirs.fileno(),),
-                start_new_session=True, env=TUNED | {n: os.environ[n] for n in ENVIRONMENT if n in os.environ},
+                start_new_session=True, env=TUNED | given,
             )  # fmt: skip
         ours.setblocking(False)
         return Child(process, ours)

@@ -60,6 +60,7 @@ from atoll.net.news import Bells, News
 from atoll.net.storage import Disk, scope, state_of, write_durably
 
 if TYPE_CHECKING:  # what a command imports to start a server need not open a database
+    from atoll.net.shelves import Shelves
     from atoll.net.state import State
 
 RUNNER = "atoll.deployment.runner"
@@ -117,6 +118,7 @@ class Run:
         member: who has a name, whether shut out or not.
         state: of the server.
         final: how the run ended, as the state has it; empty: it is not over.
+        shelves: where its objects are; None: in its folder alone.
     """
 
     def __init__(
@@ -127,9 +129,10 @@ class Run:
         member: Callable[[str], Member | None],
         state: "State",
         final: bytes = b"",
+        shelves: "Shelves | None" = None,
     ) -> None:
         self.folder, self.charter, self.news, self.agenda = folder, charter, News(), agenda
-        self._member, self._state = member, state
+        self._member, self._state, self.shelves = member, state, shelves
         self.summary: Summary | None = None
         self.trouble = ""
         self.over = False
@@ -171,13 +174,15 @@ class Run:
         if self._child is not None and self._child.alive:
             return
         try:
-            (self.folder / "uploads").mkdir(exist_ok=True)
-            child = await Child.start(RUNNER, log=self.folder / "process.log", cwd=self.folder)
+            (self.folder / "uploads").mkdir(parents=self.shelves is not None, exist_ok=True)
+            more = None if self.shelves is None else self.shelves.environment
+            child = await Child.start(RUNNER, log=self.folder / "process.log", cwd=self.folder, more=more)
         except OSError as error:  # with a reason it can be stopped
             self._broken(f"its process cannot be started: {error}")
             raise
         state = self._state
-        host = Host(str(self.folder.resolve()), self.charter, time.time(), state.address, state.durability)
+        objects = "" if self.shelves is None else self.shelves.url(self.charter.run)
+        host = Host(str(self.folder.resolve()), self.charter, time.time(), state.address, state.durability, objects)
         try:
             reply, _ = await child.call(host, host_replies, seconds=LOADING)
         except ChildDied as error:
@@ -238,6 +243,15 @@ class Run:
         self._bells.ring()
         self.agenda.tell()
         self.news.tell()
+        await self.tidy()
+
+    async def tidy(self) -> None:
+        """Of a run that is over, have in the store what stays, and on the disk its result."""
+        if self.shelves is not None:
+            try:
+                await asyncio.to_thread(self.shelves.settle, self.charter.run, self.folder)
+            except (RunError, OSError) as error:  # when the server starts, it is tried again
+                log.warning("run %s: %s", self.charter.run, control.plain(str(error)))
 
     def abandon(self, reason: str) -> None:
         """End a run whose process cannot be started: what its journal says stays as it is."""
@@ -655,11 +669,20 @@ class Hub:
         fingerprint: of its key, for invites.
         address: as others reach it, for invites.
         state: where members, runs and their journals are; default `state.sqlite` in the folder.
+        shelves: where runs' objects are; None: in the folder alone.
     """
 
-    def __init__(self, folder: Path, fingerprint: str, address: str, state: "State | None" = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        fingerprint: str,
+        address: str,
+        state: "State | None" = None,
+        shelves: "Shelves | None" = None,
+    ) -> None:
         self.folder, self.fingerprint, self.address = folder, fingerprint, address
-        self.state = state or state_of(folder)
+        self.state, self.shelves = state or state_of(folder), shelves
+        self._tidying: asyncio.Task[None] | None = None
         self.roster = Roster(self.state.journal("roster"))
         self.agenda = News()
         self.seen: dict[str, float] = {}
@@ -669,16 +692,26 @@ class Hub:
         for name, content in self.state.documents("charter").items():
             charter = msgspec.json.decode(content, type=Charter)
             self.runs[name] = Run(
-                folder / "runs" / name, charter, self.agenda, self.roster.members.get, self.state, finals.get(name, b"")
-            )
+                folder / "runs" / name, charter, self.agenda, self.roster.members.get, self.state,
+                finals.get(name, b""), shelves,
+            )  # fmt: skip
 
     async def start(self) -> None:
         """Go on with every run that is not over."""
         for run in self.runs.values():
             run.keep()
+        if self.shelves is not None:
+            self._tidying = asyncio.get_running_loop().create_task(self._tidy())
+
+    async def _tidy(self) -> None:
+        """What runs that are over left in the store, and what the disk lost of them."""
+        for run in [r for r in self.runs.values() if r.over]:
+            await run.tidy()
 
     async def close(self) -> None:
         """Let all runs rest."""
+        if self._tidying is not None:
+            self._tidying.cancel()
         await asyncio.gather(*(run.close() for run in self.runs.values()))
 
     def run(self, name: str) -> Run:
@@ -790,9 +823,13 @@ class Hub:
             raise invalid("--name", charter.run, "new", f"{folder} exists.")
         self.state.forget(scope(charter.run))  # of one that never began, and could not be forgotten then
         # The disk syncs the names of the folders that it makes.
-        write_durably(Disk(folder, durability=self.state.durability), f"objects/{charter.code}", content)
-        run = Run(folder, charter, self.agenda, self.roster.members.get, self.state)
+        disk, code_path = Disk(folder, durability=self.state.durability), f"objects/{charter.code}"
+        run = Run(folder, charter, self.agenda, self.roster.members.get, self.state, shelves=self.shelves)
         try:
+            if self.shelves is None:
+                write_durably(disk, code_path, content)
+            else:
+                await asyncio.to_thread(self.shelves.begin, charter.run, folder, code_path, content)
             await run.load()
             self.state.put("charter", charter.run, msgspec.json.encode(charter))
         except (RunError, OSError):
@@ -800,6 +837,9 @@ class Hub:
             _remove(folder)
             with suppress(OSError):
                 self.state.forget(scope(charter.run))
+            if self.shelves is not None:
+                with suppress(OSError):  # else whoever takes the name next
+                    await asyncio.to_thread(self.shelves.sweep, charter.run, ())
             raise
         self.runs[charter.run] = run
         run.keep()

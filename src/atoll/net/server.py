@@ -50,6 +50,7 @@ from atoll.net.storage import state_of, write_file
 
 if TYPE_CHECKING:  # a database is opened when the server starts
     from atoll.database import Durability
+    from atoll.net.shelves import Shelves
     from atoll.net.state import State
 
 CHUNK = 2**26
@@ -536,6 +537,7 @@ def serve(
     database: str | None = None,
     durability: "Durability" = "power",
     metrics: tuple[str, int] | None = None,
+    objects: str | None = None,
 ) -> None:
     """Serve until a signal says to stop.
 
@@ -549,9 +551,10 @@ def serve(
         durability: "power": what was acknowledged survives that a machine loses power; "process": that a process is
             killed, and nothing is waited for.
         metrics: host and port for a Prometheus, in the clear; None: nothing is told.
+        objects: address of the store that runs' objects are in; None: they are in the folder alone.
 
     Raises:
-        InvalidArgument: what is no address of a database.
+        InvalidArgument: what is no address of a database or an object store.
         RunError: another server works in the folder or on the state; the port is taken; the database cannot be used.
     """
     from atoll.net.state import Taken
@@ -580,7 +583,8 @@ def serve(
                 f"({taken})"
             ) from None
         note()
-        hub = Hub(folder, home.identity.fingerprint, home.identity.address, state)
+        shelves = shelved(objects, home.identity.fingerprint, state)
+        hub = Hub(folder, home.identity.fingerprint, home.identity.address, state, shelves)
         state.alone()
         door = Door(hub, folder, metrics)
         config = configured(door, folder)
@@ -592,6 +596,28 @@ def serve(
             if door.failed is None:
                 raise
             raise door.failed from None
+
+
+def shelved(objects: str | None, fingerprint: str, state: "State") -> "Shelves | None":
+    """Where a server's objects are, once they can be kept there.
+
+    Args:
+        objects: address of the store; None: in the server's folder alone.
+        fingerprint: of the server's key.
+        state: of the server.
+
+    Raises:
+        InvalidArgument: it is no address.
+        RunError: it cannot be written, read or deleted from; or the objects are elsewhere.
+    """
+    from atoll.net.shelves import Shelves, settled
+
+    shelves = None if objects is None else Shelves(objects, fingerprint)
+    try:
+        settled(shelves, state)
+    except OSError as error:
+        raise RunError(f"the database cannot be used: {error.strerror}") from None
+    return shelves
 
 
 def configured(door: Door, folder: Path) -> uvicorn.Config:

@@ -36,7 +36,7 @@ from atoll.net.handing import Answers, Hands, listen
 from atoll.net.hub import Hub
 from atoll.net.keys import fingerprint, key_at
 from atoll.net.leading import Lead
-from atoll.net.server import Door, configured, establish, listening, opened
+from atoll.net.server import Door, configured, establish, listening, opened, shelved
 from atoll.net.state import State, Taken
 from atoll.net.storage import write_file
 
@@ -325,6 +325,7 @@ class One:
         self._lead.tell()
         home = establish(self._folder, self._address, self._state)
         self._note()
+        shelved(None, home.identity.fingerprint, self._state)
         return Door(
             Hub(self._folder, home.identity.fingerprint, self._address, self._state), self._folder, self._metrics
         )
