@@ -648,10 +648,13 @@ class Hub:
         fingerprint: of its key, for invites.
         address: as others reach it, for invites.
         state: where members, runs and their journals are; default `state.sqlite` in the folder.
+        proxied: whether the address is of a proxy that ends TLS in front of it.
     """
 
-    def __init__(self, folder: Path, fingerprint: str, address: str, state: "State | None" = None) -> None:
-        self.folder, self.fingerprint, self.address = folder, fingerprint, address
+    def __init__(
+        self, folder: Path, fingerprint: str, address: str, state: "State | None" = None, *, proxied: bool = False
+    ) -> None:
+        self.folder, self.fingerprint, self.address, self.proxied = folder, fingerprint, address, proxied
         self.state = state or state_of(folder)
         self.roster = Roster(self.state.journal("roster"))
         self.agenda = News()
@@ -736,7 +739,7 @@ class Hub:
         words: list[str] = []
         for name in names:
             token = self.roster.invite(name, role, hours=hours, by=by, now=time.time())
-            words.append(encode(Invite(self.address, self.fingerprint, name, role, token)))
+            words.append(encode(Invite(self.address, self.fingerprint, name, role, token, self.proxied)))
         return calls.Invites(words)
 
     async def _revoke(self, name: str, by: str) -> calls.Done:
