@@ -25,7 +25,7 @@ has the identity key can therefore open what was recorded before: sealing is sec
 
 import os
 from collections.abc import Callable, Iterator
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar, cast
 
 import msgspec
 from cryptography.exceptions import InvalidSignature, InvalidTag
@@ -205,33 +205,46 @@ class Opener:
 
     def __init__(self, key: bytes) -> None:
         self._cipher, self._number = ChaCha20Poly1305(key), 0
-        self._had = bytearray()
+        self._had, self._fault = bytearray(), cast(SealError | None, None)
         self.done = False
 
     def take(self, part: Buffer) -> list[bytes]:
         """Contents of the pieces that are whole now; never more than a piece is held back.
 
         Raises:
-            SealError: for whatever is not the next piece.
+            SealError: for whatever is not the next piece, once those before it were given out.
         """
+        if self._fault is not None:
+            raise self._fault
         self._had += part
         opened: list[bytes] = []
-        while self._had:
-            if self.done:
-                raise SealError("behind", "there is something behind the end of what was sealed.")
-            word = int.from_bytes(self._had[:LENGTH], "big")
-            length, last = word % _LAST, word >= _LAST
-            if len(self._had) < LENGTH:
-                break
-            if not TAG + (not last) <= length <= PIECE + TAG:  # none but the last is empty: there is an end to them
-                raise SealError("limit", f"a sealed piece claims {length} bytes; one has at most {PIECE + TAG}.")
-            if len(self._had) < LENGTH + length:
-                break
-            with memoryview(self._had) as had, had[LENGTH : LENGTH + length] as sealed:
-                opened.append(self._opened(sealed, last))
-            del self._had[: LENGTH + length]
-            self._number, self.done = self._number + 1, last
+        try:
+            while (piece := self._next()) is not None:
+                opened.append(piece)
+        except SealError as error:
+            self._fault = error
+            self._had.clear()
+            if not opened:
+                raise
         return opened
+
+    def _next(self) -> bytes | None:
+        """The content of the next piece, if it is whole."""
+        if self.done and self._had:
+            raise SealError("behind", "there is something behind the end of what was sealed.")
+        if len(self._had) < LENGTH:
+            return None
+        word = int.from_bytes(self._had[:LENGTH], "big")
+        length, last = word % _LAST, word >= _LAST
+        if not TAG + (not last) <= length <= PIECE + TAG:  # none but the last is empty: there is an end to them
+            raise SealError("limit", f"a sealed piece claims {length} bytes; one has at most {PIECE + TAG}.")
+        if len(self._had) < LENGTH + length:
+            return None
+        with memoryview(self._had) as had, had[LENGTH : LENGTH + length] as sealed:
+            content = self._opened(sealed, last)
+        del self._had[: LENGTH + length]
+        self._number, self.done = self._number + 1, last
+        return content
 
     def _opened(self, sealed: memoryview, last: bool) -> bytes:
         try:
@@ -245,6 +258,8 @@ class Opener:
         Raises:
             SealError: it is not all.
         """
+        if self._fault is not None:
+            raise self._fault
         if not self.done:
             raise SealError("truncated", "what was sealed did not come whole: it was cut off on the way.")
 

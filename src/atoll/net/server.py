@@ -170,6 +170,8 @@ class Door:
             name, _ = signing.verify_request(seen, lambda n: key if n == wanted.name else None, content=True)
             signing.check_content(seen.headers, body)
         except Denied as denied:
+            if "signature" not in seen.headers:  # an answer is signed over its request's signature
+                return _plain(STATUS[denied.problem.kind], str(denied))
             return self._refused(seen, denied.problem)
         except (control.MessageError, InvalidArgument, SignatureError):
             return _plain(401, "not the request of a newcomer.")
