@@ -188,7 +188,7 @@ def test_a_run_through_a_proxy_that_records_all_has_the_same_bits_and_shows_none
         tensors = {c for c in kept.found if len(c) > 100}
         assert len(tensors) >= 6, "reports, tasks and models were there to be found"
         for content in (*tensors, found.folder.joinpath("app.py").read_bytes()):
-            assert not seen_in(content, seen)
+            assert not seen_in(content, seen) and seen_in(content, seen + content)
         invites = [enrolment.decode(word) for word in words]
         names = [*SITES, "heart", "pressure", "wire", "Deliver", "Agenda", "keyid", "/v1/call", "/v1/message"]
         for word in (*names, *(i.token for i in invites)):

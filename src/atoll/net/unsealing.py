@@ -10,7 +10,6 @@ goes on piece by piece, and to the length its head says.
 
 import asyncio
 import ipaddress
-import logging
 import os
 from collections import deque
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -31,8 +30,6 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
-
-log = logging.getLogger("atoll.server")
 
 
 class Unsealing:
@@ -77,7 +74,6 @@ class Unsealing:
             async with asyncio.timeout(self._stall):
                 asked = await content.head()
         except SealError as error:
-            log.warning("a sealed request was refused: %s", error)
             await _plainly(send, MISDIRECTED if error.fault == "key" else 400, str(error).encode())
             return
         except TimeoutError:
