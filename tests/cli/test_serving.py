@@ -19,6 +19,12 @@ from atoll.net.server import establish, opened
         (["--database", "postgresql:secret"], "what was given is none"),
         (["--database", "postgresql://u:secret@127.0.0.1:1/d"], "postgresql://u@127.0.0.1:1/d: connection failed"),
         (["--durability", "hope"], '"process" or "power"'),
+        (["--proxy", "http"], '"plain" (HTTP, from this machine) or "tls"'),
+        (["--proxy", "plain"], "how sites reach the proxy: --address HOST:PORT"),
+        (["--proxy", "plain", "--host", "0.0.0.0", "--address", "a:1"], "127.0.0.1 or ::1 with --proxy plain"),
+        (["--proxy", "tls", "--address", "a:1", "--among", "127.0.0.1:1"], "cannot be given with --among"),
+        (["--proxy", "tls", "--address", "a:1", "--ca", "no-such.pem"], "a file of certificates of authorities"),
+        (["--ca", "public"], "--ca is of a proxy in front"),
     ],
 )
 def test_what_cannot_be_a_state_is_refused_in_one_line(tmp_path: Path, words: list[str], told: str) -> None:

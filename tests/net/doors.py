@@ -24,10 +24,10 @@ ADDRESS = "server.example:8443"
 class House:
     """A server with a member of every role."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, proxied: bool = False) -> None:
         self.folder = folder
         server.establish(folder / "server", ADDRESS)
-        self.hub = Hub(folder / "server", self.fingerprint, ADDRESS)
+        self.hub = Hub(folder / "server", self.fingerprint, ADDRESS, proxied=proxied)
         self.homes: dict[str, Home] = {"admin": Home(folder / "server" / "admin")}
         for name, role in NAMES.items():
             if name != "admin":

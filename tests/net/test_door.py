@@ -323,7 +323,7 @@ def test_a_newcomer_shows_token_and_key(house: House) -> None:
 def test_join_makes_a_home_and_refuses_another_server(
     house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client, "line", lambda address, context: house.http())
+    monkeypatch.setattr(client, "line", lambda address, context, sealed=None: house.http())
     token = house.hub.roster.invite("n", "viewer", hours=1e3, by="admin", now=9e9)
     invite = enrolment.Invite(ADDRESS, house.fingerprint, "n", "viewer", token)
     wrong = enrolment.Invite(ADDRESS, "f" * 64, "n", "viewer", token)

@@ -216,6 +216,13 @@ def server(
             help="Be one of several servers with the same PostgreSQL and folder; the others reach this one there.",
         ),
     ] = None,
+    proxy: Annotated[
+        str | None,
+        typer.Option(help='A proxy ends TLS at --address, and speaks "plain" HTTP or "tls" to this server.'),
+    ] = None,
+    ca: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Who signed the proxy's certificate; default public authorities.")
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Serve runs to sites over HTTPS, from one folder, until stopped."""
@@ -223,8 +230,7 @@ def server(
 
     serve(
         state, host=host, port=port, address=address, database=database, durability=durability, metrics=metrics,
-        among=among,
-        objects=objects,
+        among=among, objects=objects, proxy=proxy, ca=ca,
     )  # fmt: skip
 
 
@@ -281,6 +287,12 @@ def join(
         str,
         typer.Option(help='What is kept here survives loss of "power", or, sooner, the end of the "process" alone.'),
     ] = "power",
+    ca: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help='A proxy ends TLS: who signed its certificate; "public" authorities, or these.'
+        ),
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Join a server and, as a site, take part in the runs that its owner approves."""
@@ -288,7 +300,7 @@ def join(
 
     take_up(
         word, data=data, home=home, task=task_limit, memory=memory, sums=(sum_least, sum_again), stay=stay,
-        durability=durability,
+        durability=durability, ca=ca,
     )  # fmt: skip
 
 

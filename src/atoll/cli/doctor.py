@@ -16,9 +16,8 @@ import typer
 
 from atoll.cli.guard import console
 from atoll.errors import AtollError
-from atoll.net.client import line
+from atoll.net.client import line, line_of
 from atoll.net.home import Home, home_for
-from atoll.net.keys import client_context
 
 RESERVE = 2**30
 """Bytes of free disk below which a warning is due."""
@@ -96,7 +95,10 @@ def _line(home: Home) -> Iterator[Finding]:
     except (httpx.HTTPError, ssl.SSLError) as error:
         yield False, "TLS", f"what answers is not this party's server ({error}): somebody may stand between"
         return
-    yield True, "TLS", "1.3, and the server has the key of the invite"
+    told = "1.3, and the server has the key of the invite"
+    if home.identity.proxy:
+        told = "by a proxy, which sees sealed contents; behind it the server has the key of the invite"
+    yield True, "TLS", told
     if date is not None:
         off = time.time() - date
         text = f"{abs(off):.0f} s {'ahead of' if off > 0 else 'behind'} the server's"
@@ -104,10 +106,11 @@ def _line(home: Home) -> Iterator[Finding]:
 
 
 async def _date(home: Home) -> float | None:
-    address = home.identity.address
-    context = client_context(home.authority)
-    async with line(address, context) as http:
+    async with line(home.identity.address, home.context()) as http:
         answer = await http.get("/v1/authority")
+    if home.identity.proxy:
+        async with line_of(home) as sealed:  # only who has the server's key can open the question
+            await sealed.get("/v1/authority")
     told = answer.headers.get("date")
     return None if told is None else parsedate_to_datetime(told).timestamp()
 

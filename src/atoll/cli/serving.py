@@ -12,7 +12,8 @@ from atoll.errors import AtollError, InvalidArgument, invalid
 from atoll.net import calls
 from atoll.net.client import Client, Unreachable, join
 from atoll.net.enrolment import decode
-from atoll.net.home import PREFIX, Home, home_for
+from atoll.net.home import PREFIX, Home, home_for, through
+from atoll.net.keys import proxy_context
 
 ROLES = ("site", "researcher", "admin", "viewer")
 
@@ -28,12 +29,23 @@ def server(
     metrics: str | None = None,
     among: str | None = None,
     objects: str | None = None,
+    proxy: str | None = None,
+    ca: str | None = None,
 ) -> None:
     """Serve until told to stop; see `atoll server --help`."""
     from atoll import __version__
-    from atoll.net.server import log_to_stderr, serve
+    from atoll.net.server import Proxy, log_to_stderr, serve
 
     check_durability(durability)
+    if proxy not in (None, "plain", "tls"):
+        raise invalid("--proxy", proxy, '"plain" (HTTP, from this machine) or "tls"')
+    if ca is not None and proxy is None:
+        raise InvalidArgument("--ca is of a proxy in front of the server: say with --proxy how it speaks to it.")
+    if proxy is not None and among is not None:
+        raise InvalidArgument("--proxy cannot be given with --among: before several servers stands what passes TCP on.")
+    if objects is not None and among is not None:
+        raise InvalidArgument("--objects cannot be given with --among: several servers share a folder.")
+    front = None if proxy is None else Proxy(proxy == "tls", authorities(ca) or "")
     scraped = None
     if metrics is not None:
         from atoll.net.exposition import listening
@@ -46,6 +58,7 @@ def server(
             f"Atoll {__version__}, server",
             f"  listens on   {host}:{port or reached.rpartition(':')[2]}",
             f"  reached as   {reached}   (what invites say; another with --address HOST:PORT)",
+            *([] if proxy is None else [f"  proxy        ends TLS; speaks {proxy} to this server; all is sealed"]),
             f"  fingerprint  {fingerprint}",
             f"  folder       {state}",
             f"  state        {place}",
@@ -64,12 +77,7 @@ def server(
         "metrics": scraped,
     }  # fmt: skip
     if among is None:
-        serve(state, objects=objects, **common)
-    elif objects is not None:
-        raise InvalidArgument(
-            "several servers share a folder and cannot have their objects in a store yet: leave out --among or "
-            "--objects."
-        )
+        serve(state, objects=objects, proxy=front, **common)
     else:
         from atoll.net.several import serve_several
 
@@ -101,12 +109,14 @@ def take_up(
     sums: tuple[int, bool],
     stay: bool,
     durability: str,
+    ca: str | None = None,
 ) -> None:
     """Join a server, and for a site take part in its runs; see `atoll join --help`."""
     from atoll.net.server import log_to_stderr
     from atoll.net.site import Bounds, run_site
 
     check_durability(durability)
+    trusted = authorities(ca)
     bounds = Bounds(task=task, memory=int(memory * 2**30), least=sums[0], again=sums[1])
     if data is not None and not Path(data).exists():
         raise invalid("--data", data, "a file or a folder that is there")
@@ -114,11 +124,14 @@ def take_up(
         if home is None:
             raise InvalidArgument("give the INVITE you were sent; or --home, to go on as a party that joined already.")
         mine = Home(home)
+        mine = mine if trusted is None else through(mine, trusted)
     else:
         invite = decode(sys.stdin.readline() if word == "-" else word)
         folder = home if home is not None else Path(f"{PREFIX}{invite.name}")
         known = (folder / "identity.json").exists()
-        mine = asyncio.run(join(invite, folder))
+        mine = asyncio.run(join(invite, folder, trusted))
+        if known and trusted is not None:
+            mine = through(mine, trusted)
         if not known:
             say(
                 f"joined {mine.identity.address} as {mine.identity.name} ({mine.identity.role}); its key is in {folder}"
@@ -131,6 +144,24 @@ def take_up(
     log_to_stderr()
     say(f"site {mine.identity.name}: takes part in what its owner approves; Ctrl-C stops. Elsewhere: atoll review")
     run_site(mine, data or "", bounds, durability=cast(Any, durability))
+
+
+def authorities(ca: str | None) -> str | None:
+    """Authorities of a proxy, as PEM; "": those that this machine trusts; None: nothing was said.
+
+    Raises:
+        InvalidArgument: a file that cannot be read, or holds none.
+    """
+    if ca is None or ca == "public":
+        return None if ca is None else ""
+    try:
+        found = Path(ca).read_text()
+        proxy_context(found)
+    except (OSError, UnicodeDecodeError, InvalidArgument) as error:
+        raise invalid("--ca", ca, '"public", or a file of certificates of authorities in PEM') from error
+    if not found:
+        raise invalid("--ca", ca, "a file that is not empty")
+    return found
 
 
 def check_durability(durability: str) -> None:

@@ -182,7 +182,7 @@ class Problem(_Struct, frozen=True):
     """
 
     kind: Literal["signature", "epoch", "replay", "fenced", "role", "revoked", "invite", "argument", "unknown", "large",
-                  "slow", "busy", "partial"]  # fmt: skip
+                  "slow", "busy", "partial", "sealed"]  # fmt: skip
     text: str
     epoch: str = ""
     received: int = 0

@@ -1,7 +1,8 @@
 """A party's line to its server: pinned TLS, signed requests, answers that only the server can have given.
 
-Nothing but outbound HTTPS. What stands in an answer is looked at only after its signature held; objects are the bytes
-whose hash was asked for, or nothing.
+Where a proxy ends TLS in front of the server, requests go sealed through it (`tunnel`). Nothing but outbound HTTPS.
+What stands in an answer is looked at only after its signature held; objects are the bytes whose hash was asked for, or
+nothing.
 """
 
 import ipaddress
@@ -14,6 +15,7 @@ from typing import Any, cast
 from urllib.request import getproxies, proxy_bypass
 
 import httpx
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from atoll.errors import AtollError, InvalidArgument, RunError
 from atoll.net import calls, control, enrolment
@@ -21,9 +23,10 @@ from atoll.net.buffers import Buffer, room
 from atoll.net.calls import Problem
 from atoll.net.control import content_hash
 from atoll.net.home import Home, Identity, settle
-from atoll.net.keys import authority_key, client_context, fingerprint, key_at, public_text
+from atoll.net.keys import authority_key, client_context, fingerprint, key_at, proxy_context, public_text
 from atoll.net.lines import PIECE, Lines
 from atoll.net.signing import Numbers, SignatureError, sign_request, verify_answer
+from atoll.net.tunnel import Meddled, Tunnel
 
 CHUNK = 2**24
 """Bytes of an object that are sent at a time."""
@@ -61,7 +64,7 @@ class Client:
     def __init__(self, home: Home) -> None:
         self.home = home
         self._numbers = Numbers(home.live())
-        self._http = line(home.identity.address, client_context(home.authority))
+        self._http = line_of(home)
 
     async def close(self) -> None:
         """Hang up."""
@@ -257,18 +260,34 @@ class _Plain:
 
 
 def _raise(problem: Problem) -> None:
-    if problem.kind in ("busy", "slow", "epoch", "replay"):
+    if problem.kind in ("busy", "slow", "epoch", "replay", "sealed"):
         raise Unreachable(problem.text)
     raise Turned(problem)
 
 
 def _told(error: httpx.HTTPError) -> str:
+    if isinstance(error, Meddled):
+        return str(error)[:300]
     return f"the server cannot be reached ({type(error).__name__}{': ' + str(error) if str(error) else ''})"[:300]
 
 
-def line(address: str, context: ssl.SSLContext) -> httpx.AsyncClient:
-    """Connections to a server, straight or by the proxy that the environment names."""
+def line_of(home: Home) -> httpx.AsyncClient:
+    """Connections of a party to its server."""
+    return line(home.identity.address, home.context(), home.server if home.identity.proxy else None)
+
+
+def line(address: str, context: ssl.SSLContext, sealed: Ed25519PublicKey | None = None) -> httpx.AsyncClient:
+    """Connections to a server, straight or by the proxy that the environment names.
+
+    Args:
+        address: of the server, or of a proxy that ends TLS in front of it.
+        context: of TLS.
+        sealed: identity of the server that every request is sealed to; None: they are not sealed.
+    """
     base = f"https://{address}"
+    if sealed is not None:
+        tunnel = Tunnel(line(address, context), sealed)
+        return httpx.AsyncClient(base_url=base, transport=tunnel, timeout=TIMEOUTS, trust_env=False)
     proxied = {"https", "all"} & getproxies().keys() and not proxy_bypass(address.rpartition(":")[0].strip("[]"))
     if proxied and not local(address):
         return httpx.AsyncClient(base_url=base, verify=context, timeout=TIMEOUTS)
@@ -288,16 +307,22 @@ def local(address: str) -> bool:
 # --- joining ----------------------------------------------------------------------------------------------------------
 
 
-async def authority_of(address: str, expected: str) -> bytes:
+async def authority_of(address: str, expected: str, context: ssl.SSLContext | None = None) -> bytes:
     """The certificate of a server's authority, held against the fingerprint that an invite carries.
+
+    Args:
+        address: of the server, or of a proxy in front of it.
+        expected: the fingerprint.
+        context: of TLS to the proxy; None: there is none.
 
     Raises:
         Unreachable: nothing answers there.
         RunError: what answers is not that server.
     """
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # what comes is held against the fingerprint
+    if context is None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # what comes is held against the fingerprint
     try:
         async with line(address, context) as http:
             answer = await http.get("/v1/authority")
@@ -317,10 +342,16 @@ async def authority_of(address: str, expected: str) -> bytes:
     return pem
 
 
-async def join(invite: enrolment.Invite, folder: Path) -> Home:
+async def join(invite: enrolment.Invite, folder: Path, proxy: str | None = None) -> Home:
     """Take up an invite: make a key in the folder, enrol it with the server, remember the server.
 
     A join that was interrupted can be given again; the folder of a party that joined already is left as it is.
+
+    Args:
+        invite: it.
+        folder: of the party.
+        proxy: authorities of a proxy that ends TLS in front of the server, as PEM; "": those that this machine trusts;
+            None: as the invite says.
 
     Raises:
         RunError: the server refused the invite, the server is another, or the folder is another party's.
@@ -335,11 +366,15 @@ async def join(invite: enrolment.Invite, folder: Path) -> Home:
                 "with --home."
             )
         return home
-    authority = await authority_of(invite.address, invite.fingerprint)
+    if proxy is None and invite.proxy:
+        proxy = ""
+    front = None if proxy is None else proxy_context(proxy)
+    authority = await authority_of(invite.address, invite.fingerprint, front)
+    sealed = None if front is None else authority_key(authority)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     key = key_at(folder / "key", make=True)
     body = calls.encode(calls.Enrol(invite.name, public_text(key.public_key()), invite.token))
-    async with line(invite.address, client_context(authority)) as http:
+    async with line(invite.address, front or client_context(authority), sealed) as http:
         request = http.build_request("POST", "/v1/enrol", content=body)
         sign_request(key, invite.name, _Plain(request), Numbers(0).next(), body)
         try:
@@ -358,4 +393,5 @@ async def join(invite: enrolment.Invite, folder: Path) -> Home:
             raise Unreachable(problem.text)
         raise Turned(problem)
     welcome = calls.decode(calls.Welcome, answer.content)
-    return settle(folder, Identity(welcome.name, welcome.role, invite.address, invite.fingerprint), authority)
+    found = Identity(welcome.name, welcome.role, invite.address, invite.fingerprint, front is not None)
+    return settle(folder, found, authority, proxy or "")

@@ -32,7 +32,7 @@ MARK = "atoll-invite-"
 HOURS = 24.0
 
 
-class Invite(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Invite(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """What a newcomer is handed.
 
     Attributes:
@@ -41,6 +41,7 @@ class Invite(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         name: of the newcomer.
         role: of the newcomer.
         token: the secret that opens the door once.
+        proxy: whether the address is of a proxy that ends TLS in front of the server.
     """
 
     address: Address
@@ -48,6 +49,7 @@ class Invite(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: Name
     role: Role
     token: Token
+    proxy: bool = False
 
     def __repr__(self) -> str:
         return f"Invite({self.name!r}, {self.role}, {self.address})"

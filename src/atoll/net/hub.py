@@ -670,6 +670,7 @@ class Hub:
         address: as others reach it, for invites.
         state: where members, runs and their journals are; default `state.sqlite` in the folder.
         shelves: where runs' objects are; None: in the folder alone.
+        proxied: whether the address is of a proxy that ends TLS in front of it.
     """
 
     def __init__(
@@ -679,8 +680,10 @@ class Hub:
         address: str,
         state: "State | None" = None,
         shelves: "Shelves | None" = None,
+        *,
+        proxied: bool = False,
     ) -> None:
-        self.folder, self.fingerprint, self.address = folder, fingerprint, address
+        self.folder, self.fingerprint, self.address, self.proxied = folder, fingerprint, address, proxied
         self.state, self.shelves = state or state_of(folder), shelves
         self._tidying: asyncio.Task[None] | None = None
         self.roster = Roster(self.state.journal("roster"))
@@ -776,7 +779,7 @@ class Hub:
         words: list[str] = []
         for name in names:
             token = self.roster.invite(name, role, hours=hours, by=by, now=time.time())
-            words.append(encode(Invite(self.address, self.fingerprint, name, role, token)))
+            words.append(encode(Invite(self.address, self.fingerprint, name, role, token, self.proxied)))
         return calls.Invites(words)
 
     async def _revoke(self, name: str, by: str) -> calls.Done:

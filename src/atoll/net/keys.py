@@ -177,6 +177,23 @@ def client_context(authority_pem: bytes) -> ssl.SSLContext:
     return context
 
 
+def proxy_context(authorities: str = "") -> ssl.SSLContext:
+    """TLS to a proxy, which shows a certificate for its own name. Of the server behind it this says nothing.
+
+    Args:
+        authorities: certificates of those who may have signed it, as PEM; "": those that this machine trusts.
+
+    Raises:
+        InvalidArgument: they are none.
+    """
+    try:
+        context = ssl.create_default_context(cadata=authorities or None)
+    except (ssl.SSLError, ValueError) as error:
+        raise InvalidArgument("no certificates of authorities in PEM.") from error
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    return context
+
+
 def _certificate(
     subject: x509.Name, issuer: x509.Name, key: Ed25519PublicKey | ec.EllipticCurvePublicKey, *, authority: bool
 ) -> x509.CertificateBuilder:

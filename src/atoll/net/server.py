@@ -6,6 +6,7 @@
     POST /v1/message                            a `control.Request` of a site
     GET  /v1/objects/RUN/SHA256                 what sites fetch, from an offset on (Range)
     PUT  /v1/uploads/RUN/SHA256?size=&offset=   the next bytes of a report, which as a whole is held to its hash
+    POST /v1/sealed                             any of these, sealed to the server (`unsealing`)
 
 A request is looked at from the outside in: how large it says it is, whose signature it has (over headers that hold the
 content's digest, but for bytes of a report, of which the whole's hash is signed as part of the path), whether it is
@@ -27,6 +28,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,15 +40,17 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from atoll.errors import AtollError, InvalidArgument, RunError
+from atoll.errors import AtollError, InvalidArgument, RunError, invalid
 from atoll.net import calls, control, signing
 from atoll.net.calls import ROLES, TRAINERS, Problem, Received, Welcome
+from atoll.net.client import local
 from atoll.net.enrolment import EnrolmentError, Member, Roster
 from atoll.net.home import Home, Identity, settle
 from atoll.net.hub import Denied, Hub
 from atoll.net.keys import authority, authority_key, fingerprint, key_at, public_key, public_text, server_context
 from atoll.net.signing import Fresh, SignatureError
 from atoll.net.storage import state_of, write_file
+from atoll.net.unsealing import Unsealing
 
 if TYPE_CHECKING:  # a database is opened when the server starts
     from atoll.database import Durability
@@ -79,9 +83,23 @@ OFTEN = 60.0
 STATUS = {
     "signature": 401, "epoch": 401, "replay": 409, "fenced": 409, "role": 403, "revoked": 403, "invite": 403,
     "argument": 422, "unknown": 404, "large": 413, "slow": 408, "busy": 503, "partial": 409,
+    "sealed": 400,
 }  # fmt: skip
 
 log = logging.getLogger("atoll.server")
+
+
+@dataclass(frozen=True, slots=True)
+class Proxy:
+    """A proxy that ends TLS in front of a server.
+
+    Attributes:
+        tls: whether it speaks TLS to the server; else HTTP, on the server's own machine.
+        authorities: who signed its certificate, as PEM; "": somebody whom machines trust.
+    """
+
+    tls: bool
+    authorities: str = ""
 
 
 class Door:
@@ -102,7 +120,7 @@ class Door:
         self._written: dict[str, float] = {}
         self.trusted: set[tuple[str, int]] = set()
         self.failed: RunError | None = None
-        self.app = Starlette(
+        inner = Starlette(
             routes=[
                 Route("/v1/authority", self._own, methods=["GET"]),
                 Route("/v1/enrol", self._enrol, methods=["POST"]),
@@ -113,6 +131,7 @@ class Door:
             ],
             lifespan=self._life,
         )
+        self.app = Unsealing(inner, self._key, stall=STALL, proxied=hub.proxied)
 
     @contextlib.asynccontextmanager
     async def _life(self, app: Starlette) -> AsyncGenerator[None]:
@@ -152,6 +171,8 @@ class Door:
             name, _ = signing.verify_request(seen, lambda n: key if n == wanted.name else None, content=True)
             signing.check_content(seen.headers, body)
         except Denied as denied:
+            if "signature" not in seen.headers:  # an answer is signed over its request's signature
+                return _plain(STATUS[denied.problem.kind], str(denied))
             return self._refused(seen, denied.problem)
         except (control.MessageError, InvalidArgument, SignatureError):
             return _plain(401, "not the request of a newcomer.")
@@ -169,10 +190,12 @@ class Door:
     def _may_try(self, request: Request) -> bool:
         """A small budget for every address."""
         host, now = request.client.host if request.client else "", time.monotonic()
-        left, at = self._tries.get(host, (TRIES, now))
-        left = min(TRIES, left + (now - at) * REFILL)
         if len(self._tries) > 10_000:
             self._tries = {h: v for h, v in self._tries.items() if now - v[1] < TRIES / REFILL}
+            if len(self._tries) > 10_000 and host not in self._tries:
+                host = ""  # who makes up addresses shares one budget with all others
+        left, at = self._tries.get(host, (TRIES, now))
+        left = min(TRIES, left + (now - at) * REFILL)
         self._tries[host] = (max(0.0, left - 1), now)
         return left >= 1
 
@@ -214,7 +237,7 @@ class Door:
                 return self._refused(seen, Problem("replay" if why == "replay" else "fenced", text))
             if self._at_work[name] >= AT_ONCE:
                 return self._refused(seen, Problem("busy", f"more than {AT_ONCE} requests at once: try again later."))
-            if request.client is not None:
+            if request.client is not None and not self.hub.proxied:
                 self.trusted.add((request.client.host, request.client.port))
             self.hub.seen[name] = time.monotonic()
             self._at_work[name] += 1
@@ -225,7 +248,7 @@ class Door:
                     signing.check_content(seen.headers, body)
                 given = await handle(request, member, body)
             except Denied as denied:
-                if denied.problem.kind in ("role", "large"):
+                if denied.problem.kind in ("role", "large", "sealed"):
                     self._note(name, str(denied), of=f"{name}: {denied.problem.kind}")
                 return self._refused(seen, denied.problem)
             except SignatureError as error:
@@ -429,7 +452,7 @@ def guarded(door: Door) -> type[H11Protocol]:
             self._host, self._port = self.client or ("", 0)
             strangers[self._host] += 1
             waiting = strangers[self._host] - sum(host == self._host for host, _ in door.trusted)
-            if waiting > STRANGERS:
+            if waiting > STRANGERS and not door.hub.proxied:  # all connections are the proxy's, strangers' and members'
                 transport.close()
             self._wait()
 
@@ -465,13 +488,15 @@ def guarded(door: Door) -> type[H11Protocol]:
 # --- the program ------------------------------------------------------------------------------------------------------
 
 
-def establish(folder: Path, address: str, state: "State | None" = None) -> Home:
+def establish(folder: Path, address: str, state: "State | None" = None, proxy: str | None = None) -> Home:
     """Make a server's folder, or read it; the home of its first administrator.
 
     Args:
         folder: of the server.
         address: as others reach it.
         state: of the server; default `state.sqlite` in the folder.
+        proxy: authorities of a proxy that ends TLS in front of it, as PEM; "": those that this machine trusts; None:
+            there is no proxy.
 
     Raises:
         RunError: folder and state are not of one server.
@@ -493,7 +518,7 @@ def establish(folder: Path, address: str, state: "State | None" = None) -> Home:
         if roster.active("admin") is None:
             token = roster.invite("admin", "admin", hours=1, by="the server", now=time.time())
             roster.enrol("admin", public_text(own.public_key()), token, now=time.time())
-    return settle(admin, Identity("admin", "admin", address, print_), pem)
+    return settle(admin, Identity("admin", "admin", address, print_, proxy is not None), pem, proxy or "")
 
 
 def opened(folder: Path, database: str | None, durability: "Durability") -> "tuple[State, Callable[[], None]]":
@@ -538,6 +563,7 @@ def serve(
     durability: "Durability" = "power",
     metrics: tuple[str, int] | None = None,
     objects: str | None = None,
+    proxy: Proxy | None = None,
 ) -> None:
     """Serve until a signal says to stop.
 
@@ -552,13 +578,17 @@ def serve(
             killed, and nothing is waited for.
         metrics: host and port for a Prometheus, in the clear; None: nothing is told.
         objects: address of the store that runs' objects are in; None: they are in the folder alone.
+        proxy: that ends TLS in front of it, at the address; None: there is none.
 
     Raises:
-        InvalidArgument: what is no address of a database or an object store.
+        InvalidArgument: what is no address of a database or an object store; HTTP for others than this machine; a proxy
+            without an address.
         RunError: another server works in the folder or on the state; the port is taken; the database cannot be used.
     """
     from atoll.net.state import Taken
 
+    if proxy is not None:
+        address = _outside(folder, host, address, proxy)
     os.umask(0o077)  # sites' updates lie here
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     with open(folder / "lock", "w") as lock:
@@ -574,8 +604,9 @@ def serve(
         listener = listening(host, port)
         bound = listener.getsockname()[1]
         state, note = opened(folder, database, durability)
+        trusted = None if proxy is None else proxy.authorities
         try:
-            home = establish(folder, address or _address(folder, host, bound), state)
+            home = establish(folder, address or _address(folder, host, bound), state, trusted)
         except Taken as taken:
             several = "each needs --among HOST:PORT" if state.file is None else "they need PostgreSQL (--database)"
             raise RunError(
@@ -584,10 +615,10 @@ def serve(
             ) from None
         note()
         shelves = shelved(objects, home.identity.fingerprint, state)
-        hub = Hub(folder, home.identity.fingerprint, home.identity.address, state, shelves)
+        hub = Hub(folder, home.identity.fingerprint, home.identity.address, state, shelves, proxied=proxy is not None)
         state.alone()
         door = Door(hub, folder, metrics)
-        config = configured(door, folder)
+        config = configured(door, folder, tls=proxy is None or proxy.tls)
         told(home.identity.address, home.identity.fingerprint, state.shown)
         server = _Server(config)
         try:
@@ -620,15 +651,16 @@ def shelved(objects: str | None, fingerprint: str, state: "State") -> "Shelves |
     return shelves
 
 
-def configured(door: Door, folder: Path) -> uvicorn.Config:
-    """How a door is served: HTTP/1.1 under TLS, with bounds on everything."""
+def configured(door: Door, folder: Path, *, tls: bool = True) -> uvicorn.Config:
+    """How a door is served: HTTP/1.1 under TLS, or without it to a proxy beside it, with bounds on everything."""
     config = uvicorn.Config(
         door.app, http=guarded(door), ws="none", lifespan="on", log_config=None, access_log=False,
         proxy_headers=False, server_header=False, limit_concurrency=CONNECTIONS, timeout_keep_alive=75,
         timeout_graceful_shutdown=3, h11_max_incomplete_event_size=HEADERS,
     )  # fmt: skip
     config.load()
-    config.ssl = server_context(key_at(folder / "key"), folder)
+    if tls:
+        config.ssl = server_context(key_at(folder / "key"), folder)
     return config
 
 
@@ -663,6 +695,24 @@ def listening(host: str, port: int, named: str = "--host and --port") -> socket.
             f"cannot listen on {host}:{port}: {error.strerror}. Name another with {named}; ports below 1024 need "
             "permission."
         ) from error
+
+
+def _outside(folder: Path, host: str, address: str | None, proxy: Proxy) -> str:
+    """As others reach the proxy in front of the server.
+
+    Raises:
+        InvalidArgument: nobody said it; or the proxy would be spoken to in the clear over a network.
+    """
+    if not proxy.tls and not local(f"{host}:0"):
+        raise invalid(
+            "--host", host, "127.0.0.1 or ::1 with --proxy plain", "A proxy on another machine takes --proxy tls."
+        )
+    if address is None and (folder / "admin" / "identity.json").exists():
+        before = Home(folder / "admin").identity
+        address = before.address if before.proxy else None
+    if address is None:
+        raise InvalidArgument("a server behind a proxy must be told how sites reach the proxy: --address HOST:PORT.")
+    return address
 
 
 def _address(folder: Path, host: str, port: int) -> str:
