@@ -490,3 +490,25 @@ def test_why_a_runs_process_cannot_start_is_shown_to_watchers_and_not_told_to_si
         assert "secret" in run.view({}).reason
 
     asyncio.run(ask())
+
+
+def test_a_question_is_asked_anew_when_a_site_of_an_asynchronous_run_has_another_task(tmp_path: Path) -> None:
+    """Whatever the phase, since a site may be asked while a step is made."""
+
+    _, run, _ = house(tmp_path, summary("reducing"))
+
+    def run_of(task: tuple[int, int] | None, doing: Any = "asked", counted: Any = None) -> Run:
+        place = Place("active", counted, doing, task=task)
+        run.summary = summary("reducing", round=4, attempt=1, sites={"s": place})
+        return run
+
+    def at(run: Run, working: tuple[int, int] | None) -> Any:
+        return run._at("s", control.Ask("r", "s", working))
+
+    idle = at(run_of(None, ""), None)
+    assert at(run_of((4, 9)), None) != idle, "there is work for it"
+    assert at(run_of((2, 7)), (2, 7)) == idle, "it has it"
+    assert at(run_of((4, 9)), (2, 7)) != idle, "another one instead"
+    assert at(run_of(None, "delivered", (2, 7)), None) != idle, "its update was counted"
+    view = run_of((2, 7)).view({})
+    assert view.sites[0].behind == 2 and run_of((4, 0)).view({}).sites[0].behind is None
