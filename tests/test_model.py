@@ -298,3 +298,22 @@ def test_spec_and_text() -> None:
     assert repr(model) == "Model(Sequential, 14 parameters, loss=cross_entropy)" and model.names == ("accuracy",)
     assert model.spec == Model(module, "cross_entropy", ("accuracy",)).spec
     assert model.spec != Model(module, "cross_entropy").spec != Model(module, "mse").spec
+
+
+class Extra(nn.Module):
+    """Holds a number where only its extra state tells of it."""
+
+    def __init__(self, by: float) -> None:
+        super().__init__()
+        self.body, self._holder = nn.Linear(2, 1), [by].copy
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) * self._holder()[0]
+
+    def get_extra_state(self) -> dict[str, float]:
+        return {"by": self._holder()[0]}
+
+
+def test_what_a_module_is_includes_its_extra_state_and_not_its_start_values() -> None:
+    told = [Model(Extra(by), "mse").spec for by in (1.0, 1.0, 2.0)]
+    assert told[0] == told[1] != told[2]

@@ -487,6 +487,32 @@ def test_a_model_in_the_mean_s_memory_has_the_same_bits(rule: server.ServerOptim
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"aggregator": aggregators.centered_clipping(radius=0.5)},
+        {"aggregator": aggregators.mean(weights="uniform"), "transforms": [transforms.ef21(transforms.top_k(0.5))]},
+    ],
+    ids=["centred clipping", "ef21"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_mean_that_a_rule_or_a_stage_keeps_is_not_written_over(parts: dict[str, Any], dtype: torch.dtype) -> None:
+    kind = MODELS["perceptron"]
+    data, found = kind.data((3, 4, 6), dtype), list[Tensor]()
+    for spare in (False, True):
+        process = Process(kind.model(dtype), fedavg(PLAN), **parts)
+        state = process.init(seed=4)
+        process.engine.prepare(process, data)
+        for _ in range(3):
+            task = process.open(state, tuple(data.clients), 3)
+            collector = process.collector(state, task)
+            for report in process.engine.run(process, task, data, state.memory):
+                collector.add(report)
+            state = process.close(state, task, collector.finish(), spare=spare)
+        found.append(process.vector(state))
+    assert torch.equal(*found)
+
+
 def test_evaluation_of_one_example_with_a_callable_loss() -> None:
     model, x = scalar_model(1.0), torch.zeros(1, 1, dtype=torch.float64)
     data = FederatedDataset.from_arrays({"a": (x, torch.tensor([[2.0, 3.0]], dtype=torch.float64))})

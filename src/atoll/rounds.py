@@ -43,7 +43,7 @@ from atoll.transforms.channel import Channel, add
 from atoll.transforms.channel import resolve as resolve_channel
 from atoll.transforms.delta import Downlink, served
 from atoll.transforms.delta import resolve as resolve_downlink
-from atoll.tree import leaves, nbytes, rebuild
+from atoll.tree import Leaf, leaves, nbytes, rebuild
 from atoll.vectors import Aggregate, Change, Layout, Personal, Selection, lengths
 
 if TYPE_CHECKING:
@@ -668,7 +668,8 @@ class Process:
             state: before the round.
             task: of the round.
             collected: what came of it.
-            spare: whether the mean's memory may be written over, since nobody needs it afterwards.
+            spare: whether the mean's memory may be written over, since nobody needs it afterwards; it is not where the
+                aggregator's or a transform's state lies in it.
         """
         if not collected.count:
             return self._announce(replace(state, round=state.round + 1), task)
@@ -697,9 +698,11 @@ class Process:
             task.round,
             collected.divisor,
             None if root is None else torch.cat((root[:width], root[len(mean) :])),
-            spare,
         )
         transforms = self.chain.update(transforms, aggregate, collected.seen, collected.cohort)
+        if spare:  # a rule or a stage may keep the mean itself, as centred clipping does
+            kept = leaves({"aggregator": collected.aggregator, "transforms": transforms})
+            aggregate = replace(aggregate, spare=not any(_overlap(t, mean) for _, t in kept))
         buffers = state.buffers
         if self.averaged_buffers:
             buffers = state.buffers + mean[width:]
@@ -1121,6 +1124,11 @@ class Process:
                 raise invalid("cohort", strangers[:5], "names of clients in the data") from None
             twice = sorted({c for c in clients if clients.count(c) > 1})
             raise invalid("cohort", twice[:5], "distinct clients") from None
+
+
+def _overlap(leaf: Leaf, mean: Tensor) -> bool:
+    """Whether a leaf of a state lies in the mean's memory."""
+    return isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() == mean.untyped_storage().data_ptr()
 
 
 def _server_data(given: Any) -> "FederatedDataset":

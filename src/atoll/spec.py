@@ -110,7 +110,11 @@ def attributes(holder: object, *, values: bool = True) -> Any:
     held = {n: v for n, v in getattr(holder, "__dict__", {}).items() if v is None or isinstance(v, TOLD)}
     if isinstance(holder, torch.nn.Module):
         held = {n: v for n, v in held.items() if n not in vars(torch.nn.Module())}
-        held |= {"repr": repr(holder), **(holder.state_dict() if values else {})}
+        told, left = holder.state_dict(), set[str]()
+        if not values:
+            named = (holder.named_parameters(remove_duplicate=False), holder.named_buffers(remove_duplicate=False))
+            left = {n for tensors in named for n, _ in tensors}
+        held |= {"repr": repr(holder), **{n: v for n, v in told.items() if n not in left}}  # else a layer's extra state
     return record(type(holder).__qualname__, **held)
 
 
