@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from test_decoders import mutated
 from test_transfers import CONTENT, SHA256, Breaking, hosted, summary, there
 
-from atoll.net import calls, client, enrolment, sealing
+from atoll.net import calls, client, enrolment, sealing, server
 from atoll.net.calls import Charter
 from atoll.net.client import Client, Turned, Unreachable
 from atoll.net.control import content_hash
@@ -28,7 +28,7 @@ from atoll.net.home import Home, Identity
 from atoll.net.hub import Run
 from atoll.net.keys import key_at
 from atoll.net.news import News
-from atoll.net.sealing import Answered, Asked, Opener, Sealer, SealError, Shared
+from atoll.net.sealing import Answered, Asked, Begun, Opener, Sealer, SealError, Shared
 from atoll.net.tunnel import Tunnel
 
 IDENTITY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
@@ -155,6 +155,21 @@ def test_a_claimed_length_holds_nothing_back() -> None:
     assert not opener._had
     with pytest.raises(SealError, match="claims"):
         opener.take(b"".join(PIECES))
+
+
+def test_the_head_of_a_stranger_takes_no_more_room_than_a_head_has() -> None:
+    begun = Begun(2, lambda start: KEY)
+    assert begun.take(b"xx" + (sealing.HEAD + sealing.TAG).to_bytes(4, "big")) == []
+    with pytest.raises(SealError, match="claims") as refused:
+        Begun(2, lambda start: KEY).take(b"xx" + (sealing.HEAD + sealing.TAG + 1).to_bytes(4, "big"))
+    assert refused.value.fault == "limit"
+    sealer = Sealer(KEY)
+    stream = b"xx" + sealer.seal(b"head") + sealer.seal(bytes(sealing.PIECE), last=True)
+    assert Begun(2, lambda start: KEY).take(stream) == [b"head", bytes(sealing.PIECE)], "of the head alone"
+
+
+def test_a_link_that_is_just_fast_enough_brings_a_piece_before_it_is_cut_off() -> None:
+    assert sealing.sealed_length(sealing.PIECE) <= server.SLOWEST * server.STALL
 
 
 def test_the_sealing_key_is_the_servers_word() -> None:
@@ -514,6 +529,8 @@ def test_strangers_have_budgets_of_their_own_behind_a_proxy(tmp_path: Path) -> N
     assert set(run(statuses("2001:db8::1", 30))) == {200} and run(statuses("2001:db8::2", 1)) == [503]
     assert run(statuses("no address", 1)) == [200]
     assert len(house.door._tries) == 4
+    assert set(run(statuses("::ffff:192.0.2.3", 30))) == {200} and run(statuses("192.0.2.3", 1)) == [503]
+    assert run(statuses("::ffff:192.0.2.4", 1)) == [200], "IPv4 as a socket of both kinds shows it"
     house.door._tries = {str(i): (1.0, 1e12) for i in range(10_001)}
     for i in range(5):
         run(statuses(f"192.0.2.{i}", 1))
@@ -550,6 +567,10 @@ def test_a_newcomer_shows_its_token_to_the_server_alone(
     word = run(house.hub.call(house.hub.roster.members["admin"], calls.MakeInvites(["new"], "site", 1.0))).words[0]
     invite = enrolment.decode(word)
     assert invite.proxy
+    proxy.on_request = lambda body: flipped(body, len(body) - 1)
+    with pytest.raises(Unreachable, match="something on the way changed it"):
+        run(client.join(invite, tmp_path / "new"))
+    proxy.on_request, trusted[:] = (lambda body: body), ()
     home: Home = run(client.join(invite, tmp_path / "new"))
     assert home.identity == Identity("new", "site", ADDRESS, house.fingerprint, True)
     assert (

@@ -389,7 +389,7 @@ async def join(invite: enrolment.Invite, folder: Path, proxy: str | None = None)
         raise Unreachable(f"what answered with status {answer.status_code} is not the server.") from error
     if answer.status_code != 200:
         problem = calls.decode(Problem, answer.content)
-        if problem.kind in ("busy", "slow"):
+        if problem.kind in ("busy", "slow", "sealed"):
             raise Unreachable(problem.text)
         raise Turned(problem)
     welcome = calls.decode(calls.Welcome, answer.content)

@@ -51,8 +51,8 @@ WRAPPED = 80
 """Bytes of a secret that is sealed to a server."""
 TOLD = 96
 """Bytes of a signed sealing key."""
-PIECE = 2**18
-"""Bytes of a piece at most."""
+PIECE = 2**16
+"""Bytes of a piece at most: the slowest link that a server bears with brings one before it is cut off."""
 LENGTH, TAG = 4, 16
 """Bytes that a piece takes beside its content: its length, and what shows that nothing was changed."""
 
@@ -201,10 +201,11 @@ class Opener:
 
     Args:
         key: as of the sealer.
+        first: bytes of the first piece at most; None: as of any other.
     """
 
-    def __init__(self, key: bytes) -> None:
-        self._cipher, self._number = ChaCha20Poly1305(key), 0
+    def __init__(self, key: bytes, first: int | None = None) -> None:
+        self._cipher, self._number, self._first = ChaCha20Poly1305(key), 0, first
         self._had, self._fault = bytearray(), cast(SealError | None, None)
         self.done = False
 
@@ -236,8 +237,9 @@ class Opener:
             return None
         word = int.from_bytes(self._had[:LENGTH], "big")
         length, last = word % _LAST, word >= _LAST
-        if not TAG + (not last) <= length <= PIECE + TAG:  # none but the last is empty: there is an end to them
-            raise SealError("limit", f"a sealed piece claims {length} bytes; one has at most {PIECE + TAG}.")
+        most = (PIECE if self._number or self._first is None else self._first) + TAG
+        if not TAG + (not last) <= length <= most:  # none but the last is empty: there is an end to them
+            raise SealError("limit", f"a sealed piece claims {length} bytes; this one has at most {most}.")
         if len(self._had) < LENGTH + length:
             return None
         with memoryview(self._had) as had, had[LENGTH : LENGTH + length] as sealed:
@@ -265,7 +267,7 @@ class Opener:
 
 
 class Begun:
-    """The start of a message, which is of a length that is known, and the pieces behind it.
+    """The start of a message, which is of a length that is known, and the pieces behind it, the first of them a head.
 
     Args:
         length: of the start.
@@ -282,7 +284,7 @@ class Begun:
             self._start += part
             if len(self._start) < self._length:
                 return []
-            self._opener = Opener(self._key(bytes(self._start[: self._length])))
+            self._opener = Opener(self._key(bytes(self._start[: self._length])), HEAD)
             part, self._start = bytes(self._start[self._length :]), bytearray()
         return self._opener.take(part)
 

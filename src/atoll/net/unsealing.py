@@ -207,6 +207,7 @@ def _peer(scope: MutableMapping[str, Any]) -> tuple[str, int] | None:
         address = ipaddress.ip_address(told[-1].rpartition(b",")[2].strip().decode("ascii"))
     except ValueError:
         return scope["client"]
+    address = getattr(address, "ipv4_mapped", None) or address
     if address.version == 6:  # whoever has one of these has all of its network
         address = ipaddress.ip_network((address, 64), strict=False).network_address
     return str(address), 0
