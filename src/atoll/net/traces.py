@@ -117,7 +117,8 @@ class Tracing:
         over = after.phase in (Phase.FINISHED, Phase.STOPPED)
         if _round(after) == self._round and not (over and self._spans):
             return []
-        spans = self._closed(now, "stopped" if isinstance(entry.event, core.Stop) else "done")
+        outcome = "done" if _round(after) > self._round else "budget spent"  # else only that ends a run before its time
+        spans = self._closed(now, "stopped" if isinstance(entry.event, core.Stop) else outcome)
         self._round, self._begin = _round(after), now
         return spans
 
