@@ -150,10 +150,25 @@ def _next(rng: random.Random, state: State) -> core.Event:
 
 
 def test_a_round_of_many_sites_has_no_more_spans_than_can_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(traces, "MOST", 5)
+    monkeypatch.setattr(traces, "MOST", 2)
     run = one_round()
     spans = list(traced("r", run.plan, records(run)))
-    assert len(spans) == 6 and spans[-1].parent is None and spans[-1].attributes["atoll.spans.left_out"] == 8
+    assert Counter("atoll.site" in s.attributes for s in spans) == {True: 2, False: 9}
+    assert spans[-1].parent is None and spans[-1].attributes["atoll.spans.left_out"] == 3
+    assert {s.parent for s in spans} <= {s.id for s in spans} | {None}, "what a span is a part of is never left out"
+
+
+def test_a_round_that_the_budget_ended_without_a_model_is_not_done() -> None:
+    run = Run(Plan("r", 2))
+    run(core.Started(MODEL, "", core.Guarantee(1.0, 1, 3, 1e-5, "pld", 1.0, 1, True)))
+    run(core.Joined("a"))
+    run(core.Opened(0, 1, "b" * 64))
+    run(update("a", run.state))
+    run(core.Failed(0, 1, "why", 1.0))
+    run(core.Resume())
+    assert run.state.phase is Phase.FINISHED and run.state.round == 0
+    root = list(traced("r", run.plan, records(run)))[-1]
+    assert (root.name, root.attributes["atoll.outcome"], root.failed) == ("round 1", "budget spent", True)
 
 
 def test_a_trace_is_a_file_that_tracing_pages_show() -> None:

@@ -25,7 +25,7 @@ from atoll.net import coordinator as core
 from atoll.net.coordinator import Entry, Phase, Plan, State
 
 MOST = 2000
-"""Spans of a round; what is above is counted, and left out."""
+"""Spans of sites in a round; what is above is counted, and left out: never what others are a part of."""
 
 AT_WORK = (Phase.OPENING, Phase.COLLECTING, Phase.SUMMING, Phase.REDUCING)
 _ENDS: dict[type[Any], str] = {
@@ -86,7 +86,7 @@ class Tracing:
         self.state = State()
         self._seed = b""
         self._round, self._begin, self._told = 0, 0.0, -1
-        self._spans, self._left = list[Span](), 0
+        self._spans, self._sites, self._left = list[Span](), 0, 0
         self._updates = 0
         self._attempt: _Attempt | None = None
         self._piece: _Piece | None = None
@@ -113,11 +113,12 @@ class Tracing:
             self._change(after, entry)
             self._piece = self._pieced(after, entry, name)
         if _round(after) < self._round:  # the model of the round before is evaluated after all
-            self._round, self._spans, self._left = _round(after), [], 0
+            self._round, self._spans, self._sites, self._left = _round(after), [], 0, 0
         over = after.phase in (Phase.FINISHED, Phase.STOPPED)
         if _round(after) == self._round and not (over and self._spans):
             return []
-        spans = self._closed(now, "stopped" if isinstance(entry.event, core.Stop) else "done")
+        outcome = "done" if _round(after) > self._round else "budget spent"  # else only that ends a run before its time
+        spans = self._closed(now, "stopped" if isinstance(entry.event, core.Stop) else outcome)
         self._round, self._begin = _round(after), now
         return spans
 
@@ -191,8 +192,8 @@ class Tracing:
         if self._told < self._round:
             self._told = self._round
             name = f"round {self._round + 1}"
-            self._add(name, None, self._begin, now, given, id=self._id("round"), failed=outcome != "done", always=True)
-        spans, self._spans, self._left = self._spans, [], 0
+            self._add(name, None, self._begin, now, given, id=self._id("round"), failed=outcome != "done")
+        spans, self._spans, self._sites, self._left = self._spans, [], 0, 0
         return spans
 
     # --- spans --------------------------------------------------------------------------------------------------------
@@ -205,13 +206,14 @@ class Tracing:
 
     def _add(
         self, name: str, parent: bytes | None, begin: float, end: float, attributes: dict[str, str | int], *,
-        id: bytes | None = None, failed: bool = False, always: bool = False,
+        id: bytes | None = None, failed: bool = False,
     ) -> None:  # fmt: skip
-        if len(self._spans) >= MOST and not always:
-            self._left += 1
-            return
-        if id is None:
+        if id is None:  # of a site
+            if self._sites >= MOST:
+                self._left += 1
+                return
             assert parent is not None
+            self._sites += 1
             id = hashlib.sha256(self._seed + parent + name.encode()).digest()[:8]
         told: dict[str, str | int] = {"run": self._run, "round": self._round + 1, **attributes}
         if self._attempt is not None and "attempt" not in told and parent is not None:
