@@ -281,6 +281,13 @@ def test_watch_and_explain_tell_of_steps_and_of_how_old_models_are() -> None:
     assert "after 3 of 8 steps" in told and "step 4 has 1 of 2 updates" in told and "2 steps old" in told
 
 
+def test_explain_tells_that_a_step_waits_for_sites_that_are_not_there() -> None:
+    view = viewed("collecting", [], None)
+    assert "are ready" not in explained(view), "somebody is at work"
+    done = SiteView("a", "ready", "", "delivered", "", None, 1.0, None)
+    assert "1 of 2 are ready" in explained(msgspec.structs.replace(view, sites=[done]))
+
+
 def test_a_server_is_told_what_each_site_is_asked_for() -> None:
     teller, plan = Teller(), buffering.Plan("r", 3, least=2, size=2, concurrency=1)
     state = buffering.State()

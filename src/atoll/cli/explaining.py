@@ -54,6 +54,9 @@ def _explained(view: View) -> str:
             told = f"{_names(late)} did not deliver yet." if late else "whoever was asked has delivered."
             if view.buffer is not None and not view.evaluating:
                 there = f"step {view.round} has {view.buffer.waiting} of {view.buffer.size} updates"
+                ready = sum(s.standing == "ready" for s in view.sites)
+                if not late and ready < view.buffer.size:  # a site has one update in a step
+                    told += f" A step is made of as many sites, and {ready} of {view.buffer.size} are ready."
                 oldest = max(view.sites, key=lambda s: s.behind or 0, default=None)
                 if oldest is not None and oldest.behind:
                     told += f" {oldest.name} works on a model that is {oldest.behind} steps old."
