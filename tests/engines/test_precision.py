@@ -117,6 +117,19 @@ def test_every_way_to_step_takes_rounded_products(algorithm: Algorithm) -> None:
     assert not torch.equal(full, found)
 
 
+@pytest.mark.parametrize("name", ["dropout", "layer norm"])
+def test_a_model_in_bfloat16_stays_in_it_throughout(name: str) -> None:
+    kind, low = MODELS[name], torch.bfloat16
+    found: list[Tensor] = []
+    for engine in (Loop(), Vectorized()):
+        process = Process(kind.model(low), fedavg(local_sgd(0.05, epochs=1, batch_size=4)), engine=engine)
+        state, _ = train(process, kind.data(SIZES, low), 1, None)
+        found.append(process.vector(state))
+    assert found[0].dtype == found[1].dtype == low
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0.02)
+    assert "form on rows" in process.engine.describe()["reason"]
+
+
 def test_workers_give_the_same_bits() -> None:
     kind = MODELS["perceptron"]
     _, expected = trained(kind, Vectorized(tile=2))

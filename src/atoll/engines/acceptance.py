@@ -136,7 +136,7 @@ def accept_rounded(model: Model, traits: Traits) -> None:
         with torch.enable_grad(), KeyedDropout(Draw(0, "acceptance", 0, np.zeros(1, np.uint64), np.zeros(1, np.int64))):
             with products(sample["y"].device, mixed=True):
                 output = model.call(leaves, held, sample, train=True)
-            loss = model.loss.mean(widened(output), sample["y"])
+            loss = model.loss.mean(widened(output, mixed=True), sample["y"])
             gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
     except Exception as error:
         raise InvalidArgument(

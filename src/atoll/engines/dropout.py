@@ -47,7 +47,7 @@ class Draw:
             shape: of one row's input [b, ...].
             p: probability of a 0.
             spatial: axes of one example that share a draw; None: none.
-            like: for dtype and device.
+            like: for dtype, which is single precision at least, and device.
         """
         drawn_shape = tuple(shape) if spatial is None else (*shape[:-spatial], *(1,) * spatial)
         purpose = random.key(self.seed, "dropout", self.purpose, self.round, self.calls)
@@ -85,7 +85,7 @@ class KeyedDropout(TorchFunctionMode):
             return input
         masks = self.draw.masks(input.shape, p, spatial, input)
         own = masks[0] if self.row is None else masks.index_select(0, self.row.view(1)).squeeze(0)
-        return input.mul_(own) if inplace else input * own
+        return input.mul_(own) if inplace else (input * own).to(input.dtype)
 
 
 class SeededDraws:

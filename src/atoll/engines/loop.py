@@ -287,7 +287,7 @@ class _Client(Cohort):
         buffers = self.model.buffer_layout.view(held) | counters
         with self._keyed(purpose, step, key), products(leaf.device, mixed=mixed):
             output = self.model.call(self.model.layout.view(leaf), buffers, batch, train=True)
-        return self.model.loss.mean(widened(output), batch["y"])
+        return self.model.loss.mean(widened(output, mixed=mixed), batch["y"])
 
     def _with_term(
         self, leaf: Tensor, held: Tensor, counters: dict[str, Tensor], batch: Batch, purpose: str, step: int, term: Term
@@ -296,8 +296,8 @@ class _Client(Cohort):
         buffers = self.model.buffer_layout.view(held) | counters
         with self._keyed(purpose, step), products(leaf.device, mixed=self._mixed):
             output, features = self.model.call_with_features(self.model.layout.view(leaf), buffers, batch, train=True)
-        more = term.loss(widened(features), *(t[0] for t in term.given)).mean()
-        return self.model.loss.mean(widened(output), batch["y"]), more
+        more = term.loss(widened(features, mixed=self._mixed), *(t[0] for t in term.given)).mean()
+        return self.model.loss.mean(widened(output, mixed=self._mixed), batch["y"]), more
 
     def _keyed(self, purpose: str, step: int, key: NDArray[np.uint64] | None = None) -> ExitStack:
         """What makes the random numbers a forward draws those of this client, or key, and step."""

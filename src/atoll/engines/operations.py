@@ -385,12 +385,12 @@ class Dropout(Operation):
         assert run.draw is not None, "dropout without a draw"
         mask = run.draw.masks(x.shape[1:], self._p, self._spatial, x)
         run.saved[self.number] = mask
-        run.values[self.out] = x * mask
+        run.values[self.out] = (x * mask).to(x.dtype)
 
     def backward(self, run: Run) -> None:
         gradient = run.gradients[self.out]
         if gradient is not None:
-            run.give(self._x, gradient * run.saved[self.number])
+            run.give(self._x, (gradient * run.saved[self.number]).to(gradient.dtype))
 
 
 class Embedding(Operation):
@@ -429,7 +429,7 @@ class LayerNorm(Operation):
         self._x, self._shape, self._eps, self._weight, self._bias = x, list(shape), eps, weight, bias
 
     def forward(self, run: Run) -> None:
-        x = widened(run.values[self._x.number])
+        x = widened(run.values[self._x.number], mixed=run.mixed)
         normal, mean, scale = aten.native_layer_norm(x, self._shape, None, None, self._eps)
         run.saved[self.number] = (normal, mean, scale)
         out = normal
@@ -443,7 +443,7 @@ class LayerNorm(Operation):
         gradient = run.gradients[self.out]
         if gradient is None:
             return
-        x = widened(run.values[self._x.number])
+        x = widened(run.values[self._x.number], mixed=run.mixed)
         normal, mean, scale = run.saved[self.number]
         over = tuple(range(1, x.ndim - len(self._shape)))
         if run.needs(self._x):

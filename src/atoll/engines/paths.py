@@ -39,12 +39,12 @@ def written(
 ) -> Tensor:
     """Mean losses [C] of rows on their batches; gradients go to the sink. A term's `given` are [C, b, ...] each."""
     output, run = program.forward(parts, held, batch, draw=draw, trained=trained, mixed=mixed)
-    found, slope = slopes(model.loss, widened(output), batch["y"])
+    found, slope = slopes(model.loss, widened(output, mixed=mixed), batch["y"])
     more = None
     if term is not None:
         assert program.features is not None
         with torch.enable_grad():
-            features = widened(cast(Tensor, run.values[program.features])).detach().requires_grad_()
+            features = widened(cast(Tensor, run.values[program.features]), mixed=mixed).detach().requires_grad_()
             given = (cast(Tensor, t).flatten(0, 1) for t in term.given)
             total = term.loss(features.flatten(0, 1), *given).sum() / features.shape[1]
             (more,) = torch.autograd.grad(total, features)
@@ -74,8 +74,8 @@ def with_term(
         with torch.enable_grad(), _keyed(one, seeded=seeded):
             with products(leaves[0].device, mixed=mixed):
                 output, features = model.call_with_features(named(model, leaves), own, inputs, train=True)
-            loss = model.loss.mean(widened(output), inputs["y"])
-            whole = loss + term.loss(widened(features), *(t[i] for t in term.given)).mean()
+            loss = model.loss.mean(widened(output, mixed=mixed), inputs["y"])
+            whole = loss + term.loss(widened(features, mixed=mixed), *(t[i] for t in term.given)).mean()
             losses.append(loss.detach())
             if numbers and whole.requires_grad:
                 found.append(torch.autograd.grad(whole, [leaves[k] for k in numbers], materialize_grads=True))
@@ -102,7 +102,7 @@ def by_autograd(
         leaves = {n: t.detach().requires_grad_(sink.wants(i)) for i, (n, t) in enumerate(named(model, parts).items())}
         with products(batch["y"].device, mixed=mixed):
             output = forward(model, leaves, held, batch, draw, batched=batched, seeded=seeded)
-        found = means(model.loss, widened(output), batch["y"])
+        found = means(model.loss, widened(output, mixed=mixed), batch["y"])
         wanted = [t for t in leaves.values() if t.requires_grad]
         if not wanted or not found.requires_grad:
             return found.detach()

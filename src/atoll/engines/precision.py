@@ -30,6 +30,6 @@ def products(device: torch.device, *, mixed: bool) -> AbstractContextManager[obj
     return torch.autocast(device.type, dtype=LOW, cache_enabled=False)
 
 
-def widened(output: Tensor) -> Tensor:
-    """A model's output in single precision at least, as losses take it."""
-    return output.float() if output.dtype == LOW else output
+def widened(output: Tensor, *, mixed: bool) -> Tensor:
+    """A model's output in single precision, as losses take it under mixed precision."""
+    return output.float() if mixed and output.dtype == LOW else output

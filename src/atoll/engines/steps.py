@@ -19,7 +19,7 @@ from torch import Tensor
 from atoll.engines.arena import Arena
 from atoll.engines.blocks import Blocks, Part
 from atoll.engines.factors import Factors
-from atoll.engines.precision import LOW, widened
+from atoll.engines.precision import LOW
 from atoll.engines.schedule import Members
 from atoll.errors import invalid
 from atoll.local import CLIP_EPS, Plan
@@ -43,7 +43,7 @@ class Sink(ABC):
 
     def sum(self, number: int, values: Tensor) -> None:
         """The gradient [k, m] is the sum of values [k, n, m] over examples and their positions."""
-        self.add(number, widened(values).sum(dim=1))
+        self.add(number, values.sum(dim=1))
 
     @abstractmethod
     def scatter(self, number: int, places: Tensor, values: Tensor) -> None:
