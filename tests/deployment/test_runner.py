@@ -119,3 +119,14 @@ def test_an_authors_metrics_fill_no_message() -> None:
     assert len(msgspec.json.encode(shown)) < 2**15 and len(shown.metrics) == 1, "names that begin alike are one"
     few = {f"class {n}": 0.5 for n in range(5000)}
     assert len(runner._shown(Record(1, 3, {"loss": 0.5}, test=few)).metrics) == runner.SHOWN
+
+
+@pytest.mark.parametrize("content", [None, b"raise SystemExit('ran what nobody submitted')"])
+def test_an_app_file_that_was_not_submitted_is_not_run(tmp_path: Path, content: bytes | None) -> None:
+    app = tmp_path / "objects" / "x"
+    app.parent.mkdir()
+    if content is not None:
+        app.write_bytes(content)
+    with pytest.raises(RunError, match="gone, or not the app file that was submitted"):
+        runner._readable(tmp_path, app, "0" * 64)
+    assert not (tmp_path / "app.py").exists()

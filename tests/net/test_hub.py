@@ -1,6 +1,7 @@
 """What a server does with its runs, whatever their processes and its disk do."""
 
 import asyncio
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,13 @@ from typing import Any
 import pytest
 
 from atoll.deployment import runner
-from atoll.errors import InvalidArgument
+from atoll.errors import InvalidArgument, RunError
 from atoll.net import children, control, coordinator, hub
 from atoll.net.calls import Charter, Spent
 from atoll.net.children import Happen, HostCall, Place, Summary, Told
 from atoll.net.enrolment import Member
 from atoll.net.hub import Hub, Run
+from atoll.net.shelves import Shelves
 from atoll.net.state import State
 from atoll.net.storage import Disk, state_of
 
@@ -185,6 +187,25 @@ def test_a_run_that_could_not_be_kept_never_began(tmp_path: Path, monkeypatch: p
     full[0] = False
     asyncio.run(made._submit("admin", charter, "code"))
     assert list(made.runs) == ["r"] and list(made.state.documents("charter")) == ["r"]
+
+
+def test_the_store_is_swept_of_a_run_that_never_began_before_its_name_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = list[bool]()
+
+    async def load(self: Run) -> None:
+        raise RunError("the experiment cannot be loaded")
+
+    def sweep(self: Shelves, run: str, enduring: Sequence[str] = ()) -> None:
+        there.append((tmp_path / "runs" / run).exists())
+
+    monkeypatch.setattr(Run, "load", load)
+    monkeypatch.setattr(Shelves, "sweep", sweep)
+    made = Hub(tmp_path, "f" * 64, "localhost:1", None, Shelves(f"file://{tmp_path}/store", "f" * 64))
+    with pytest.raises(RunError, match="cannot be loaded"):
+        asyncio.run(made._submit("admin", Charter("r", control.content_hash(b"code"), {}, least=1), "code"))
+    assert there == [True, True] and not (tmp_path / "runs" / "r").exists()
 
 
 def test_a_run_whose_folder_is_gone_says_so_and_can_be_stopped(tmp_path: Path) -> None:

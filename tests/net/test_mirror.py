@@ -117,6 +117,46 @@ def test_a_full_store_is_told_of_and_the_file_stays_where_it_was(tmp_path: Path)
     assert files.trouble == "" and files.read("spool/00000000/abc") == b"an update"
 
 
+def test_whoever_takes_the_journal_has_what_was_kept_until_then(tmp_path: Path) -> None:
+    store = Faulty(0)
+    before = Mirror(Disk(tmp_path / "a"), store)
+    write_durably(before, "models/1", b"first")
+    after = Mirror(Disk(tmp_path / "b"), store)  # waits for the one before it to let go
+    write_durably(before, "models/1", b"second")
+    write_durably(before, "spool/00000000/abc", b"acknowledged")
+    after.journal("journal")
+    assert after.read("spool/00000000/abc") == b"acknowledged" and after.read("models/1") == b"second"
+
+
+def test_two_that_began_at_once_draw_numbers_of_their_own(tmp_path: Path) -> None:
+    store = Faulty(0)
+    one, two = (Mirror(Disk(tmp_path / name), store) for name in "ab")
+    one.journal("journal")
+    two.journal("journal")
+    write_durably(two, "agreed", b"by the one that writes now")
+    write_durably(one, "agreed", b"by one that was overtaken and does not know")
+    assert Mirror(Disk(tmp_path / "c"), store).read("agreed") == b"by the one that writes now"
+
+
+def test_a_disk_that_refuses_a_name_does_not_pass_off_what_it_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk, store = Disk(tmp_path), Faulty(0)
+    files = Mirror(disk, store)
+    write_durably(files, "agreed", b"first")
+    files.write("agreed.part", b"other")
+    files.sync("agreed.part")
+
+    def refuse(source: str, target: str) -> None:
+        raise OSError(5, "the disk refuses")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(disk, "rename", refuse)
+        with pytest.raises(OSError, match="the disk refuses"):
+            files.rename("agreed.part", "agreed")
+    assert files.read("agreed") == Mirror(Disk(tmp_path / "b"), store).read("agreed")
+
+
 def served(store: Faulty, lose: Callable[[], bool]) -> Callable[..., Service]:
     """A server over a store, whose disk may be another at every start."""
 

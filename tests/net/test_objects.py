@@ -165,6 +165,20 @@ def test_a_process_of_a_run_is_told_how_the_store_is_reached(monkeypatch: pytest
     assert environment()["AWS_PROFILE"] == "x" and "SOMETHING_ELSE" not in environment()
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "x" * 270 + f" https://user:a-secret-{'y' * 40}@host/",
+        "cannot reach https://user:with@a-secret@host/x",
+        "https://host/x?sv=1&sig=a-secret refuses",
+    ],
+)
+def test_an_error_tells_no_credentials(said: str) -> None:
+    with pytest.raises(OSError, match="the object store s3://bucket: ") as refusal, objects.refusals("s3://bucket"):
+        raise ValueError(said)
+    assert "a-sec" not in str(refusal.value)
+
+
 @pytest.fixture
 def refusing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, str], None]]:
     """Something that answers every request of S3 with one error; or, with 0, never."""

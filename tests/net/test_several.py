@@ -3,9 +3,10 @@
 import asyncio
 import fcntl
 import socket
+import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager, closing
+from contextlib import asynccontextmanager, closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,31 @@ async def sent(found: House, home: Home, client: Client, body: bytes, which: int
         return await http.send(request)
 
 
+def test_a_connection_that_a_server_took_while_it_led_is_not_answered_afterwards(
+    tmp_path: Path, postgresql: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(several, "LOOK", 0.05)
+
+    async def live() -> None:
+        async with house(tmp_path, postgresql) as found:
+            before, slow = found.leader, ssl.create_default_context()
+            slow.check_hostname, slow.verify_mode = False, ssl.CERT_NONE
+            reader, writer = await asyncio.open_connection("127.0.0.1", found.ports[before])
+            await asyncio.sleep(0.2)  # taken, and it says nothing yet
+            epoch = found.ones[before]._lead.token
+            found.ones[before]._lead.cut()
+            await until(lambda: found.leader >= 0 and found.ones[before]._lead.token != epoch)
+            heard = b""
+            with suppress(OSError, asyncio.IncompleteReadError):
+                await writer.start_tls(slow)
+                writer.write(b"GET /v1/authority HTTP/1.1\r\nhost: x\r\n\r\n")
+                heard = await reader.read(100)
+            writer.close()
+            assert heard == b""
+
+    run(live())
+
+
 class Plain:
     def __init__(self, request: httpx.Request) -> None:
         self.method, self.url, self.headers = request.method, str(request.url), request.headers
@@ -323,7 +349,7 @@ def alone(folder: Path, database: str) -> None:
 
 
 def test_a_connection_is_told_where_it_came_from_by_servers_of_the_key_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "x").mkdir()
     own, strange = key_at(tmp_path / "key", make=True), key_at(tmp_path / "x" / "key", make=True)
@@ -355,7 +381,10 @@ def test_a_connection_is_told_where_it_came_from_by_servers_of_the_key_alone(
             heard, port = await said(front)
             assert heard == b"WORD" and places == [("127.0.0.1", port)]
             now = strange
-            assert (await said(front))[0] == b"" and len(places) == 1
+            for _ in range(2):
+                assert (await said(front))[0] == b"" and len(places) == 1
+            told = [m for m in caplog.messages if "not a server of this key" in m]
+            assert len(told) == 1, "a stranger fills no log"
             for task in [*taking, *tasks]:
                 task.cancel()
             await asyncio.gather(*taking, *tasks, return_exceptions=True)

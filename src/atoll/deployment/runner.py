@@ -11,6 +11,7 @@ to the network; when it dies, a new one goes on where the run's journal ends. In
     survey/, spread/            what sites answered about their tables
 """
 
+import hashlib
 import math
 import sys
 import time
@@ -99,13 +100,12 @@ class Runner:
         if host.objects:
             self._files = Mirror(self._files, store(host.objects))
             self._files.size(f"objects/{host.charter.code}")  # it comes from the store where the folder has lost it
-        experiment = experiment_of(_readable(self.folder, app), host.charter.settings)
+        experiment = experiment_of(_readable(self.folder, app, host.charter.code), host.charter.settings)
         self.process: Process = process_of(experiment, "loop")
         self.experiment, self.identity = experiment, identity_of(self.process)
         self.plan = plan_of(experiment, self.process, host.charter)
         self.largest = max(_largest(self.process), evaluating.LARGEST if self.plan.evaluate else 0)
-        table = experiment.data
-        self.agreement = Agreement(table, self.plan.least, self._files) if isinstance(table, Table) else None
+        table, files = experiment.data, self._files
         # What was released is never forgotten, not by a machine without power either.
         durability = host.durability if self.process.chain.noise is None else "power"
         self._last, self._entered = time.monotonic(), 0
@@ -131,6 +131,8 @@ class Runner:
             )  # fmt: skip
         else:
             self.service = Service(self.process, self.plan, self._files, **more)
+        # Behind the journal: from there on nobody else writes in these files.
+        self.agreement = Agreement(table, self.plan.least, files) if isinstance(table, Table) else None
         state.put("plan", host.charter.run, msgspec.json.encode(self.plan))  # by which `atoll trace` reads the journal
         self._begin()
         self.process.model.forget()  # what is trained is in the service's state; nothing is computed with it here
@@ -439,10 +441,18 @@ def _largest(process: Process) -> int:
     return frame if process.chain.facts.fixed_size else 4 * (frame + 8 * process.length) + 2**20
 
 
-def _readable(folder: Path, app: Path) -> Path:
-    """The app file under a name that Python imports and tracebacks show."""
+def _readable(folder: Path, app: Path, sha256: str) -> Path:
+    """The app file under a name that Python imports and tracebacks show.
+
+    Raises:
+        RunError: it is gone, or not the one that was submitted: whoever can write where it is kept runs nothing here.
+    """
     named = folder / "app.py"
-    content = app.read_bytes()
+    content = app.read_bytes() if app.exists() else b""
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise RunError(
+            f"{app} is gone, or not the app file that was submitted: restore it from a backup, or stop the run."
+        )
     if not named.exists() or named.read_bytes() != content:
         write_durably(Disk(folder), "app.py", content)
     return named

@@ -39,7 +39,7 @@ ENDING = 5.0
 CONNECTIONS = 8192
 """Connections that are handed over at a time."""
 OFTEN = 60.0
-"""Seconds in which it is written down once that connections cannot be handed over."""
+"""Seconds in which it is written down once that connections cannot be handed over, or that a stranger tried to."""
 UNKNOWN = 1024
 """Connections at a time that have not shown yet that they come from a server."""
 
@@ -152,7 +152,7 @@ class Answers:
 
     def __init__(self, key: Ed25519PublicKey) -> None:
         self.take: Callable[[socket.socket, tuple[str, int]], Coroutine[Any, Any, None]] | None = None
-        self._key, self._unknown = key, 0
+        self._key, self._unknown, self._said = key, 0, -OFTEN
 
     async def greeted(self, line: socket.socket, where: Any) -> None:
         """Take a connection, if a server of our key hands it over."""
@@ -180,7 +180,9 @@ class Answers:
         try:
             self._key.verify(said[PLACE:], LABEL + drawn + place)
         except InvalidSignature:
-            log.warning("what wanted to hand a connection over is not a server of this key")
+            if time.monotonic() - self._said > OFTEN:  # strangers fill no log
+                self._said = time.monotonic()
+                log.warning("what wanted to hand a connection over is not a server of this key")
             return None
         return place
 

@@ -837,12 +837,12 @@ class Hub:
             self.state.put("charter", charter.run, msgspec.json.encode(charter))
         except (RunError, OSError):
             await run.close()
+            if self.shelves is not None:  # while the folder keeps others from the name
+                with suppress(OSError):  # else whoever takes the name next
+                    await asyncio.to_thread(self.shelves.sweep, charter.run, ())
             _remove(folder)
             with suppress(OSError):
                 self.state.forget(scope(charter.run))
-            if self.shelves is not None:
-                with suppress(OSError):  # else whoever takes the name next
-                    await asyncio.to_thread(self.shelves.sweep, charter.run, ())
             raise
         self.runs[charter.run] = run
         run.keep()

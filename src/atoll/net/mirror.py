@@ -16,7 +16,7 @@ that are of no use any more go with their path.
 import hashlib
 import re
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 from atoll.net.buffers import Buffer
@@ -77,12 +77,19 @@ class Mirror:
         self.disk, self._store, self._part, self.trouble = disk, store, part, ""
         self._kept, self._names = dict[str, Kept](), dict[str, set[str]]()
         self._synced, self._sound = set[str](), set[str]()
-        for path, found in read(store.names()).items():
-            self._names[path] = set(found.names)
-            if found.whole:
-                self._kept[path] = max(found.whole)
-        highest = max((_number(n) for names in self._names.values() for n in names), default=0)
-        self._number, self._alive = ((highest >> LIFE) + 1) << LIFE, False
+        self._number, self._alive = 0, False
+        self._look()
+
+    def _look(self) -> None:
+        """Learn what is in the store."""
+        there = read(self._store.names())
+        for path, found in there.items():
+            self._names.setdefault(path, set()).update(found.names)
+        self._kept = {path: max(found.whole) for path, found in there.items() if found.whole}
+        self._sound.clear()
+        if not self._alive:
+            highest = max((_number(n) for names in self._names.values() for n in names), default=0)
+            self._number = ((highest >> LIFE) + 1) << LIFE
 
     # --- what is kept -------------------------------------------------------------------------------------------------
 
@@ -98,7 +105,7 @@ class Mirror:
         if source in self._synced or target in self._kept:
             self._keep(source, target)
         self._synced.discard(source)
-        self._sound.discard(source)
+        self._sound -= {source, target}  # what the disk has there is another file if it refuses now
         self.disk.rename(source, target)
         if target in self._kept:
             self._sound.add(target)
@@ -270,8 +277,20 @@ class Mirror:
         return self.disk.matrix(rows, columns, dtype)
 
     def journal(self, name: str) -> Journal:
-        """A journal, which is in the state and not among the files."""
-        return self.disk.journal(name)
+        """A journal, which is in the state and not among the files.
+
+        Whoever wrote it before kept files until it let go: what is in the store is looked at again, and numbers are
+        drawn, by the one that writes now.
+        """
+        made = self.disk.journal(name)
+        try:
+            self._look()
+        except BaseException:
+            made.close()
+            raise
+        with suppress(OSError):  # else with the first file
+            self._live()
+        return made
 
 
 class Found(NamedTuple):

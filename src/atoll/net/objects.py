@@ -267,6 +267,6 @@ def refusals(where: str) -> Generator[None]:
     except (FileNotFoundError, ImportError):
         raise
     except Exception as error:  # each library has errors of its own
-        said = " ".join(str(error).split())[:300] or type(error).__name__
-        said = re.sub(r"//[^/@\s]*@", "//", said)
+        said = re.sub(r"//\S*@", "//", " ".join(str(error).split()))
+        said = re.sub(r"(//[^\s?]*)\?\S*", r"\1", said)[:300] or type(error).__name__  # signatures stand in queries
         raise OSError(errno.EIO, f"the object store {where}: {said}") from None

@@ -120,6 +120,7 @@ class Door:
         self._written: dict[str, float] = {}
         self.trusted: set[tuple[str, int]] = set()
         self.failed: RunError | None = None
+        self.shut = False
         inner = Starlette(
             routes=[
                 Route("/v1/authority", self._own, methods=["GET"]),
@@ -148,6 +149,7 @@ class Door:
         try:
             yield
         finally:
+            self.shut = True
             if told is not None:
                 told.shutdown()
                 told.server_close()
@@ -454,6 +456,8 @@ def guarded(door: Door) -> type[H11Protocol]:
             waiting = strangers[self._host] - sum(host == self._host for host, _ in door.trusted)
             if waiting > STRANGERS and not door.hub.proxied:  # all connections are the proxy's, strangers' and members'
                 transport.close()
+            if door.shut:  # its TLS took longer than this server led
+                transport.abort()
             self._wait()
 
         def connection_lost(self, exc: Exception | None) -> None:
