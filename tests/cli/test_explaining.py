@@ -81,3 +81,10 @@ def test_the_first_cause_is_told(given: View, said: str) -> None:
 def test_many_sites_are_counted() -> None:
     many = [site(f"s{i}", "denied") for i in range(8)]
     assert "s0, s1, s2, s3, s4 and 3 more: the owner refused" in explained(view("gathering", *many))
+
+
+def test_a_store_that_refuses_is_told_of_while_the_run_is_at_work() -> None:
+    said = "the object store s3://bucket/prefix: Access Denied"
+    told = explained(view("collecting", site("s0", doing="asked"), reason=said))
+    assert "waits for updates" in told
+    assert told.endswith(f"The server cannot keep what comes: {said}. It tries again by itself.")

@@ -20,6 +20,7 @@ class Faulty:
         self.late: list[tuple[str, bytes]] = []
         self.rng, self.harm, self.crash = random.Random(f"store {seed}"), harm, crash
         self.written: dict[str, bytes] = {}
+        self.sound = 0  # answers since the last that was damaged
 
     def put(self, name: str, content: bytes | memoryview) -> None:
         whole = bytes(content)
@@ -42,7 +43,10 @@ class Faulty:
         if self._wrong():
             if self.rng.random() < 0.5:
                 raise OSError(5, "the object store does not answer")
-            return bytes(len(self.there[name]))[:limit]
+            if self.sound > 20:  # so seldom that whoever asks again has it: for good it is another fault
+                self.sound = 0
+                return bytes(len(self.there[name]))[:limit]
+        self.sound += 1
         if name not in self.there:
             raise FileNotFoundError(name)
         return self.there[name][:limit]

@@ -53,7 +53,7 @@ def how(plan: Plan) -> Buffered:
 
 def world(plan: Plan, seed: int, faults: Sequence[Fault], **more: Any) -> World:
     process, training, _ = tallied(plan.rounds, SITES)
-    service: Callable[..., Any] = partial(Watched, schedule=how(plan))
+    service: Callable[..., Any] = more.pop("service", None) or partial(Watched, schedule=how(plan))
     return World(process, plan, training, seed=seed, faults=faults, service=service, **more)
 
 
