@@ -6,11 +6,8 @@ or combining an update needs nothing of the model it was computed from, since no
 (`asynchronous.check`).
 """
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
-
-from torch import Tensor
+from typing import Any, NamedTuple
 
 from atoll.asynchronous import check
 from atoll.collecting import Collected
@@ -18,13 +15,10 @@ from atoll.errors import CompositionError, RunError
 from atoll.messages import Task
 from atoll.net import buffering, evaluating
 from atoll.net import coordinator as core
-from atoll.net.admission import Finding, Rules, examine
+from atoll.net.admission import Finding, examine
 from atoll.net.buffering import Plan
 from atoll.net.control import Deliver, Stamp, Value, Work, content_hash
-from atoll.net.evaluating import Said
-from atoll.net.frames import Limits
 from atoll.net.packing import pack_task, report_schema, unpack_state
-from atoll.net.reading import BLOCK
 from atoll.net.service import Service, Told, model_path, task_path
 from atoll.net.spool import reduce
 from atoll.net.storage import Content, FileSystem, write_whole
@@ -62,22 +56,7 @@ class BufferedService(Service):
     plan: Plan
     state: buffering.State  # pyright: ignore[reportIncompatibleVariableOverride]
 
-    def __init__(
-        self,
-        process: Process,
-        plan: Plan,
-        files: FileSystem,
-        *,
-        schedule: Buffered,
-        now: float,
-        rules: Rules | None = None,
-        limits: Limits | None = None,
-        block: int = BLOCK,
-        initial: Tensor | None = None,
-        closed: Callable[[int, Collected], None] | None = None,
-        evaluated: Callable[[int, Said], None] | None = None,
-        notice: Callable[[str], None] | None = None,
-    ) -> None:
+    def __init__(self, process: Process, plan: Plan, files: FileSystem, *, schedule: Buffered, **more: Any) -> None:
         check(process)
         if (plan.size, plan.concurrency, plan.limit) != (schedule.size, schedule.concurrency, schedule.limit):
             raise CompositionError("the plan is not of this schedule.")
@@ -85,10 +64,7 @@ class BufferedService(Service):
         self._models: dict[Stamp, Given] = {}
         self.staleness: list[int] = []
         self.taken: tuple[str, ...] = ()
-        super().__init__(
-            process, plan, files, now=now, rules=rules, limits=limits, block=block, initial=initial, closed=closed,
-            evaluated=evaluated, notice=notice,
-        )  # fmt: skip
+        super().__init__(process, plan, files, **more)
 
     # --- another machine ----------------------------------------------------------------------------------------------
 
@@ -97,9 +73,6 @@ class BufferedService(Service):
 
     def _replayed(self, entries: list[core.Entry]) -> buffering.State:
         return buffering.replay(self.plan, entries)
-
-    def _round(self, site: str) -> int:
-        return self.state.told(site)
 
     def _awaited(self, effect: core.Open | core.Close | core.Reduce) -> bool:
         state, poll = self.state, self.state.poll

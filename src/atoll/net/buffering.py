@@ -37,20 +37,31 @@ from atoll import sampling
 from atoll.errors import invalid
 from atoll.net import coordinator as core
 from atoll.net.control import (
-    Abstain,
     Cause,
-    Decline,
     Deliver,
     Ended,
     Received,
     Refused,
-    Say,
     Stamp,
     Wait,
     named_well,
     plain,
 )
-from atoll.net.coordinator import Accepted, Alarm, Effects, Forget, Misplaced, Offer, Open, Phase, Record, Reduce, Reply
+from atoll.net.coordinator import (
+    Accepted,
+    Alarm,
+    Effects,
+    Forget,
+    Offer,
+    Open,
+    Phase,
+    Reduce,
+    Reply,
+    identified,
+    misplaced,
+    recorded,
+    refuse,
+)
 from atoll.random import numpy_generator
 
 TRY = 1
@@ -220,13 +231,6 @@ def replay(plan: Plan, entries: Iterable[core.Entry]) -> State:
 # --- parts of handlers ------------------------------------------------------------------------------------------------
 
 
-def _recorded(
-    before: State, after: State, event: Any, now: float, then: Effects = (), *, first: Effects = ()
-) -> Handled:
-    entry = core.Entry(before.number, now, event)
-    return replace(after, number=before.number + 1, now=now), (*first, Record(entry), *then)
-
-
 def _on(plan: Plan, state: State, now: float) -> Handled:
     """Whatever its time has come for."""
     then: Effects = ()
@@ -379,32 +383,8 @@ def _again(plan: Plan, state: State, now: float) -> Handled:
     return state, then
 
 
-def _refusal(
-    plan: Plan, state: State, site: str, claim: Deliver | Decline | Say | Abstain, cause: Cause, detail: str
-) -> Reply:
-    known = state.sites.get(site)
-    counted = None if known is None else known.counted
-    answer = Refused(plan.run, claim.round, claim.attempt, cause, plain(detail), state.told(site), counted)
-    return Reply(site, answer)
-
-
 def _waits(plan: Plan, state: State, site: str) -> Reply:
     return Reply(site, Wait(plan.run, state.told(site), state.sites[site].counted))
-
-
-def _identified(plan: Plan, state: State, site: str, claim: Deliver | Decline) -> Effects:
-    """Why a message is refused before its content matters; nothing when it is not."""
-    known = state.sites.get(site)
-    if known is None:
-        return (_refusal(plan, state, site, claim, "unknown site", ""),)
-    if known.status == "revoked":
-        return (_refusal(plan, state, site, claim, "revoked", ""),)
-    if claim.site != site:
-        refusal = _refusal(plan, state, site, claim, "identity", "the message claims to be another site's.")
-        return Alarm(site, f"sent a message that claims to be {claim.site}'s"), refusal
-    if claim.run != plan.run:
-        return (_refusal(plan, state, site, claim, "run", f"this is the run {plan.run}."),)
-    return ()
 
 
 def _known(plan: Plan, state: State, site: str, claim: Deliver) -> Effects:
@@ -421,27 +401,23 @@ def _known(plan: Plan, state: State, site: str, claim: Deliver) -> Effects:
         return ()
     if there[stamp] == claim.sha256:
         return (Reply(site, Received(plan.run, claim.round, claim.attempt, past.counted)),)
-    refusal = _refusal(plan, state, site, claim, "conflict", "another update of this site and task was accepted.")
+    refusal = refuse(plan, state, site, claim, "conflict", "another update of this site and task was accepted.")
     return Alarm(site, "sent two different updates for the same task"), refusal
 
 
 # --- handlers ---------------------------------------------------------------------------------------------------------
 
 
-def _misplaced(plan: Plan, state: State, event: Any, now: float) -> Handled:
-    return state, (Misplaced(type(event).__name__, state.phase),)
-
-
 def _started(plan: Plan, state: State, event: core.Started, now: float) -> Handled:
     if state.model:
-        return _misplaced(plan, state, event, now)
+        return misplaced(plan, state, event, now)
     after, then = _on(plan, replace(state, model=event.model, experiment=event.experiment), now)
-    return _recorded(state, after, event, now, then)
+    return recorded(state, after, event, now, then)
 
 
 def _restarted(plan: Plan, state: State, event: core.Restarted, now: float) -> Handled:
     after, then = _again(plan, state, now)
-    return _recorded(state, after, event, now, then)
+    return recorded(state, after, event, now, then)
 
 
 def _member(
@@ -475,7 +451,7 @@ def _member(
         fixed = list(after.accepted)[: after.taken]
         after = replace(after, accepted={s: a for s, a in after.accepted.items() if s in fixed or s != event.site})
     after, then = _on(plan, after, now)
-    return _recorded(state, after, event, now, then)
+    return recorded(state, after, event, now, then)
 
 
 _GONE: dict[type, Any] = {core.Left: "left", core.SitePaused: "paused", core.Revoked: "revoked"}
@@ -485,15 +461,15 @@ def _opened(plan: Plan, state: State, event: core.Opened, now: float) -> Handled
     poll = state.poll
     if event.attempt == 0:
         if poll is None or poll.round != event.round or poll.base or state.phase is Phase.PAUSED:
-            return _misplaced(plan, state, event, now)
+            return misplaced(plan, state, event, now)
         after = replace(state, poll=replace(poll, base=event.base, deadline=now + plan.patience))
     elif state.phase is Phase.OPENING and (event.round, event.attempt) == (state.round, TRY):
         models = {**state.models, state.round: Model(event.base, state.population)}
         after = replace(state, phase=Phase.COLLECTING, base=event.base, models=models)
     else:
-        return _misplaced(plan, state, event, now)
+        return misplaced(plan, state, event, now)
     after, then = _on(plan, after, now)
-    return _recorded(state, after, event, now, then)
+    return recorded(state, after, event, now, then)
 
 
 def _asked(plan: Plan, state: State, event: core.Asked, now: float) -> Handled:
@@ -511,12 +487,12 @@ def _asked(plan: Plan, state: State, event: core.Asked, now: float) -> Handled:
 
 def _submitted(plan: Plan, state: State, event: core.Submitted, now: float) -> Handled:
     site, claim, finding = event.site, event.claim, event.finding
-    early = _identified(plan, state, site, claim) or _known(plan, state, site, claim)
+    early = identified(plan, state, site, claim) or _known(plan, state, site, claim)
     if early:
         return state, early
 
     def refused(cause: Cause, detail: str) -> Handled:
-        return state, (_refusal(plan, state, site, claim, cause, detail),)
+        return state, (refuse(plan, state, site, claim, cause, detail),)
 
     if state.task(site) != (claim.round, claim.attempt):
         why = None if state.poll is None or claim.attempt else state.poll.out.get(site)
@@ -532,21 +508,21 @@ def _submitted(plan: Plan, state: State, event: core.Submitted, now: float) -> H
     if plan.limit is not None and step - claim.round > plan.limit:
         told = f"the update is {step - claim.round} steps old, more than the limit of {plan.limit}."
         after, then = _on(plan, _without(state, site), now)
-        return _recorded(state, after, event, now, (_refusal(plan, state, site, claim, "stale", told), *then))
+        return recorded(state, after, event, now, (refuse(plan, state, site, claim, "stale", told), *then))
     if claim.base != base:
         return refused("base", "the update was made from another task.")
     if finding.fault == "transport":
         return refused("transport", finding.detail)
     if finding.fault:
         after, then = _on(plan, _without(state, site, finding.detail), now)
-        refusal = _refusal(plan, state, site, claim, "content", finding.detail)
-        return _recorded(state, after, event, now, (refusal, *then))
+        refusal = refuse(plan, state, site, claim, "content", finding.detail)
+        return recorded(state, after, event, now, (refusal, *then))
     twins = [s for s, a in state.accepted.items() if a.claim.sha256 == claim.sha256]
     alarms = (Alarm(site, f"sent the very bytes of {', '.join(twins[:5])}"),) if twins else ()
     accepted = {**state.accepted, site: Accepted(claim, finding.weight, finding.norm)}
     after, then = _on(plan, replace(_without(state, site), accepted=accepted), now)
     reply = Reply(site, Received(plan.run, claim.round, claim.attempt, state.sites[site].counted))
-    return _recorded(state, after, event, now, (reply, *alarms, *then), first=(core.Store(claim),))
+    return recorded(state, after, event, now, (reply, *alarms, *then), first=(core.Store(claim),))
 
 
 def _said(plan: Plan, state: State, event: core.Submitted, now: float) -> Handled:
@@ -554,23 +530,23 @@ def _said(plan: Plan, state: State, event: core.Submitted, now: float) -> Handle
     site, claim, finding, poll = event.site, event.claim, event.finding, state.poll
     assert poll is not None
     if claim.base != poll.base:
-        return state, (_refusal(plan, state, site, claim, "base", "it is about another model."),)
+        return state, (refuse(plan, state, site, claim, "base", "it is about another model."),)
     if finding.fault == "transport":
-        return state, (_refusal(plan, state, site, claim, "transport", finding.detail),)
+        return state, (refuse(plan, state, site, claim, "transport", finding.detail),)
     if finding.fault:
         shut = replace(poll, out={**poll.out, site: finding.detail})
         after, then = _on(plan, replace(state, poll=shut), now)
-        refusal = _refusal(plan, state, site, claim, "content", finding.detail)
-        return _recorded(state, after, event, now, (refusal, *then))
+        refusal = refuse(plan, state, site, claim, "content", finding.detail)
+        return recorded(state, after, event, now, (refusal, *then))
     heard = replace(poll, said={**poll.said, site: Accepted(claim, finding.weight, finding.norm)})
     after, then = _on(plan, replace(state, poll=heard), now)
     reply = Reply(site, Received(plan.run, claim.round, claim.attempt, state.sites[site].counted))
-    return _recorded(state, after, event, now, (reply, *then), first=(core.Store(claim),))
+    return recorded(state, after, event, now, (reply, *then), first=(core.Store(claim),))
 
 
 def _declined(plan: Plan, state: State, event: core.Declined, now: float) -> Handled:
     site, claim = event.site, event.claim
-    early = _identified(plan, state, site, claim)
+    early = identified(plan, state, site, claim)
     if early:
         return state, early
     if state.task(site) != (claim.round, claim.attempt):
@@ -581,18 +557,18 @@ def _declined(plan: Plan, state: State, event: core.Declined, now: float) -> Han
         assert state.poll is not None
         changed = replace(state, poll=replace(state.poll, out={**state.poll.out, site: claim.reason}))
     after, then = _on(plan, changed, now)
-    return _recorded(state, after, event, now, (_waits(plan, changed, site), *then))
+    return recorded(state, after, event, now, (_waits(plan, changed, site), *then))
 
 
 def _spoke(plan: Plan, state: State, event: core.Spoke | core.Abstained, now: float) -> Handled:
-    return state, (_refusal(plan, state, event.site, event.claim, "turn", "there is no secure sum."),)
+    return state, (refuse(plan, state, event.site, event.claim, "turn", "there is no secure sum."),)
 
 
 def _reduced(plan: Plan, state: State, event: core.Reduced, now: float) -> Handled:
     if state.phase is not Phase.REDUCING or not state.taken or event.multiplier:
-        return _misplaced(plan, state, event, now)
+        return misplaced(plan, state, event, now)
     if (event.round, event.attempt) != (state.round, TRY):
-        return _misplaced(plan, state, event, now)
+        return misplaced(plan, state, event, now)
     sites, made = dict(state.sites), state.round + 1
     for name, update in list(state.accepted.items())[: state.taken]:
         stamp = (update.claim.round, update.claim.attempt)
@@ -612,30 +588,30 @@ def _reduced(plan: Plan, state: State, event: core.Reduced, now: float) -> Handl
             after, more = _begun(after)
             then += more
     after, more = _on(plan, after, now)
-    return _recorded(state, after, event, now, then + more)
+    return recorded(state, after, event, now, then + more)
 
 
 def _evaluated(plan: Plan, state: State, event: core.Evaluated, now: float) -> Handled:
     poll = state.poll
     if poll is None or not poll.adding or poll.round != event.round or state.phase is Phase.PAUSED:
-        return _misplaced(plan, state, event, now)
+        return misplaced(plan, state, event, now)
     after, then = _on(plan, replace(state, poll=None, evaluated=poll.round), now)
-    return _recorded(state, after, event, now, (Forget(state.round), *then))
+    return recorded(state, after, event, now, (Forget(state.round), *then))
 
 
 def _failed(plan: Plan, state: State, event: core.Failed, now: float) -> Handled:
     poll = state.poll
     if state.phase in (Phase.PAUSED, Phase.FINISHED, Phase.STOPPED):
-        return _misplaced(plan, state, event, now)
+        return misplaced(plan, state, event, now)
     if event.attempt == 0:
         if poll is None or poll.round != event.round:
-            return _misplaced(plan, state, event, now)
+            return misplaced(plan, state, event, now)
         after, then = _on(plan, replace(state, poll=None, evaluated=poll.round), now)
-        return _recorded(state, after, event, now, then)
+        return recorded(state, after, event, now, then)
     if (event.round, event.attempt) != (state.round, TRY) or state.kind != "train":
-        return _misplaced(plan, state, event, now)
+        return misplaced(plan, state, event, now)
     after = _looked(replace(state, phase=Phase.PAUSED, back=state.phase, reason=event.reason))
-    return _recorded(state, after, event, now)
+    return recorded(state, after, event, now)
 
 
 def _ticked(plan: Plan, state: State, event: core.Ticked, now: float) -> Handled:
@@ -654,21 +630,21 @@ def _ticked(plan: Plan, state: State, event: core.Ticked, now: float) -> Handled
         gone = {**poll.out, **dict.fromkeys(poll.awaited, "no answer in time")}
         after = replace(after, poll=replace(poll, out=gone))
     after, then = _on(plan, after, now)
-    return _recorded(state, after, event, now, then)
+    return recorded(state, after, event, now, then)
 
 
 def _paused(plan: Plan, state: State, event: core.Pause, now: float) -> Handled:
     if state.phase in (Phase.PAUSED, Phase.FINISHED, Phase.STOPPED):
-        return _misplaced(plan, state, event, now)
-    return _recorded(state, replace(state, phase=Phase.PAUSED, back=state.phase, reason=event.reason), event, now)
+        return misplaced(plan, state, event, now)
+    return recorded(state, replace(state, phase=Phase.PAUSED, back=state.phase, reason=event.reason), event, now)
 
 
 def _resumed(plan: Plan, state: State, event: core.Resume, now: float) -> Handled:
     if state.phase is not Phase.PAUSED:
-        return _misplaced(plan, state, event, now)
+        return misplaced(plan, state, event, now)
     back, then = _again(plan, replace(state, phase=state.back, reason="", tries=0, excluded={}), now)
     after, more = _on(plan, back, now)
-    return _recorded(state, after, event, now, (*then, *more))
+    return recorded(state, after, event, now, (*then, *more))
 
 
 def _discarded(plan: Plan, state: State, event: core.Discard, now: float) -> Handled:
@@ -676,27 +652,27 @@ def _discarded(plan: Plan, state: State, event: core.Discard, now: float) -> Han
     evaluation that is.
     """
     if state.phase is not Phase.PAUSED:
-        return _misplaced(plan, state, event, now)
+        return misplaced(plan, state, event, now)
     after = replace(state, accepted={}, taken=0, reason=event.reason)
     if state.kind == "evaluate":
         after = replace(after, poll=None, evaluated=state.round)
     elif state.back is Phase.REDUCING:
         after = replace(after, back=Phase.COLLECTING)
-    return _recorded(state, _looked(after), event, now)
+    return recorded(state, _looked(after), event, now)
 
 
 def _stopped(plan: Plan, state: State, event: core.Stop, now: float) -> Handled:
     if state.phase in (Phase.FINISHED, Phase.STOPPED):
-        return _misplaced(plan, state, event, now)
+        return misplaced(plan, state, event, now)
     after = replace(state, phase=Phase.STOPPED, accepted={}, taken=0, at_work={}, poll=None, reason=event.reason)
-    return _recorded(state, _looked(after), event, now, (Forget(state.round + 1),))
+    return recorded(state, _looked(after), event, now, (Forget(state.round + 1),))
 
 
 TABLE: dict[type, Any] = {
     core.Started: _started, core.Restarted: _restarted, core.Joined: _member, core.Left: _member,
     core.SitePaused: _member, core.Revoked: _member, core.Opened: _opened, core.Asked: _asked,
     core.Submitted: _submitted, core.Declined: _declined, core.Spoke: _spoke, core.Abstained: _spoke,
-    core.Advanced: _misplaced, core.Summed: _misplaced, core.Voided: _misplaced, core.Reduced: _reduced,
+    core.Advanced: misplaced, core.Summed: misplaced, core.Voided: misplaced, core.Reduced: _reduced,
     core.Evaluated: _evaluated, core.Failed: _failed, core.Ticked: _ticked, core.Pause: _paused,
     core.Resume: _resumed, core.Discard: _discarded, core.Stop: _stopped,
 }  # fmt: skip

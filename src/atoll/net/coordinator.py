@@ -41,7 +41,7 @@ What the budget does not allow is not begun: the run is finished before it.
 import math
 from collections.abc import Callable, Iterable
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import msgspec
 from msgspec.structs import replace
@@ -308,6 +308,10 @@ class State(msgspec.Struct, frozen=True):
     def outstanding(self) -> list[str]:
         """Sites of the cohort that may still answer."""
         return [s for s in self.cohort if s not in self.accepted and s not in self.excluded]
+
+    def told(self, site: str) -> int:
+        """The round that a site is told."""
+        return self.round
 
     def awaits(self, site: str) -> bool:
         """Whether this attempt may still have an answer from a site."""
@@ -609,6 +613,7 @@ class Misplaced(msgspec.Struct, frozen=True):
 Effect = Store | Record | Reply | Offer | Tell | Open | Close | Reduce | Forget | Alarm | Misplaced
 Effects = tuple[Effect, ...]
 Handled = tuple[State, Effects]
+AnyState = TypeVar("AnyState", bound=State)
 Handler = Callable[[Plan, State, "Event", float], Handled]
 
 
@@ -654,9 +659,10 @@ def replay(
 # --- parts of handlers ------------------------------------------------------------------------------------------------
 
 
-def _recorded(
-    before: State, after: State, event: Event, now: float, then: Effects = (), *, first: Effects = ()
-) -> Handled:
+def recorded(
+    before: AnyState, after: AnyState, event: Event, now: float, then: Effects = (), *, first: Effects = ()
+) -> tuple[AnyState, Effects]:
+    """An event that goes into the journal: the state after it, and the effects before and behind its record."""
     entry = Entry(before.number, now, event)
     return replace(after, number=before.number + 1, now=now), (*first, Record(entry), *then)
 
@@ -889,32 +895,36 @@ def _counted(state: State, site: str) -> Stamp | None:
     return state.sites[site].counted if site in state.sites else None
 
 
-def _refusal(
+def refuse(
     plan: Plan, state: State, site: str, claim: Deliver | Decline | Say | Abstain, cause: Cause, detail: str
 ) -> Reply:
-    answer = Refused(plan.run, claim.round, claim.attempt, cause, plain(detail), state.round, _counted(state, site))
+    """A refusal of a message."""
+    answer = Refused(
+        plan.run, claim.round, claim.attempt, cause, plain(detail), state.told(site), _counted(state, site)
+    )
     return Reply(site, answer)
 
 
 # --- handlers ---------------------------------------------------------------------------------------------------------
 
 
-def _misplaced(plan: Plan, state: State, event: Event, now: float) -> Handled:
+def misplaced(plan: Plan, state: AnyState, event: Event, now: float) -> tuple[AnyState, Effects]:
+    """An event that has no place in the phase."""
     return state, (Misplaced(type(event).__name__, state.phase),)
 
 
 def _started(plan: Plan, state: State, event: Event, now: float) -> Handled:
     assert isinstance(event, Started)
     if state.model:
-        return _misplaced(plan, state, event, now)
+        return misplaced(plan, state, event, now)
     begun = replace(state, model=event.model, experiment=event.experiment, guarantee=event.guarantee)
     after, then = _settled(plan, begun, now)
-    return _recorded(state, after, event, now, then)
+    return recorded(state, after, event, now, then)
 
 
 def _restarted(plan: Plan, state: State, event: Event, now: float) -> Handled:
     after, then = _again(plan, state, now)
-    return _recorded(state, after, event, now, then)
+    return recorded(state, after, event, now, then)
 
 
 def _member(plan: Plan, state: State, event: Event, now: float) -> Handled:
@@ -951,16 +961,16 @@ def _member(plan: Plan, state: State, event: Event, now: float) -> Handled:
         turn = replace(turn, out={**turn.out, event.site: told})
     changed = replace(state, sites={**state.sites, event.site: site}, accepted=accepted, excluded=excluded, sum=turn)
     after, then = _settled(plan, changed, now)
-    return _recorded(state, after, event, now, then)
+    return recorded(state, after, event, now, then)
 
 
 def _opened(plan: Plan, state: State, event: Event, now: float) -> Handled:
     assert isinstance(event, Opened)
     if (event.round, event.attempt) != (state.round, state.attempt):
-        return _misplaced(plan, state, event, now)
+        return misplaced(plan, state, event, now)
     opened = replace(state, phase=Phase.COLLECTING, base=event.base, deadline=_deadline(plan, state, now))
     after, then = _settled(plan, opened, now)
-    return _recorded(state, after, event, now, then)
+    return recorded(state, after, event, now, then)
 
 
 def _asked(plan: Plan, state: State, event: Event, now: float) -> Handled:
@@ -979,18 +989,18 @@ def _asked(plan: Plan, state: State, event: Event, now: float) -> Handled:
     return state, (Reply(event.site, Wait(plan.run, state.round, site.counted)),)
 
 
-def _identified(plan: Plan, state: State, site: str, claim: Deliver | Decline | Say | Abstain) -> Effects:
+def identified(plan: Plan, state: State, site: str, claim: Deliver | Decline | Say | Abstain) -> Effects:
     """Why a message is refused before its content matters; nothing when it is not."""
     known = state.sites.get(site)
     if known is None:
-        return (_refusal(plan, state, site, claim, "unknown site", ""),)
+        return (refuse(plan, state, site, claim, "unknown site", ""),)
     if known.status == "revoked":
-        return (_refusal(plan, state, site, claim, "revoked", ""),)
+        return (refuse(plan, state, site, claim, "revoked", ""),)
     if claim.site != site:
-        refusal = _refusal(plan, state, site, claim, "identity", "the message claims to be another site's.")
+        refusal = refuse(plan, state, site, claim, "identity", "the message claims to be another site's.")
         return Alarm(site, f"sent a message that claims to be {claim.site}'s"), refusal
     if claim.run != plan.run:
-        return (_refusal(plan, state, site, claim, "run", f"this is the run {plan.run}."),)
+        return (refuse(plan, state, site, claim, "run", f"this is the run {plan.run}."),)
     return ()
 
 
@@ -1004,7 +1014,7 @@ def _known(plan: Plan, state: State, site: str, claim: Deliver) -> Effects:
         return ()
     if sha256 == claim.sha256:
         return (Reply(site, Received(plan.run, claim.round, claim.attempt, past.counted)),)
-    refusal = _refusal(plan, state, site, claim, "conflict", "another update of this site and attempt was accepted.")
+    refusal = refuse(plan, state, site, claim, "conflict", "another update of this site and attempt was accepted.")
     return Alarm(site, "sent two different updates for the same attempt"), refusal
 
 
@@ -1012,12 +1022,12 @@ def _submitted(plan: Plan, state: State, event: Event, now: float) -> Handled:
     """An update while a round collects."""
     assert isinstance(event, Submitted)
     site, claim, finding = event.site, event.claim, event.finding
-    early = _identified(plan, state, site, claim) or _known(plan, state, site, claim)
+    early = identified(plan, state, site, claim) or _known(plan, state, site, claim)
     if early:
         return state, early
 
     def refused(cause: Cause, detail: str) -> Handled:
-        return state, (_refusal(plan, state, site, claim, cause, detail),)
+        return state, (refuse(plan, state, site, claim, cause, detail),)
 
     if (claim.round, claim.attempt) != (state.round, state.attempt):
         return refused("stale", f"attempt {state.attempt} at round {state.round + 1} is at work.")
@@ -1034,37 +1044,37 @@ def _submitted(plan: Plan, state: State, event: Event, now: float) -> Handled:
     if finding.fault:
         changed = replace(state, excluded={**state.excluded, site: finding.detail})
         after, then = _settled(plan, changed, now)
-        reply = _refusal(plan, state, site, claim, "content", finding.detail)
-        return _recorded(state, after, event, now, (reply, *then))
+        reply = refuse(plan, state, site, claim, "content", finding.detail)
+        return recorded(state, after, event, now, (reply, *then))
     accepted = Accepted(claim, finding.weight, finding.norm)
     after, then = _settled(plan, replace(state, accepted={**state.accepted, site: accepted}), now)
     reply = Reply(site, Received(plan.run, claim.round, claim.attempt, state.sites[site].counted))
     if plan.sums:
-        return _recorded(state, after, event, now, (reply, *then))
+        return recorded(state, after, event, now, (reply, *then))
     twins = [s for s, a in state.accepted.items() if a.claim.sha256 == claim.sha256]
     if state.guarantee is not None or state.kind == "evaluate":
         twins = []  # that two updates are the same tells of the data, and no noise hides it; evaluations may be
     alarms = (Alarm(site, f"sent the very bytes of {', '.join(twins[:5])}"),) if twins else ()
-    return _recorded(state, after, event, now, (reply, *alarms, *then), first=(Store(claim),))
+    return recorded(state, after, event, now, (reply, *alarms, *then), first=(Store(claim),))
 
 
 def _submitted_else(plan: Plan, state: State, event: Event, now: float) -> Handled:
     """An update in a phase that takes none."""
     assert isinstance(event, Submitted)
     site, claim = event.site, event.claim
-    early = _identified(plan, state, site, claim) or _known(plan, state, site, claim)
+    early = identified(plan, state, site, claim) or _known(plan, state, site, claim)
     if early:
         return state, early
     paused = state.phase is Phase.PAUSED and state.back is Phase.COLLECTING
     if paused and (claim.round, claim.attempt) == (state.round, state.attempt):
-        return state, (_refusal(plan, state, site, claim, "busy", f"the run is paused: {state.reason}"),)
-    return state, (_refusal(plan, state, site, claim, "stale", f"the run is {state.phase.value}."),)
+        return state, (refuse(plan, state, site, claim, "busy", f"the run is paused: {state.reason}"),)
+    return state, (refuse(plan, state, site, claim, "stale", f"the run is {state.phase.value}."),)
 
 
 def _declined(plan: Plan, state: State, event: Event, now: float) -> Handled:
     assert isinstance(event, Declined)
     site, claim = event.site, event.claim
-    early = _identified(plan, state, site, claim)
+    early = identified(plan, state, site, claim)
     if early:
         return state, early
     answer = Reply(site, Wait(plan.run, state.round, state.sites[site].counted))
@@ -1072,19 +1082,19 @@ def _declined(plan: Plan, state: State, event: Event, now: float) -> Handled:
     if not open_to or not state.awaits(site):
         return state, (answer,)
     after, then = _settled(plan, replace(state, excluded={**state.excluded, site: claim.reason}), now)
-    return _recorded(state, after, event, now, (answer, *then))
+    return recorded(state, after, event, now, (answer, *then))
 
 
 def _spoke(plan: Plan, state: State, event: Event, now: float) -> Handled:
     """An answer in a turn."""
     assert isinstance(event, Spoke)
     site, claim, finding, turn = event.site, event.claim, event.finding, state.sum
-    early = _identified(plan, state, site, claim)
+    early = identified(plan, state, site, claim)
     if early:
         return state, early
 
     def refused(cause: Cause, detail: str) -> Reply:
-        return _refusal(plan, state, site, claim, cause, detail)
+        return refuse(plan, state, site, claim, cause, detail)
 
     at = (claim.round, claim.attempt, claim.turn, claim.step)
     if turn is None or at != (state.round, state.attempt, state.turn, turn.step):
@@ -1101,31 +1111,31 @@ def _spoke(plan: Plan, state: State, event: Event, now: float) -> Handled:
     if finding.fault:
         shut = replace(turn, out={**turn.out, site: finding.detail})
         after, then = _settled(plan, replace(state, sum=shut), now)
-        return _recorded(state, after, event, now, (refused("turn", finding.detail), *then))
+        return recorded(state, after, event, now, (refused("turn", finding.detail), *then))
     heard = replace(turn, said=(*turn.said, claim))
     after, then = _settled(plan, replace(state, sum=heard), now)
     reply = Reply(site, Wait(plan.run, state.round, state.sites[site].counted))
     first: Effects = (Store(claim),) if claim.size else ()
-    return _recorded(state, after, event, now, (reply, *then), first=first)
+    return recorded(state, after, event, now, (reply, *then), first=first)
 
 
 def _spoke_else(plan: Plan, state: State, event: Event, now: float) -> Handled:
     """An answer where no turn is at work."""
     assert isinstance(event, Spoke)
     site, claim = event.site, event.claim
-    early = _identified(plan, state, site, claim)
+    early = identified(plan, state, site, claim)
     if early:
         return state, early
     paused = state.phase is Phase.PAUSED and state.back is Phase.SUMMING and state.sum is not None
     if paused and (claim.round, claim.turn) == (state.round, state.turn):
-        return state, (_refusal(plan, state, site, claim, "busy", f"the run is paused: {state.reason}"),)
-    return state, (_refusal(plan, state, site, claim, "turn", f"the run is {state.phase.value}."),)
+        return state, (refuse(plan, state, site, claim, "busy", f"the run is paused: {state.reason}"),)
+    return state, (refuse(plan, state, site, claim, "turn", f"the run is {state.phase.value}."),)
 
 
 def _abstained(plan: Plan, state: State, event: Event, now: float) -> Handled:
     assert isinstance(event, Abstained)
     site, claim, turn = event.site, event.claim, state.sum
-    early = _identified(plan, state, site, claim)
+    early = identified(plan, state, site, claim)
     if early:
         return state, early
     answer = Reply(site, Wait(plan.run, state.round, state.sites[site].counted))
@@ -1133,7 +1143,7 @@ def _abstained(plan: Plan, state: State, event: Event, now: float) -> Handled:
     if turn is None or not at_work or site not in turn.keys or site in turn.out:
         return state, (answer,)
     after, then = _settled(plan, replace(state, sum=replace(turn, out={**turn.out, site: claim.reason})), now)
-    return _recorded(state, after, event, now, (answer, *then))
+    return recorded(state, after, event, now, (answer, *then))
 
 
 def _closes(state: State, event: Advanced | Summed | Voided) -> Sum | None:
@@ -1147,35 +1157,35 @@ def _advanced(plan: Plan, state: State, event: Event, now: float) -> Handled:
     assert isinstance(event, Advanced)
     turn = _closes(state, event)
     if turn is None or event.step not in STEPS[STEPS.index(turn.step) + 1 :]:
-        return _misplaced(plan, state, event, now)
+        return misplaced(plan, state, event, now)
     on = replace(turn, step=event.step, due=event.due, closing=False)
     after, then = _settled(plan, replace(state, sum=on, deadline=now + plan.step), now)
-    return _recorded(state, after, event, now, then)
+    return recorded(state, after, event, now, then)
 
 
 def _summed(plan: Plan, state: State, event: Event, now: float) -> Handled:
     """Whoever is in the sum is counted, and nobody else."""
     assert isinstance(event, Summed)
     if _closes(state, event) is None:
-        return _misplaced(plan, state, event, now)
+        return misplaced(plan, state, event, now)
     counted = {s: a for s, a in state.accepted.items() if s in event.survivors}
     after = replace(state, phase=Phase.REDUCING, accepted=counted, sum=None, deadline=None, total=event.total)
-    return _recorded(state, after, event, now, (_reduction(after),))
+    return recorded(state, after, event, now, (_reduction(after),))
 
 
 def _voided(plan: Plan, state: State, event: Event, now: float) -> Handled:
     assert isinstance(event, Voided)
     if _closes(state, event) is None:
-        return _misplaced(plan, state, event, now)
+        return misplaced(plan, state, event, now)
     after, then = _void(plan, state, event.reason, event.culprits, now)
-    return _recorded(state, after, event, now, then)
+    return recorded(state, after, event, now, then)
 
 
 def _reduced(plan: Plan, state: State, event: Event, now: float) -> Handled:
     assert isinstance(event, Reduced)
     told = (event.round, event.attempt, event.multiplier)
     if state.kind != "train" or told != (state.round, state.attempt, state.multiplier):
-        return _misplaced(plan, state, event, now)
+        return misplaced(plan, state, event, now)
     sites = dict(state.sites)
     for name, update in state.accepted.items():
         stamp = (update.claim.round, update.claim.attempt)
@@ -1189,38 +1199,38 @@ def _reduced(plan: Plan, state: State, event: Event, now: float) -> Handled:
         releases=state.releases + (event.multiplier > 0),
     )  # fmt: skip
     after, then = _settled(plan, closed, now)
-    return _recorded(state, after, event, now, (Forget(state.round + 1), *then))
+    return recorded(state, after, event, now, (Forget(state.round + 1), *then))
 
 
 def _evaluated(plan: Plan, state: State, event: Event, now: float) -> Handled:
     assert isinstance(event, Evaluated)
     if state.kind != "evaluate" or event.round != state.round:
-        return _misplaced(plan, state, event, now)
+        return misplaced(plan, state, event, now)
     after, then = _spoken_of(plan, state)
-    return _recorded(state, after, event, now, then)
+    return recorded(state, after, event, now, then)
 
 
 def _failed(plan: Plan, state: State, event: Event, now: float) -> Handled:
     assert isinstance(event, Failed)
     if (event.round, event.attempt) != (state.round, state.attempt):
-        return _misplaced(plan, state, event, now)
+        return misplaced(plan, state, event, now)
     if state.kind == "evaluate":
         after, then = _spoken_of(plan, state)
-        return _recorded(state, after, event, now, then)
+        return recorded(state, after, event, now, then)
     if event.multiplier and (state.phase is not Phase.REDUCING or event.multiplier != state.multiplier):
-        return _misplaced(plan, state, event, now)
+        return misplaced(plan, state, event, now)
     after = replace(
         state, phase=Phase.PAUSED, back=state.phase, reason=event.reason, deadline=None,
         releases=state.releases + (event.multiplier > 0),
     )  # fmt: skip
-    return _recorded(state, after, event, now)
+    return recorded(state, after, event, now)
 
 
 def _ticked(plan: Plan, state: State, event: Event, now: float) -> Handled:
     if state.deadline is None or now < state.deadline:
         return state, ()
     after, then = _settled(plan, state, now, late=True)
-    return _recorded(state, after, event, now, then)
+    return recorded(state, after, event, now, then)
 
 
 def _idle(plan: Plan, state: State, event: Event, now: float) -> Handled:
@@ -1230,7 +1240,7 @@ def _idle(plan: Plan, state: State, event: Event, now: float) -> Handled:
 def _paused(plan: Plan, state: State, event: Event, now: float) -> Handled:
     assert isinstance(event, Pause)
     after = replace(state, phase=Phase.PAUSED, back=state.phase, reason=event.reason, deadline=None)
-    return _recorded(state, after, event, now)
+    return recorded(state, after, event, now)
 
 
 def _resumed(plan: Plan, state: State, event: Event, now: float) -> Handled:
@@ -1238,7 +1248,7 @@ def _resumed(plan: Plan, state: State, event: Event, now: float) -> Handled:
     back = replace(state, phase=state.back, reason="", tries=0 if anew else state.tries)
     back, then = _again(plan, back, now)
     after, more = _settled(plan, back, now)
-    return _recorded(state, after, event, now, (*then, *more))
+    return recorded(state, after, event, now, (*then, *more))
 
 
 def _discarded(plan: Plan, state: State, event: Event, now: float) -> Handled:
@@ -1248,21 +1258,21 @@ def _discarded(plan: Plan, state: State, event: Event, now: float) -> Handled:
         state, back=Phase.GATHERING, accepted={}, excluded={}, base="", reason=event.reason, sum=None, total="",
         evaluated=state.round if state.kind == "evaluate" else state.evaluated,
     )  # fmt: skip
-    return _recorded(state, after, event, now)
+    return recorded(state, after, event, now)
 
 
 def _stopped(plan: Plan, state: State, event: Event, now: float) -> Handled:
     assert isinstance(event, Stop)
     after = replace(state, phase=Phase.STOPPED, accepted={}, reason=event.reason, deadline=None, sum=None, total="")
-    return _recorded(state, after, event, now, (Forget(state.round + 1),))
+    return recorded(state, after, event, now, (Forget(state.round + 1),))
 
 
 _EVERYWHERE: dict[type[_Event], Handler] = {
     Restarted: _restarted, Joined: _member, Left: _member, SitePaused: _member, Revoked: _member, Asked: _asked,
-    Declined: _declined, Submitted: _submitted_else, Spoke: _spoke_else, Abstained: _abstained, Advanced: _misplaced,
-    Summed: _misplaced, Voided: _misplaced, Ticked: _idle, Started: _misplaced, Opened: _misplaced,
-    Reduced: _misplaced, Evaluated: _misplaced, Failed: _misplaced, Pause: _paused, Resume: _misplaced,
-    Discard: _misplaced, Stop: _stopped,
+    Declined: _declined, Submitted: _submitted_else, Spoke: _spoke_else, Abstained: _abstained, Advanced: misplaced,
+    Summed: misplaced, Voided: misplaced, Ticked: _idle, Started: misplaced, Opened: misplaced,
+    Reduced: misplaced, Evaluated: misplaced, Failed: misplaced, Pause: _paused, Resume: misplaced,
+    Discard: misplaced, Stop: _stopped,
 }  # fmt: skip
 _SOMEWHERE: dict[tuple[Phase, type[_Event]], Handler] = {
     (Phase.GATHERING, Started): _started,
@@ -1280,13 +1290,13 @@ _SOMEWHERE: dict[tuple[Phase, type[_Event]], Handler] = {
     (Phase.REDUCING, Reduced): _reduced,
     (Phase.REDUCING, Evaluated): _evaluated,
     (Phase.REDUCING, Failed): _failed,
-    (Phase.PAUSED, Pause): _misplaced,
+    (Phase.PAUSED, Pause): misplaced,
     (Phase.PAUSED, Resume): _resumed,
     (Phase.PAUSED, Discard): _discarded,
-    (Phase.FINISHED, Pause): _misplaced,
-    (Phase.FINISHED, Stop): _misplaced,
-    (Phase.STOPPED, Pause): _misplaced,
-    (Phase.STOPPED, Stop): _misplaced,
+    (Phase.FINISHED, Pause): misplaced,
+    (Phase.FINISHED, Stop): misplaced,
+    (Phase.STOPPED, Pause): misplaced,
+    (Phase.STOPPED, Stop): misplaced,
 }
 TABLE: dict[tuple[Phase, type[_Event]], Handler] = {
     (phase, event): _SOMEWHERE.get((phase, event), handler) for event, handler in _EVERYWHERE.items() for phase in Phase

@@ -172,7 +172,7 @@ class Service:
             if request.site != site or request.run != self.plan.run:
                 cause: Cause = "run" if request.site == site else "identity"
                 self._notice(f"{site}: asked in the name of {request.site} for the run {request.run}")
-                return Refused(self.plan.run, 0, 0, cause, "", self._round(site), None), Content()
+                return Refused(self.plan.run, 0, 0, cause, "", self.state.told(site), None), Content()
         elif isinstance(request, Decline):
             event = core.Declined(site, request)
         elif isinstance(request, Abstain):
@@ -206,7 +206,7 @@ class Service:
         at = (0, 0) if isinstance(request, Ask) else (request.round, request.attempt)
         known = self.state.sites.get(site)
         counted = None if known is None else known.counted
-        return Refused(self.plan.run, *at, "busy", "try again later.", self._round(site), counted), Content()
+        return Refused(self.plan.run, *at, "busy", "try again later.", self.state.told(site), counted), Content()
 
     def tick(self, now: float) -> None:
         """Time has passed."""
@@ -293,10 +293,6 @@ class Service:
 
     def _replayed(self, entries: list[Entry]) -> core.State:
         return core.replay(self.plan, entries)
-
-    def _round(self, site: str) -> int:
-        """The round that an answer tells a site."""
-        return self.state.round
 
     def _awaited(self, effect: core.Open | core.Close | core.Reduce) -> bool:
         """Whether what waits to be done is still to be done."""
